@@ -1,0 +1,52 @@
+"""aisp-local: test-time alignment for language models on your own machine (arXiv 2510.26219)."""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"
+
+from aisp_local.api import Aligner
+from aisp_local.errors import (
+    AispError,
+    BindingError,
+    CapacityError,
+    DecodeError,
+    InputError,
+    ModelError,
+    RewardError,
+    ScoreError,
+)
+from aisp_local.types import (
+    Baseline,
+    Candidate,
+    Controls,
+    IterationStats,
+    Message,
+    Progress,
+    Prompt,
+    Result,
+    Rollouts,
+    Sampling,
+)
+
+__all__ = [
+    "AispError",
+    "Aligner",
+    "Baseline",
+    "BindingError",
+    "Candidate",
+    "CapacityError",
+    "Controls",
+    "DecodeError",
+    "InputError",
+    "IterationStats",
+    "Message",
+    "ModelError",
+    "Progress",
+    "Prompt",
+    "Result",
+    "RewardError",
+    "Rollouts",
+    "Sampling",
+    "ScoreError",
+    "__version__",
+]

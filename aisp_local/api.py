@@ -1,0 +1,164 @@
+"""The Python interface: load a model and a reward once, ask for aligned answers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from aisp_local import controllers, shipped
+from aisp_local.engine import Engine, LlamaEngine, Want
+from aisp_local.errors import InputError
+from aisp_local.loop import search
+from aisp_local.native import versions
+from aisp_local.rewards import Reward, load_reward
+from aisp_local.seeds import RowSeeds
+from aisp_local.types import Baseline, Controls, Message, Progress, Prompt, Result
+
+EFFORT = {"low": 32, "medium": 128, "high": 512}
+"""Rollouts in all, by the name of the effort."""
+
+DEFAULT_METHOD = "aisp-held"
+DEFAULT_N = 16
+DEFAULT_MAX_TOKENS = 256
+
+
+class Aligner:
+    """A frozen language model and a reward that aligns it while it answers.
+
+    >>> from aisp_local import Aligner
+    >>> aligner = Aligner.load()  # the shipped models
+    >>> aligner.chat([{"role": "user", "content": "Tell me a story about a fox."}]).answer
+    """
+
+    def __init__(self, engine: Engine, reward: Reward, *, model_name: str = "") -> None:
+        self.engine = engine
+        self.reward = reward
+        self.model_name = model_name
+
+    @classmethod
+    def load(
+        cls,
+        model: str | os.PathLike[str] | None = None,
+        reward: str | os.PathLike[str] | Reward | Callable[..., Any] | None = None,
+        *,
+        n_gpu_layers: int | None = None,
+        threads: int | None = None,
+    ) -> Aligner:
+        """Load a GGUF ``model`` and a ``reward``: a folder, a Reward, or ``(prompt, responses) -> scores``.
+
+        What is left out is the shipped one. ``n_gpu_layers``: layers on the GPU, as in llama.cpp.
+        Raises ModelError, RewardError, BindingError.
+        """
+        # The reward first: it is checked sooner than a large model is loaded.
+        scorer = load_reward(shipped.reward() if reward is None else reward)
+        path = shipped.model() if model is None else model
+        engine = LlamaEngine(path, n_gpu_layers=n_gpu_layers, threads=threads)
+        return cls(engine, scorer, model_name=str(path))
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        method: str = DEFAULT_METHOD,
+        budget: int | None = None,
+        effort: str = "low",
+        n: int = DEFAULT_N,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
+        seed: int = 0,
+        stop_strings: Sequence[str] = (),
+        time_limit: float | None = None,
+        kl: bool = False,
+        logprobs: bool = False,
+        baseline: bool = False,
+        stop: Callable[[], bool] | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+        **options: Any,
+    ) -> Result:
+        """The best of ``budget`` rollouts of ``method``, in iterations of ``n``.
+
+        ``prompt``: a string, which the model continues as plain text, or messages, which pass through its
+        chat template. ``budget`` overrides ``effort`` (low 32, medium 128, high 512). ``time_limit`` is in
+        seconds. ``kl`` and ``logprobs`` need a second output product a step; ``baseline`` adds the
+        unaligned greedy answer, which does not count. ``stop()`` true, or Ctrl-C, ends the search with the
+        best answer so far. ``options`` go to the method (sigma, temperature, ...; see its docstring).
+        Raises InputError and its kinds, DecodeError, ScoreError.
+        """
+        if budget is None:
+            if effort not in EFFORT:
+                raise InputError(f"effort {effort!r} is unknown; use one of {', '.join(EFFORT)}")
+            budget = EFFORT[effort]
+        if budget < 1:
+            raise InputError(f"the budget is {budget} rollouts; it must be at least 1")
+        if n < 1:
+            raise InputError(f"n is {n} rollouts an iteration; it must be at least 1")
+        if max_tokens < 1:
+            raise InputError(f"max_tokens is {max_tokens}; it must be at least 1")
+        want: set[Want] = set()
+        if kl:
+            want.add("kl")
+        if logprobs:
+            want.add("logprobs")
+        controller = controllers.create(
+            method, d=self.engine.d, max_tokens=max_tokens, seed=seed, **options
+        )
+        result = search(
+            self.engine,
+            controller,
+            self.reward,
+            prompt,
+            method=method,
+            budget=budget,
+            n=min(n, budget),
+            max_tokens=max_tokens,
+            seed=seed,
+            stop_strings=stop_strings,
+            time_limit=time_limit,
+            stop=stop,
+            on_progress=on_progress,
+            want=frozenset(want),
+        )
+        return replace(
+            result,
+            baseline=self.baseline(prompt, max_tokens=max_tokens, stop_strings=stop_strings)
+            if baseline
+            else None,
+            model=self.model_name,
+            reward_model=self.reward.name,
+            versions=versions(),
+        )
+
+    def chat(self, messages: Sequence[Message], **options: Any) -> Result:
+        """``generate`` for a conversation: the aligned next turn of the assistant."""
+        return self.generate(messages, **options)
+
+    def baseline(
+        self,
+        prompt: Prompt,
+        *,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
+        stop_strings: Sequence[str] = (),
+    ) -> Baseline:
+        """The unaligned greedy answer and its reward."""
+        rollouts = self.engine.rollout(
+            prompt,
+            Controls(n=1),
+            max_tokens=max_tokens,
+            seeds=RowSeeds(seed=0),
+            stop_strings=stop_strings,
+        )
+        text = rollouts.texts[0]
+        return Baseline(text=text, reward=float(self.reward.score(prompt, [text])[0]))
+
+    def close(self) -> None:
+        """Free the model."""
+        close = getattr(self.engine, "close", None)
+        if close is not None:
+            close()
+
+    def __enter__(self) -> Aligner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

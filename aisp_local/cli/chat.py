@@ -1,0 +1,248 @@
+"""`aisp-local chat`: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from aisp_local.cli.generate import check_output, write_output
+from aisp_local.cli.live import ProgressLine, stop_on_interrupt
+from aisp_local.cli.options import load, model_options, search_options
+from aisp_local.errors import AispError, BindingError, CapacityError, InputError
+from aisp_local.types import Message, Result
+
+if TYPE_CHECKING:
+    from aisp_local.api import Aligner
+
+HELP = """\
+/help                     this text
+/effort low|medium|high   rollouts an answer: 32, 128, 512
+/why                      iterations and candidates of the last answer, with their scores
+/base                     the unaligned answer to the last question
+/save FILE                write the conversation to a text file
+/clear                    forget the conversation
+/quit                     leave (also Ctrl-D)
+Ctrl-C while it searches  the best answer so far"""
+
+
+@dataclass
+class Settings:
+    method: str
+    max_tokens: int
+    rows: int
+    seed: int
+    time_limit: float | None
+    effort: str = "low"
+
+
+@dataclass
+class Session:
+    """The conversation and the commands that act on it."""
+
+    aligner: Aligner
+    settings: Settings
+    messages: list[Message] = field(default_factory=list)
+    last: Result | None = None
+
+    def ask(self, text: str) -> None:
+        """One turn: search, show, remember."""
+        messages: list[Message] = [*self.messages, {"role": "user", "content": text}]
+        line = ProgressLine()
+        settings = self.settings
+        try:
+            with stop_on_interrupt() as stop:
+                result = self._answer(messages, stop, line, settings)
+        except KeyboardInterrupt:
+            line.clear()
+            click.echo("(interrupted before there was an answer)")
+            return
+        finally:
+            line.clear()
+        self.messages = [*messages, {"role": "assistant", "content": result.answer}]
+        self.last = result
+        click.echo(result.answer.strip())
+        note = f"reward {result.reward:.2f}, {result.rollouts} rollouts, {result.seconds:.1f} s"
+        if result.status == "interrupted":
+            note += ", interrupted: the best so far"
+        click.echo(click.style(f"[{note}]", dim=True))
+
+    def _answer(
+        self,
+        messages: list[Message],
+        stop: Callable[[], bool],
+        line: ProgressLine,
+        settings: Settings,
+    ) -> Result:
+        while True:
+            try:
+                return self.aligner.chat(
+                    messages,
+                    method=settings.method,
+                    effort=settings.effort,
+                    n=settings.rows,
+                    max_tokens=settings.max_tokens,
+                    seed=settings.seed + len(messages),
+                    time_limit=settings.time_limit,
+                    stop=stop,
+                    on_progress=line,
+                )
+            except CapacityError:
+                # A long conversation outgrows a small context: forget its oldest turns.
+                if len(messages) <= 2:
+                    raise
+                del messages[:2]
+                line.clear()
+                click.echo(click.style("[the oldest turn was forgotten: context is full]", dim=True))
+
+    def command(self, text: str) -> bool:
+        """Run a /command; False ends the conversation."""
+        name, _, argument = text[1:].partition(" ")
+        argument = argument.strip()
+        if name in ("quit", "exit", "bye"):
+            return False
+        if name in ("help", "?"):
+            click.echo(HELP)
+        elif name == "effort":
+            self._effort(argument)
+        elif name == "why":
+            self._why()
+        elif name == "base":
+            self._base()
+        elif name == "save":
+            self._save(argument)
+        elif name == "clear":
+            self.messages, self.last = [], None
+            click.echo("the conversation is forgotten")
+        else:
+            click.echo(f"unknown command /{name}; /help lists the commands")
+        return True
+
+    def _effort(self, argument: str) -> None:
+        from aisp_local.api import EFFORT
+
+        if argument not in EFFORT:
+            click.echo(f"effort is {self.settings.effort}; use /effort {'|'.join(EFFORT)}")
+            return
+        self.settings.effort = argument
+        click.echo(f"effort {argument}: {EFFORT[argument]} rollouts an answer")
+
+    def _why(self) -> None:
+        if self.last is None:
+            click.echo("nothing to explain yet: ask something first")
+            return
+        click.echo("iteration  rollouts   best   mean    ESS   |U|  seconds")
+        for s in self.last.iterations:
+            ess = "    -" if s.ess is None else f"{s.ess:5.1f}"
+            norm = "   -" if s.control_norm is None else f"{s.control_norm:4.1f}"
+            seconds = s.decode_seconds + s.reward_seconds + s.update_seconds
+            click.echo(
+                f"{s.iteration:9d}  {s.n:8d}  {s.best:5.2f}  {s.mean:5.2f}  {ess}  {norm}  {seconds:7.2f}"
+            )
+        click.echo("best candidates:")
+        for candidate in self.last.candidates[:5]:
+            text = " ".join(candidate.text.split())
+            shown = text if len(text) <= 90 else text[:87] + "..."
+            click.echo(f"  {candidate.reward:6.2f}  (iteration {candidate.iteration})  {shown}")
+
+    def _base(self) -> None:
+        if self.last is None:
+            click.echo("nothing to compare yet: ask something first")
+            return
+        baseline = self.aligner.baseline(
+            self.messages[:-1], max_tokens=self.settings.max_tokens
+        )
+        click.echo(baseline.text.strip())
+        click.echo(
+            click.style(
+                f"[unaligned: reward {baseline.reward:.2f}; aligned: {self.last.reward:.2f}]",
+                dim=True,
+            )
+        )
+
+    def _save(self, argument: str) -> None:
+        if not argument:
+            click.echo("give a file: /save conversation.txt")
+            return
+        path = Path(argument).expanduser()
+        check_output(path)
+        names = {"user": "You", "assistant": "Model", "system": "System"}
+        turns = [f"{names.get(m['role'], m['role'])}: {m['content'].strip()}" for m in self.messages]
+        write_output(path, "\n\n".join(turns) + "\n")
+        click.echo(f"saved to {path}")
+
+
+@click.command()
+@click.option(
+    "--effort",
+    type=click.Choice(["low", "medium", "high"]),
+    default="low",
+    show_default=True,
+    help="Rollouts an answer: 32, 128 or 512.",
+)
+@model_options
+@search_options
+def chat(
+    effort: str,
+    model: Path | None,
+    reward: Path | None,
+    n_gpu_layers: int | None,
+    threads: int | None,
+    method: str,
+    max_tokens: int,
+    rows: int,
+    seed: int,
+    time_limit: float | None,
+) -> None:
+    """Talk with a model whose answers are aligned while it speaks. /help lists the commands.
+
+    \b
+    Examples:
+      aisp-local chat
+      aisp-local chat -m model.gguf -r reward_folder --effort medium
+    """
+    aligner = load(model, reward, n_gpu_layers, threads)
+    session = Session(aligner, Settings(method, max_tokens, rows, seed, time_limit, effort))
+    click.echo(f"{Path(aligner.model_name).name} with {aligner.reward.name}. /help for help.")
+    while True:
+        try:
+            text = _read_line()
+        except EOFError:
+            click.echo()
+            return
+        except KeyboardInterrupt:
+            click.echo("\n(/quit or Ctrl-D leaves)")
+            continue
+        if not text:
+            continue
+        try:
+            if text.startswith("/"):
+                if not session.command(text):
+                    return
+            else:
+                session.ask(text)
+        except BindingError:
+            raise
+        except AispError as error:
+            click.echo(f"error: {error}", err=True)
+
+
+def _read_line() -> str:
+    """One line from the user; raises EOFError at the end and InputError for bytes that are not UTF-8."""
+    if sys.stdin.isatty():
+        try:
+            import readline  # noqa: F401  (history and editing in input())
+        except ImportError:
+            pass
+        return input("> ").strip()
+    data = sys.stdin.buffer.readline()
+    if not data:
+        raise EOFError
+    try:
+        return data.decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise InputError("standard input is not valid UTF-8; convert it to UTF-8") from error

@@ -1,0 +1,175 @@
+"""`aisp-local generate`: one prompt in, one aligned answer out."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from aisp_local.cli.live import ProgressLine, stop_on_interrupt
+from aisp_local.cli.options import load, model_options, search_options
+from aisp_local.errors import InputError
+
+if TYPE_CHECKING:
+    from aisp_local.types import Result
+
+
+def read_prompt(prompt: str) -> str:
+    """The prompt itself, or standard input for ``-``. Raises InputError if it is empty or not UTF-8."""
+    if prompt == "-":
+        try:
+            prompt = sys.stdin.buffer.read().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"standard input is not valid UTF-8 (byte {error.start}); convert it to UTF-8"
+            ) from error
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError("the prompt is not valid UTF-8; convert it to UTF-8") from error
+    if not prompt.strip():
+        raise InputError("the prompt is empty; give some text")
+    return prompt
+
+
+def as_json(result: Result) -> dict[str, Any]:
+    """The documented JSON form of a result."""
+    return {
+        "answer": result.answer,
+        "reward": result.reward,
+        "baseline": None
+        if result.baseline is None
+        else {"text": result.baseline.text, "reward": result.baseline.reward},
+        "method": result.method,
+        "budget": result.budget,
+        "status": result.status,
+        "iterations": [
+            {
+                "iteration": s.iteration,
+                "n": s.n,
+                "best": s.best,
+                "mean": s.mean,
+                "std": s.std,
+                "best_so_far": s.best_so_far,
+                "ess": s.ess,
+                "lambda": s.lambda_,
+                "control_norm": s.control_norm,
+                "kl": s.kl,
+                "n_tokens": s.n_tokens,
+                "n_nonfinite": s.n_nonfinite,
+                "decode_seconds": s.decode_seconds,
+                "reward_seconds": s.reward_seconds,
+                "update_seconds": s.update_seconds,
+            }
+            for s in result.iterations
+        ],
+        "candidates": [
+            {
+                "text": c.text,
+                "reward": c.reward,
+                "iteration": c.iteration,
+                "row": c.row,
+                "n_tokens": c.n_tokens,
+                "finish_reason": c.finish_reason,
+                "kl": c.kl,
+            }
+            for c in result.candidates
+        ],
+        "seed": result.seed,
+        "seconds": result.seconds,
+        "n_tokens": result.n_tokens,
+        "model": result.model,
+        "reward_model": result.reward_model,
+        "versions": dict(result.versions),
+    }
+
+
+def write_output(path: Path, text: str) -> None:
+    """Write whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{path} cannot be written ({error.strerror}); choose another path") from error
+
+
+def check_output(path: Path) -> None:
+    """Refuse an output that cannot be written before the search is paid for."""
+    folder = path.parent
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; give a file to write to")
+    if not folder.is_dir():
+        raise InputError(f"{path} cannot be written: the folder {folder} does not exist; create it")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise InputError(f"{path} cannot be written: no permission; choose another path")
+
+
+@click.command()
+@click.argument("prompt")
+@click.option(
+    "--budget", type=int, default=32, show_default=True, help="Rollouts in all."
+)
+@click.option("--json", "json_", is_flag=True, help="Print a JSON object with every candidate.")
+@click.option("--kl", is_flag=True, help="Compute the sequence KL (a second output product a step).")
+@click.option("--raw", is_flag=True, help="Continue PROMPT as plain text, without the chat template.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the answer to a file.")
+@model_options
+@search_options
+def generate(
+    prompt: str,
+    budget: int,
+    json_: bool,
+    kl: bool,
+    raw: bool,
+    output: Path | None,
+    model: Path | None,
+    reward: Path | None,
+    n_gpu_layers: int | None,
+    threads: int | None,
+    method: str,
+    max_tokens: int,
+    rows: int,
+    seed: int,
+    time_limit: float | None,
+) -> None:
+    """Answer PROMPT (`-`: standard input) and print the answer.
+
+    \b
+    Examples:
+      aisp-local generate "Tell me a story about a fox."
+      aisp-local generate "Write a short story that uses the words cat, ball and tree." --budget 128 --json
+      cat prompt.txt | aisp-local generate - --method best-of-n -m model.gguf -r my_reward
+    """
+    text = read_prompt(prompt)
+    if output is not None:
+        check_output(output)
+    aligner = load(model, reward, n_gpu_layers, threads)
+    line = ProgressLine()
+    with stop_on_interrupt() as stop:
+        result = aligner.generate(
+            text if raw else [{"role": "user", "content": text}],
+            method=method,
+            budget=budget,
+            n=rows,
+            max_tokens=max_tokens,
+            seed=seed,
+            time_limit=time_limit,
+            kl=kl,
+            baseline=json_,
+            stop=stop,
+            on_progress=line,
+        )
+    line.clear()
+    if result.status == "interrupted":
+        click.echo("interrupted: this is the best answer so far", err=True)
+    shown = json.dumps(as_json(result), ensure_ascii=False, indent=2) if json_ else result.answer
+    if output is not None:
+        write_output(output, shown + "\n")
+    else:
+        click.echo(shown)

@@ -1,0 +1,82 @@
+"""The progress line of a running search, and Ctrl-C that ends a search but not the program."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from aisp_local.types import Progress
+
+
+class ProgressLine:
+    """One line on stderr, rewritten in place at most ten times a second; nothing without a terminal."""
+
+    def __init__(self, enabled: bool | None = None) -> None:
+        self.enabled = sys.stderr.isatty() if enabled is None else enabled
+        self._shown = 0.0
+        self._stats = ""
+
+    def __call__(self, progress: Progress) -> None:
+        if not self.enabled:
+            return
+        if progress.stats is not None:
+            stats = progress.stats
+            self._stats = f"  mean {stats.mean:.2f}"
+            if stats.ess is not None:
+                self._stats += f"  ESS {stats.ess:.1f}"
+        now = time.monotonic()
+        if progress.stats is None and now - self._shown < 0.1:
+            return
+        self._shown = now
+        line = f"iteration {progress.iteration}/{progress.iterations}"
+        if progress.best is not None:
+            line += f"  best {progress.best.reward:.2f}"
+        line += self._stats
+        if progress.seconds > 0:
+            line += f"  {progress.n_tokens / progress.seconds:.0f} tokens/s"
+        if progress.rollouts_done:
+            left = (progress.budget - progress.rollouts_done) * (
+                progress.seconds / progress.rollouts_done
+            )
+            line += f"  {left:.0f} s left"
+        line += "  (Ctrl-C: best so far)"
+        width = shutil.get_terminal_size().columns - 1
+        sys.stderr.write("\r\x1b[2K" + line[:width])
+        sys.stderr.flush()
+
+    def clear(self) -> None:
+        if self.enabled:
+            sys.stderr.write("\r\x1b[2K")
+            sys.stderr.flush()
+
+
+class StopFlag:
+    """Callable that turns true at the first Ctrl-C; the second one interrupts at once."""
+
+    def __init__(self) -> None:
+        self.set = False
+
+    def __call__(self) -> bool:
+        return self.set
+
+
+@contextmanager
+def stop_on_interrupt() -> Iterator[StopFlag]:
+    """Within the block, the first SIGINT sets the flag and the second raises KeyboardInterrupt."""
+    flag = StopFlag()
+
+    def handle(_signal: int, _frame: FrameType | None) -> None:
+        if flag.set:
+            raise KeyboardInterrupt
+        flag.set = True
+
+    previous = signal.signal(signal.SIGINT, handle)
+    try:
+        yield flag
+    finally:
+        signal.signal(signal.SIGINT, previous)

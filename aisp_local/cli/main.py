@@ -1,0 +1,62 @@
+"""`aisp-local`: the group, its options, and how an error reaches the user."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+
+import click
+
+from aisp_local.errors import AispError, InputError
+
+EXIT_CODES = """\b
+Exit codes:
+  0    an answer was given
+  1    something failed while running
+  2    bad input: the message says what, where and what to do
+  130  interrupted before there was any answer"""
+
+
+class ErrorsAsSentences(click.Group):
+    """Prints an error of ours as one sentence; ``--debug`` shows where it came from."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except AispError as error:
+            if ctx.params.get("debug"):
+                traceback.print_exc()
+            click.echo(f"aisp-local: error: {error}", err=True)
+            sys.exit(2 if isinstance(error, InputError) else 1)
+        except KeyboardInterrupt:
+            click.echo("aisp-local: interrupted", err=True)
+            sys.exit(130)
+
+
+@click.group(
+    cls=ErrorsAsSentences,
+    epilog=EXIT_CODES,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.version_option(package_name="aisp-local")
+def main(debug: bool) -> None:
+    """Align a local language model while it answers: offline, no fine-tuning.
+
+    \b
+    Examples:
+      aisp-local chat
+      aisp-local generate "Tell me a story about a fox." --budget 64
+      aisp-local generate - --json -m model.gguf -r reward_folder < prompt.txt
+    """
+
+
+def _add_commands() -> None:
+    from aisp_local.cli.chat import chat
+    from aisp_local.cli.generate import generate
+
+    main.add_command(chat)
+    main.add_command(generate)
+
+
+_add_commands()

@@ -1,0 +1,36 @@
+"""Alignment methods: one file an algorithm, ask/tell, no model and no reward inside."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from aisp_local.controllers.aisp import Aisp
+from aisp_local.controllers.aisp_held import AispHeld
+from aisp_local.controllers.base import Controller
+from aisp_local.controllers.best_of_n import BestOfN
+from aisp_local.errors import InputError
+
+METHODS: dict[str, Callable[..., Controller]] = {
+    method.name: method for method in (Aisp, AispHeld, BestOfN)
+}
+
+__all__ = ["METHODS", "Aisp", "AispHeld", "BestOfN", "Controller", "create"]
+
+
+def create(
+    method: str, *, d: int, max_tokens: int, seed: int, prompt_index: int = 0, **options: Any
+) -> Controller:
+    """The controller of a method id. Raises InputError for an unknown method or option."""
+    builder = METHODS.get(method)
+    if builder is None:
+        raise InputError(f"method {method!r} is unknown; use one of {', '.join(sorted(METHODS))}")
+    common = {"d": d, "max_tokens": max_tokens, "seed": seed, "prompt_index": prompt_index}
+    known = set(inspect.signature(builder).parameters) - set(common)
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise InputError(
+            f"method {method!r} has no option {unknown[0]!r}; its options are {', '.join(sorted(known))}"
+        )
+    return builder(**common, **options)

@@ -1,0 +1,97 @@
+"""AISP as published (arXiv 2510.26219): independent Gaussian noise on the pre-logits of every step."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from aisp_local.controllers.weights import effective_sample_size, importance_weights
+from aisp_local.errors import InputError
+from aisp_local.seeds import RowSeeds
+from aisp_local.types import ControllerInfo, Controls, FloatArray, Rollouts, Sampling
+
+
+class Aisp:
+    """``v_t^i ~ N(u_t, sigma^2 I)``; ``U <- sum_i w_i V^i`` (Eq. 14) with the weights of Eq. 13.
+
+    Options: ``sigma``, ``lambda_`` (reward units), ``alpha`` (section 3.6: 1 drops the prior term),
+    ``window`` (control steps T, default max_tokens), ``temperature`` (0: greedy under the perturbation).
+
+    A control after the end of a response had no effect on it: such steps enter neither the inner product
+    of the prior term nor the update. At step t the weights are renormalised over the rollouts that were
+    still running; where none was, u_t stays.
+    """
+
+    name = "aisp"
+
+    def __init__(
+        self,
+        *,
+        d: int,
+        max_tokens: int,
+        seed: int,
+        prompt_index: int = 0,
+        sigma: float = math.sqrt(0.5),
+        lambda_: float = 0.3,
+        alpha: float = 0.999,
+        window: int | None = None,
+        temperature: float = 0.0,
+    ) -> None:
+        steps = max_tokens if window is None else window
+        if sigma < 0 or not math.isfinite(sigma):
+            raise InputError(f"sigma is {sigma}; it must be 0 or greater")
+        if lambda_ <= 0 or not math.isfinite(lambda_):
+            raise InputError(f"lambda is {lambda_}; it must be greater than 0")
+        if not 0.0 <= alpha <= 1.0:
+            raise InputError(f"alpha is {alpha}; it must be in [0, 1]")
+        if steps < 1:
+            raise InputError(f"the control window is {steps} steps; it must be at least 1")
+        self._sigma, self._lambda, self._alpha = sigma, lambda_, alpha
+        self._seed, self._prompt_index = seed, prompt_index
+        self._sampling = Sampling(temperature)
+        self._u: FloatArray = np.zeros((steps, d), np.float32)
+        self._v: FloatArray | None = None
+        self._iteration = 0
+
+    @property
+    def mean(self) -> FloatArray:
+        """U [T, d], a copy."""
+        return self._u.copy()
+
+    def ask(self, n: int) -> Controls:
+        self._iteration += 1
+        seeds = RowSeeds(self._seed, self._prompt_index, self._iteration)
+        v = np.empty((n, *self._u.shape), np.float32)
+        for row in range(n):
+            seeds.generator(row, "noise").standard_normal(dtype=np.float32, out=v[row])
+        v *= np.float32(self._sigma)
+        v += self._u
+        self._v = v
+        return Controls(n=n, vectors=v, sampling=self._sampling)
+
+    def tell(self, rollouts: Rollouts, rewards: npt.NDArray[np.float64]) -> ControllerInfo:
+        if self._v is None:
+            raise InputError("tell() was called before ask()")
+        v, self._v = self._v, None
+        steps = len(self._u)
+        used = np.array([min(len(tokens), steps) for tokens in rollouts.tokens])
+        running = np.arange(steps) < used[:, None]  # [n, T]
+        prior = None
+        if self._alpha < 1.0 and self._sigma > 0.0:
+            inner = np.einsum("td,ntd->nt", self._u, v, dtype=np.float64, optimize=False)
+            prior = (1.0 - self._alpha) / self._sigma**2 * (inner * running).sum(axis=1)
+        weights = importance_weights(rewards, self._lambda, prior=prior)
+        by_step = weights[:, None] * running  # [n, T]
+        total = by_step.sum(axis=0)
+        learnt = np.flatnonzero(total > 0)
+        if len(learnt):
+            share = by_step[:, learnt] / total[learnt]
+            self._u = self._u.copy()
+            self._u[learnt] = np.einsum("nt,ntd->td", share, v[:, learnt], dtype=np.float64)
+        return ControllerInfo(
+            ess=effective_sample_size(weights),
+            control_norm=float(np.linalg.norm(self._u.astype(np.float64))),
+            lambda_=self._lambda,
+        )

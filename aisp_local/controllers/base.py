@@ -1,0 +1,24 @@
+"""The seam between a search and its algorithm: ask for controls, tell their rewards."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from aisp_local.types import ControllerInfo, Controls, Rollouts
+
+
+class Controller(Protocol):
+    """Proposes controls and learns from rewards. It never calls an engine or a reward."""
+
+    @property
+    def name(self) -> str:
+        """The method's id."""
+
+    def ask(self, n: int) -> Controls:
+        """Controls for the n rollouts of the next iteration (the last one may be smaller)."""
+
+    def tell(self, rollouts: Rollouts, rewards: npt.NDArray[np.float64]) -> ControllerInfo:
+        """Learn from the rollouts of the last ``ask`` and their rewards [n]; not finite: no weight."""

@@ -1,0 +1,62 @@
+"""Importance weights of adaptive importance sampling (arXiv 2510.26219, Eq. 13), in pure numpy."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+
+
+def importance_weights(
+    rewards: Array, lambda_: float, *, prior: Array | None = None
+) -> Array:
+    """Normalised weights [n]: ``w_i ~ exp(r_i / lambda - prior_i)`` (Eq. 13), by log-sum-exp.
+
+    ``prior`` [n] is ``(1 - alpha) / sigma^2 * sum_t <u_t, v_t^i>`` (section 3.6), None for zero. Rewards
+    that are not finite get weight 0; if none is finite all weights are 0. ``lambda_`` is positive.
+    """
+    finite = np.isfinite(rewards)
+    weights = np.zeros(len(rewards))
+    if not finite.any():
+        return weights
+    r = rewards[finite]
+    # The maximum first: (r - max) / lambda cannot overflow upwards whatever lambda is.
+    log_w = (r - r.max()) / lambda_
+    if prior is not None:
+        log_w = log_w - prior[finite]
+    w = np.exp(log_w - log_w.max())
+    weights[finite] = w / w.sum()
+    return weights
+
+
+def effective_sample_size(weights: Array) -> float:
+    """``1 / sum w_i^2`` of normalised weights: from 1 (one rollout decides) to n; 0 without weights."""
+    total = float(np.square(weights).sum())
+    return 1.0 / total if total > 0 else 0.0
+
+
+def lambda_for_ess(rewards: Array, target: float, *, floor: float = 0.02) -> float | None:
+    """The lambda whose plain softmax weights have an effective sample size of ``target``.
+
+    None when finite rewards do not differ: there is nothing to learn. ``floor`` is in standard deviations
+    of the rewards: ties among the best, or a tiny n, would otherwise drive lambda to 0. Bisection in log
+    lambda: the effective sample size grows with lambda.
+    """
+    r = rewards[np.isfinite(rewards)]
+    if len(r) < 2:
+        return None
+    spread = float(r.std())
+    if spread <= 1e-9 * max(1.0, float(np.abs(r).max())):
+        return None
+    target = min(max(target, 1.0), float(len(r)))
+    low, high = np.log(floor * spread), np.log(1e6 * spread)
+    if effective_sample_size(importance_weights(r, float(np.exp(low)))) >= target:
+        return float(np.exp(low))
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        if effective_sample_size(importance_weights(r, float(np.exp(middle)))) < target:
+            low = middle
+        else:
+            high = middle
+    return float(np.exp(high))

@@ -1,0 +1,33 @@
+"""Where the models that come with aisp-local lie: inside the installed package, or in a checkout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from aisp_local.errors import InputError
+
+MODEL = "models/storyteller/storyteller.gguf"
+REWARD = "reward_models/story-reward"
+
+_PACKAGE = Path(__file__).resolve().parent
+_ROOTS = (_PACKAGE / "shipped", _PACKAGE.parent)
+
+
+def _find(relative: str) -> Path:
+    for root in _ROOTS:
+        if (root / relative).exists():
+            return root / relative
+    raise InputError(
+        f"the shipped {relative} is not part of this installation; "
+        "install aisp-local from a complete checkout, or give your own with -m and -r"
+    )
+
+
+def model() -> Path:
+    """The shipped language model (GGUF)."""
+    return _find(MODEL)
+
+
+def reward() -> Path:
+    """The shipped reward model (folder with reward.json)."""
+    return _find(REWARD)

@@ -1,0 +1,215 @@
+"""The values that cross the seams, frozen.
+
+Symbols: ``n`` rollouts of an iteration, ``T`` control steps (or generated tokens), ``d`` width of the
+pre-logits, ``V`` size of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+
+from aisp_local.errors import InputError
+
+FloatArray = npt.NDArray[np.float32]
+
+
+class Message(TypedDict):
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+Prompt = str | Sequence[Message]
+"""Plain text, which the model continues, or messages, which pass through its chat template."""
+
+FinishReason = Literal["stop", "length", "interrupted"]
+"""``stop``: end-of-generation token or stop string; ``length``: token limit; ``interrupted``: cut short."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a rollout picks its tokens from the (perturbed) logits.
+
+    ``temperature == 0`` is greedy decoding. Otherwise the candidates are cut in llama.cpp's order (top-k,
+    top-p, min-p, each of them on the untempered law) and the rest is sampled at ``temperature``.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (0.0 <= self.temperature < float("inf")):
+            raise InputError(f"temperature is {self.temperature}; it must be 0 (greedy) or greater")
+        if self.top_k < 0:
+            raise InputError(f"top_k is {self.top_k}; it must be 0 (all tokens) or greater")
+        if not (0.0 < self.top_p <= 1.0):
+            raise InputError(f"top_p is {self.top_p}; it must be in (0, 1]")
+        if not (0.0 <= self.min_p < 1.0):
+            raise InputError(f"min_p is {self.min_p}; it must be in [0, 1)")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+GREEDY = Sampling()
+
+
+@dataclass(frozen=True)
+class Controls:
+    """What n rollouts are decoded under: ``v[i, t]`` is added to the pre-logits of rollout i at step t.
+
+    ``vectors`` is None (the base model), ``[n, T, d]`` (after step T the base model again) or, with
+    ``held``, ``[n, 1, d]``: one vector for all steps.
+    """
+
+    n: int
+    vectors: FloatArray | None = None
+    held: bool = False
+    sampling: Sampling = GREEDY
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise InputError(f"{self.n} rollouts were asked for; at least 1 is needed")
+        v = self.vectors
+        if v is not None and (v.ndim != 3 or v.shape[0] != self.n or v.shape[1] < 1):
+            raise InputError(f"control vectors have the shape {v.shape}; expected ({self.n}, T, d)")
+        if v is not None and self.held and v.shape[1] != 1:
+            raise InputError(f"a held control is one vector a rollout, not {v.shape[1]}")
+        if v is not None and not np.isfinite(v).all():
+            raise InputError("control vectors hold values that are not finite")
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """n responses to one prompt. Lists are in the order of the controls' rows.
+
+    ``base_logprobs[i]`` has the shape ``[len(tokens[i])]``: log-probability (nats) of each token under the
+    base model at temperature 1, without truncation; None when it was not asked for, as is ``kl``:
+    sum over the tokens of KL(law sampled from || base law at the same temperature and truncation) in nats,
+    for greedy decoding under control KL(softmax(W(z + v)) || softmax(W z)).
+    ``prelogits[i]`` has the shape ``[len(tokens[i]), d]`` (before the control); None when not asked for.
+    """
+
+    tokens: Sequence[npt.NDArray[np.int32]]  # n arrays, with the end-of-generation token where it was drawn
+    texts: Sequence[str]  # without it
+    finish_reasons: Sequence[FinishReason]
+    decode_seconds: float
+    n_tokens: int  # decoded in all
+    base_logprobs: Sequence[FloatArray] | None = None
+    kl: FloatArray | None = None  # [n]
+    prelogits: Sequence[FloatArray] | None = None
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A scored response. ``iteration`` and ``row`` count from 1; ``kl`` is in nats, None if not computed."""
+
+    text: str
+    reward: float
+    iteration: int
+    row: int = 1
+    n_tokens: int = 0
+    finish_reason: FinishReason = "stop"
+    kl: float | None = None
+    logprob: float | None = None  # sum of base_logprobs, None if not computed
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The unaligned greedy answer. It is not counted in the budget."""
+
+    text: str
+    reward: float
+
+
+@dataclass(frozen=True)
+class IterationStats:
+    """What one iteration did. Rewards are over its finite rewards, ``best_so_far`` over all iterations."""
+
+    iteration: int  # counts from 1
+    n: int  # rollouts scored
+    best: float
+    mean: float
+    std: float
+    best_so_far: float
+    n_tokens: int
+    decode_seconds: float
+    reward_seconds: float
+    update_seconds: float
+    ess: float | None = None  # effective sample size of the weights, 1 to n
+    control_norm: float | None = None  # |U|_2 after the update
+    lambda_: float | None = None
+    kl: float | None = None  # mean over the rollouts, nats
+    n_nonfinite: int = 0
+
+
+@dataclass(frozen=True)
+class ControllerInfo:
+    """What a controller says of its last update; a field is None where it has no meaning."""
+
+    ess: float | None = None
+    control_norm: float | None = None
+    lambda_: float | None = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A report of a running search, given to ``on_progress``: after every decode step and every iteration."""
+
+    iteration: int  # the one that runs, from 1
+    iterations: int  # planned
+    rollouts_done: int
+    budget: int
+    step: int  # decode steps of this iteration so far
+    rows_active: int
+    n_tokens: int  # decoded since the start
+    seconds: float
+    best: Candidate | None = None
+    stats: IterationStats | None = None  # of the iteration that just ended, else None
+
+
+@dataclass(frozen=True)
+class Result:
+    """An aligned answer and how it was found. ``candidates`` are all scored rollouts, best first."""
+
+    answer: str
+    reward: float
+    method: str
+    budget: int
+    seed: int
+    candidates: Sequence[Candidate]
+    iterations: Sequence[IterationStats]
+    status: str  # one of RESULT_STATUS's keys
+    seconds: float
+    n_tokens: int
+    baseline: Baseline | None = None
+    model: str = ""
+    reward_model: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def rollouts(self) -> int:
+        """Rollouts that were scored."""
+        return len(self.candidates)
+
+
+RESULT_STATUS = {
+    "complete": "The whole budget was spent.",
+    "interrupted": "Interrupted: this is the best answer that was found so far.",
+    "time-limit": "The time limit was reached: this is the best answer that was found so far.",
+    "stopped": "The controller stopped early.",
+}
+"""Every way in which a run ends, with the sentence that a person reads."""

@@ -1,0 +1,85 @@
+"""Token sequences and batches of similar length."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from training.corpus import Example, PromptMaker
+from training.tokenizer import END_OF_TEXT, TURN_END, render_prompt
+
+
+@dataclass(frozen=True)
+class Document:
+    """Tokens of one prompt and its answer; the first `prompt` of them are the prompt's."""
+
+    tokens: list[int]
+    prompt: int
+
+
+def encode(tokenizer: Tokenizer, examples: Sequence[Example], limit: int) -> list[Document]:
+    """Tokens of prompt, answer and end of turn, cut to the limit."""
+    prompts = tokenizer.encode_batch([render_prompt(example.prompt) for example in examples])
+    answers = tokenizer.encode_batch([example.answer for example in examples])
+    return [
+        Document([*prompt.ids, *answer.ids, TURN_END][:limit], len(prompt.ids))
+        for prompt, answer in zip(prompts, answers, strict=True)
+        if len(prompt.ids) < limit // 2
+    ]
+
+
+def collate(sequences: Sequence[Document]) -> tuple[Tensor, Tensor]:
+    """Inputs [batch, time] and targets [batch, time]; a target of -100 is not counted."""
+    time = max(len(sequence.tokens) for sequence in sequences) - 1
+    inputs = torch.full((len(sequences), time), END_OF_TEXT)
+    targets = torch.full((len(sequences), time), -100)
+    for row, sequence in enumerate(sequences):
+        tokens = torch.tensor(sequence.tokens)
+        inputs[row, : len(tokens) - 1] = tokens[:-1]
+        targets[row, sequence.prompt - 1 : len(tokens) - 1] = tokens[sequence.prompt :]
+    return inputs, targets
+
+
+def group(
+    sequences: list[Document], batch_tokens: int, rng: random.Random, pool: int = 24
+) -> list[list[Document]]:
+    """Shuffle, sort within pools of several batches, and cut by the number of tokens."""
+    order = rng.sample(sequences, len(sequences))
+    chunk = max(1, pool * batch_tokens // 256)
+    batches: list[list[Document]] = []
+    for start in range(0, len(order), chunk):
+        batch: list[Document] = []
+        for sequence in sorted(order[start : start + chunk], key=lambda s: len(s.tokens)):
+            if batch and (len(batch) + 1) * len(sequence.tokens) > batch_tokens:
+                batches.append(batch)
+                batch = []
+            batch.append(sequence)
+        batches.append(batch)
+    rng.shuffle(batches)
+    return batches
+
+
+def epochs(
+    stories: list[str],
+    prompts: PromptMaker,
+    tokenizer: Tokenizer,
+    *,
+    batch_tokens: int,
+    limit: int,
+    seed: int,
+    start: int = 0,
+) -> Iterator[list[Document]]:
+    """Batches without end, from batch `start` on: every epoch has new prompts and a new order."""
+    epoch, seen = 0, 0
+    while True:
+        rng = random.Random(f"{seed} {epoch}")
+        examples = [prompts.make(story, rng) for story in stories]
+        batches = group(encode(tokenizer, examples, limit), batch_tokens, rng)
+        yield from batches[max(0, start - seen) :]
+        seen += len(batches)
+        epoch += 1
