@@ -100,9 +100,7 @@ class Aligner:
             want.add("kl")
         if logprobs:
             want.add("logprobs")
-        controller = controllers.create(
-            method, d=self.engine.d, max_tokens=max_tokens, seed=seed, **options
-        )
+        controller = controllers.create(method, d=self.engine.d, max_tokens=max_tokens, seed=seed, **options)
         result = search(
             self.engine,
             controller,
@@ -121,9 +119,7 @@ class Aligner:
         )
         return replace(
             result,
-            baseline=self.baseline(prompt, max_tokens=max_tokens, stop_strings=stop_strings)
-            if baseline
-            else None,
+            baseline=self.baseline(prompt, max_tokens=max_tokens, stop_strings=stop_strings) if baseline else None,
             model=self.model_name,
             reward_model=self.reward.name,
             versions=versions(),

@@ -1,13 +1,13 @@
 """The exceptions that aisp-local raises.
 
-    AispError                     anything that goes wrong in aisp-local
-    ├── InputError                what was asked for cannot be done: the message says what, where and what to do
-    │   ├── ModelError            a model file is missing, broken or of the wrong kind
-    │   ├── RewardError           a reward folder is missing, broken or does not match its manifest
-    │   └── CapacityError         a prompt or a number of rollouts does not fit
-    ├── BindingError              the patched llama-cpp-python is missing or does not match
-    ├── DecodeError               llama.cpp failed while decoding
-    └── ScoreError                a reward failed, or gave no usable score
+AispError                     anything that goes wrong in aisp-local
+├── InputError                what was asked for cannot be done: the message says what, where and what to do
+│   ├── ModelError            a model file is missing, broken or of the wrong kind
+│   ├── RewardError           a reward folder is missing, broken or does not match its manifest
+│   └── CapacityError         a prompt or a number of rollouts does not fit
+├── BindingError              the patched llama-cpp-python is missing or does not match
+├── DecodeError               llama.cpp failed while decoding
+└── ScoreError                a reward failed, or gave no usable score
 """
 
 from __future__ import annotations

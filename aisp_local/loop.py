@@ -227,9 +227,7 @@ class _Search:
         if not self.candidates:
             raise DecodeError("the search ended without a single rollout")
         if self.best is None:
-            raise ScoreError(
-                f"the reward {self.reward.name!r} gave no finite score in {len(self.candidates)} rollouts"
-            )
+            raise ScoreError(f"the reward {self.reward.name!r} gave no finite score in {len(self.candidates)} rollouts")
         # Finite first, best first, earlier first on ties.
         ranked = sorted(
             self.candidates,

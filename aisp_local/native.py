@@ -53,18 +53,13 @@ def binding() -> ModuleType:
             try:
                 import llama_cpp
             except ImportError as error:
-                raise BindingError(
-                    f"llama-cpp-python is not installed ({error}); {INSTALL}"
-                ) from error
+                raise BindingError(f"llama-cpp-python is not installed ({error}); {INSTALL}") from error
             except Exception as error:
-                raise BindingError(
-                    f"llama-cpp-python does not load ({error}); re{INSTALL}"
-                ) from error
+                raise BindingError(f"llama-cpp-python does not load ({error}); re{INSTALL}") from error
             missing = [name for name in SYMBOLS if not hasattr(llama_cpp, name)]
             if missing:
                 raise BindingError(
-                    f"llama-cpp-python {llama_cpp.__version__} lacks the patch of aisp-local "
-                    f"({missing[0]}); {INSTALL}"
+                    f"llama-cpp-python {llama_cpp.__version__} lacks the patch of aisp-local ({missing[0]}); {INSTALL}"
                 )
             _log_callback = llama_cpp.llama_log_callback(_keep_log)
             llama_cpp.llama_log_set(_log_callback, ctypes.c_void_p(0))
@@ -135,9 +130,7 @@ class Model:
         size = 256
         while True:
             buffer = ctypes.create_string_buffer(size)
-            length = self._llama.llama_model_meta_val_str(
-                self.pointer, key.encode(), buffer, size
-            )
+            length = self._llama.llama_model_meta_val_str(self.pointer, key.encode(), buffer, size)
             if length < 0:
                 return None
             if length < size:
@@ -178,16 +171,12 @@ class Model:
     def adds_bos(self) -> bool:
         return bool(self._llama.llama_vocab_get_add_bos(self.vocab))
 
-    def tokenize(
-        self, text: str, *, add_special: bool, parse_special: bool
-    ) -> npt.NDArray[np.int32]:
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> npt.NDArray[np.int32]:
         data = text.encode("utf-8", "replace")
         size = len(data) + 16
         while True:
             tokens = (self._llama.llama_token * size)()
-            n = self._llama.llama_tokenize(
-                self.vocab, data, len(data), tokens, size, add_special, parse_special
-            )
+            n = self._llama.llama_tokenize(self.vocab, data, len(data), tokens, size, add_special, parse_special)
             if n >= 0:
                 return np.array(tokens[:n], dtype=np.int32)
             size = -n
@@ -269,9 +258,7 @@ class Context:
             embd=None,
             pos=self._pos.ctypes.data_as(ctypes.POINTER(self._llama.llama_pos)),
             n_seq_id=self._n_seq.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
-            seq_id=self._seq_pointers.ctypes.data_as(
-                ctypes.POINTER(ctypes.POINTER(self._llama.llama_seq_id))
-            ),
+            seq_id=self._seq_pointers.ctypes.data_as(ctypes.POINTER(ctypes.POINTER(self._llama.llama_seq_id))),
             logits=self._logits.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
         )
 
@@ -302,18 +289,14 @@ class Context:
         code = self._llama.llama_decode(self.pointer, self._batch)
         self._n_outputs = n if outputs and code == 0 else 0
         if code == 1:
-            raise DecodeError(
-                f"the KV cache of {self.n_ctx} tokens is full; ask for fewer rollouts or tokens"
-            )
+            raise DecodeError(f"the KV cache of {self.n_ctx} tokens is full; ask for fewer rollouts or tokens")
         if code != 0:
             raise DecodeError(f"llama.cpp failed to decode (code {code}): {last_log()}")
 
     def _rows(self, pointer: Any, width: int) -> FloatArray:
         if not pointer:
             raise DecodeError("llama.cpp returned no outputs")
-        return np.ctypeslib.as_array(
-            ctypes.cast(pointer, _FLOAT_POINTER), shape=(self._n_outputs, width)
-        )
+        return np.ctypeslib.as_array(ctypes.cast(pointer, _FLOAT_POINTER), shape=(self._n_outputs, width))
 
     def logits(self) -> FloatArray:
         """View [rows, V] of the last batch's logits; the next decode overwrites it."""
@@ -331,9 +314,7 @@ class Context:
             self._llama.llama_clear_control(self.pointer)
             self._control_set = False
 
-    def set_controls(
-        self, vectors: FloatArray, sequences: Sequence[int], position: int, *, held: bool
-    ) -> None:
+    def set_controls(self, vectors: FloatArray, sequences: Sequence[int], position: int, *, held: bool) -> None:
         """Set ``vectors[i]`` [T, d] for sequence ``sequences[i]`` from ``position`` on; clear the rest."""
         n, steps, d = vectors.shape
         if d != self.model.d:
@@ -345,8 +326,7 @@ class Context:
             if code == -2:
                 architecture = self.model.meta("general.architecture")
                 raise ModelError(
-                    f"control is not supported for the architecture {architecture!r}; "
-                    "use best-of-n with this model"
+                    f"control is not supported for the architecture {architecture!r}; use best-of-n with this model"
                 )
             if code != 0:
                 raise DecodeError(
@@ -359,9 +339,7 @@ class Context:
         self._control_set = True
         for vector, sequence in zip(vectors, sequences, strict=True):
             data = vector.ctypes.data_as(_FLOAT_POINTER)
-            if self._llama.llama_set_control(
-                self.pointer, sequence, data, steps, d, position, held
-            ):
+            if self._llama.llama_set_control(self.pointer, sequence, data, steps, d, position, held):
                 raise DecodeError(f"llama.cpp refused the control of sequence {sequence}: {last_log()}")
 
     def remove(self, sequence: int, start: int = -1) -> bool:

@@ -10,7 +10,7 @@ MODEL = "models/storyteller/storyteller.gguf"
 REWARD = "reward_models/story-reward"
 
 _PACKAGE = Path(__file__).resolve().parent
-_ROOTS = (_PACKAGE / "shipped", _PACKAGE.parent)
+_ROOTS = (_PACKAGE / "_data", _PACKAGE.parent)
 
 
 def _find(relative: str) -> Path:

@@ -140,9 +140,7 @@ class Session:
             ess = "    -" if s.ess is None else f"{s.ess:5.1f}"
             norm = "   -" if s.control_norm is None else f"{s.control_norm:4.1f}"
             seconds = s.decode_seconds + s.reward_seconds + s.update_seconds
-            click.echo(
-                f"{s.iteration:9d}  {s.n:8d}  {s.best:5.2f}  {s.mean:5.2f}  {ess}  {norm}  {seconds:7.2f}"
-            )
+            click.echo(f"{s.iteration:9d}  {s.n:8d}  {s.best:5.2f}  {s.mean:5.2f}  {ess}  {norm}  {seconds:7.2f}")
         click.echo("best candidates:")
         for candidate in self.last.candidates[:5]:
             text = " ".join(candidate.text.split())
@@ -153,9 +151,7 @@ class Session:
         if self.last is None:
             click.echo("nothing to compare yet: ask something first")
             return
-        baseline = self.aligner.baseline(
-            self.messages[:-1], max_tokens=self.settings.max_tokens
-        )
+        baseline = self.aligner.baseline(self.messages[:-1], max_tokens=self.settings.max_tokens)
         click.echo(baseline.text.strip())
         click.echo(
             click.style(

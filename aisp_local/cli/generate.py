@@ -24,9 +24,7 @@ def read_prompt(prompt: str) -> str:
         try:
             prompt = sys.stdin.buffer.read().decode("utf-8")
         except UnicodeDecodeError as error:
-            raise InputError(
-                f"standard input is not valid UTF-8 (byte {error.start}); convert it to UTF-8"
-            ) from error
+            raise InputError(f"standard input is not valid UTF-8 (byte {error.start}); convert it to UTF-8") from error
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -112,9 +110,7 @@ def check_output(path: Path) -> None:
 
 @click.command()
 @click.argument("prompt")
-@click.option(
-    "--budget", type=int, default=32, show_default=True, help="Rollouts in all."
-)
+@click.option("--budget", type=int, default=32, show_default=True, help="Rollouts in all.")
 @click.option("--json", "json_", is_flag=True, help="Print a JSON object with every candidate.")
 @click.option("--kl", is_flag=True, help="Compute the sequence KL (a second output product a step).")
 @click.option("--raw", is_flag=True, help="Continue PROMPT as plain text, without the chat template.")

@@ -40,9 +40,7 @@ class ProgressLine:
         if progress.seconds > 0:
             line += f"  {progress.n_tokens / progress.seconds:.0f} tokens/s"
         if progress.rollouts_done:
-            left = (progress.budget - progress.rollouts_done) * (
-                progress.seconds / progress.rollouts_done
-            )
+            left = (progress.budget - progress.rollouts_done) * (progress.seconds / progress.rollouts_done)
             line += f"  {left:.0f} s left"
         line += "  (Ctrl-C: best so far)"
         width = shutil.get_terminal_size().columns - 1

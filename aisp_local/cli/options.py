@@ -61,9 +61,7 @@ def search_options(command: F) -> F:
     return command
 
 
-def load(
-    model: Path | None, reward: Path | None, n_gpu_layers: int | None, threads: int | None
-) -> Aligner:
+def load(model: Path | None, reward: Path | None, n_gpu_layers: int | None, threads: int | None) -> Aligner:
     from aisp_local.api import Aligner
 
     return Aligner.load(model, reward, n_gpu_layers=n_gpu_layers, threads=threads)

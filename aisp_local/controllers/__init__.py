@@ -12,16 +12,12 @@ from aisp_local.controllers.base import Controller
 from aisp_local.controllers.best_of_n import BestOfN
 from aisp_local.errors import InputError
 
-METHODS: dict[str, Callable[..., Controller]] = {
-    method.name: method for method in (Aisp, AispHeld, BestOfN)
-}
+METHODS: dict[str, Callable[..., Controller]] = {method.name: method for method in (Aisp, AispHeld, BestOfN)}
 
 __all__ = ["METHODS", "Aisp", "AispHeld", "BestOfN", "Controller", "create"]
 
 
-def create(
-    method: str, *, d: int, max_tokens: int, seed: int, prompt_index: int = 0, **options: Any
-) -> Controller:
+def create(method: str, *, d: int, max_tokens: int, seed: int, prompt_index: int = 0, **options: Any) -> Controller:
     """The controller of a method id. Raises InputError for an unknown method or option."""
     builder = METHODS.get(method)
     if builder is None:
@@ -30,7 +26,5 @@ def create(
     known = set(inspect.signature(builder).parameters) - set(common)
     unknown = sorted(set(options) - known)
     if unknown:
-        raise InputError(
-            f"method {method!r} has no option {unknown[0]!r}; its options are {', '.join(sorted(known))}"
-        )
+        raise InputError(f"method {method!r} has no option {unknown[0]!r}; its options are {', '.join(sorted(known))}")
     return builder(**common, **options)

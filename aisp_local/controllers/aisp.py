@@ -7,7 +7,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from aisp_local.controllers.weights import effective_sample_size, importance_weights
+from aisp_local.controllers.weights import effective_sample_size, log_weights, normalise
 from aisp_local.errors import InputError
 from aisp_local.seeds import RowSeeds
 from aisp_local.types import ControllerInfo, Controls, FloatArray, Rollouts, Sampling
@@ -82,16 +82,14 @@ class Aisp:
         if self._alpha < 1.0 and self._sigma > 0.0:
             inner = np.einsum("td,ntd->nt", self._u, v, dtype=np.float64, optimize=False)
             prior = (1.0 - self._alpha) / self._sigma**2 * (inner * running).sum(axis=1)
-        weights = importance_weights(rewards, self._lambda, prior=prior)
-        by_step = weights[:, None] * running  # [n, T]
-        total = by_step.sum(axis=0)
-        learnt = np.flatnonzero(total > 0)
+        log_w = log_weights(rewards, self._lambda, prior=prior)
+        by_step = normalise(np.where(running, log_w[:, None], -np.inf))  # [n, T]
+        learnt = np.flatnonzero(by_step.any(axis=0))
         if len(learnt):
-            share = by_step[:, learnt] / total[learnt]
             self._u = self._u.copy()
-            self._u[learnt] = np.einsum("nt,ntd->td", share, v[:, learnt], dtype=np.float64)
+            self._u[learnt] = np.einsum("nt,ntd->td", by_step[:, learnt], v[:, learnt], dtype=np.float64)
         return ControllerInfo(
-            ess=effective_sample_size(weights),
+            ess=effective_sample_size(normalise(log_w)),
             control_norm=float(np.linalg.norm(self._u.astype(np.float64))),
             lambda_=self._lambda,
         )

@@ -60,9 +60,7 @@ class AispHeld:
         seeds = RowSeeds(self._seed, self._prompt_index, self._iteration)
         v = np.empty((n, 1, len(self._u)), np.float32)
         for row in range(0, n, 2):
-            noise = seeds.generator(row, "noise").standard_normal(
-                (1, len(self._u)), dtype=np.float32
-            )
+            noise = seeds.generator(row, "noise").standard_normal((1, len(self._u)), dtype=np.float32)
             noise *= np.float32(self._sigma)
             v[row] = self._u + noise
             if row + 1 < n:

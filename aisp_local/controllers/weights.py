@@ -8,26 +8,33 @@ import numpy.typing as npt
 Array = npt.NDArray[np.float64]
 
 
-def importance_weights(
-    rewards: Array, lambda_: float, *, prior: Array | None = None
-) -> Array:
-    """Normalised weights [n]: ``w_i ~ exp(r_i / lambda - prior_i)`` (Eq. 13), by log-sum-exp.
+def log_weights(rewards: Array, lambda_: float, *, prior: Array | None = None) -> Array:
+    """``r_i / lambda - prior_i`` (Eq. 13) up to a constant, [n]; -inf where the reward is not finite.
 
-    ``prior`` [n] is ``(1 - alpha) / sigma^2 * sum_t <u_t, v_t^i>`` (section 3.6), None for zero. Rewards
-    that are not finite get weight 0; if none is finite all weights are 0. ``lambda_`` is positive.
+    ``prior`` [n] is ``(1 - alpha) / sigma^2 * sum_t <u_t, v_t^i>`` (section 3.6), None for zero.
+    ``lambda_`` is positive.
     """
     finite = np.isfinite(rewards)
-    weights = np.zeros(len(rewards))
-    if not finite.any():
-        return weights
-    r = rewards[finite]
-    # The maximum first: (r - max) / lambda cannot overflow upwards whatever lambda is.
-    log_w = (r - r.max()) / lambda_
-    if prior is not None:
-        log_w = log_w - prior[finite]
-    w = np.exp(log_w - log_w.max())
-    weights[finite] = w / w.sum()
-    return weights
+    result = np.full(len(rewards), -np.inf)
+    if finite.any():
+        # The maximum first: (r - max) / lambda cannot overflow upwards whatever lambda is.
+        result[finite] = (rewards[finite] - rewards[finite].max()) / lambda_
+        if prior is not None:
+            result[finite] -= prior[finite]
+    return result
+
+
+def normalise(log_w: Array) -> Array:
+    """Weights that sum to 1 over the first axis, by log-sum-exp; all 0 where every log-weight is -inf."""
+    top = log_w.max(axis=0)
+    w = np.exp(log_w - np.where(np.isneginf(top), 0.0, top))
+    total = w.sum(axis=0)
+    return np.asarray(w / np.where(total > 0, total, 1.0))
+
+
+def importance_weights(rewards: Array, lambda_: float, *, prior: Array | None = None) -> Array:
+    """Normalised weights [n] ``w_i ~ exp(r_i / lambda - prior_i)`` (Eq. 13); see ``log_weights``."""
+    return normalise(log_weights(rewards, lambda_, prior=prior))
 
 
 def effective_sample_size(weights: Array) -> float:

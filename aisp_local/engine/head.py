@@ -21,9 +21,7 @@ class OutputHead:
         matrix = tensors.get("output.weight", tensors.get("token_embd.weight"))
         if matrix is None:
             raise ModelError(f"{path} has no output matrix in this file; KL cannot be computed")
-        self.weight: FloatArray = dequantize(matrix.data, matrix.tensor_type).astype(
-            np.float32, copy=False
-        )
+        self.weight: FloatArray = dequantize(matrix.data, matrix.tensor_type).astype(np.float32, copy=False)
         bias = tensors.get("output.bias")
         self.bias = None if bias is None else dequantize(bias.data, bias.tensor_type)
         architecture = str(reader.fields["general.architecture"].contents())

@@ -267,32 +267,27 @@ class _Run:
             if self.stops:
                 ended |= self._stopped(active, current)
             if ended.any():
-                for row in active[ended]:
-                    self.reasons[row] = "stop"
-                    context.remove(int(row) + 1)
+                for done in active[ended]:
+                    self.reasons[int(done)] = "stop"
+                    context.remove(int(done) + 1)
                 active, current = active[~ended], current[~ended]
             if on_step is not None:
                 on_step(step + 1, len(active), total)
             if len(active) == 0:
                 break
         else:
-            for row in active:
-                self.reasons[row] = "length"
+            for left in active:
+                self.reasons[int(left)] = "length"
         return self._rollouts(time.perf_counter() - start, total)
 
-    def _stopped(
-        self, active: npt.NDArray[np.intp], current: npt.NDArray[np.int32]
-    ) -> npt.NDArray[np.bool_]:
+    def _stopped(self, active: npt.NDArray[np.intp], current: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
         """Which rows hold a stop string after their new token."""
         found = np.zeros(len(active), np.bool_)
         for i, (row, token) in enumerate(zip(active, current, strict=True)):
             piece = self.engine.model.piece(int(token))
             text = self.bytes[row]
             text += piece
-            found[i] = any(
-                text.find(stop, max(0, len(text) - len(piece) - len(stop))) >= 0
-                for stop in self.stops
-            )
+            found[i] = any(text.find(stop, max(0, len(text) - len(piece) - len(stop))) >= 0 for stop in self.stops)
         return found
 
     def _record(
@@ -333,9 +328,7 @@ class _Run:
             finish_reasons=self.reasons,
             decode_seconds=seconds,
             n_tokens=total,
-            base_logprobs=None
-            if self.logprobs is None
-            else [self.logprobs[i, : lengths[i]].copy() for i in rows],
+            base_logprobs=None if self.logprobs is None else [self.logprobs[i, : lengths[i]].copy() for i in rows],
             kl=None if self.kl is None else self.kl.astype(np.float32),
             prelogits=None if self.z is None else [self.z[i, : lengths[i]].copy() for i in rows],
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +23,7 @@ def check_messages(messages: Sequence[Message]) -> None:
             and isinstance(message.get("role"), str)
             and isinstance(message.get("content"), str)
         ):
-            raise InputError(
-                f"message {number} is not of the form {{'role': ..., 'content': ...}} with text in both"
-            )
+            raise InputError(f"message {number} is not of the form {{'role': ..., 'content': ...}} with text in both")
 
 
 def render(model: Model, messages: Sequence[Message]) -> str:
@@ -43,7 +42,7 @@ def render(model: Model, messages: Sequence[Message]) -> str:
             bos_token=model.token_text(model.bos),
             eos_token=model.token_text(model.eos),
         )
-        return str(formatter(messages=list(messages)).prompt)
+        return str(formatter(messages=cast(Any, list(messages))).prompt)
     except Exception as error:
         raise InputError(f"the model's chat template refused the conversation: {error}") from error
 

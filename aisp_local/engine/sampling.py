@@ -14,12 +14,10 @@ from aisp_local.types import FloatArray, Sampling
 _FIRST_CANDIDATES = 256
 
 
-def pick(
-    logits: FloatArray, sampling: Sampling, uniforms: npt.NDArray[np.float64]
-) -> npt.NDArray[np.int32]:
+def pick(logits: FloatArray, sampling: Sampling, uniforms: npt.NDArray[np.float64]) -> npt.NDArray[np.int32]:
     """Tokens [k] from logits [k, V] and uniforms [k] in [0, 1)."""
     if sampling.greedy:
-        return logits.argmax(axis=1).astype(np.int32)
+        return np.asarray(logits.argmax(axis=1), np.int32)
     if sampling.top_k == 0 and sampling.top_p == 1.0 and sampling.min_p == 0.0:
         return _invert(_tempered(logits, sampling.temperature), uniforms).astype(np.int32)
     order, keep = _candidates(logits, sampling)
@@ -56,17 +54,13 @@ def _tempered(logits: FloatArray, temperature: float) -> npt.NDArray[np.float64]
     return np.asarray(np.exp((x - x.max(axis=1, keepdims=True)) / temperature))
 
 
-def _invert(
-    weights: npt.NDArray[np.float64], uniforms: npt.NDArray[np.float64]
-) -> npt.NDArray[np.intp]:
+def _invert(weights: npt.NDArray[np.float64], uniforms: npt.NDArray[np.float64]) -> npt.NDArray[np.intp]:
     cumulative = weights.cumsum(axis=1)
     # Strictly greater: a token of weight zero is never drawn.
     return np.asarray((cumulative > (uniforms * cumulative[:, -1])[:, None]).argmax(axis=1))
 
 
-def _candidates(
-    logits: FloatArray, sampling: Sampling
-) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.bool_]]:
+def _candidates(logits: FloatArray, sampling: Sampling) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.bool_]]:
     """Likeliest tokens in falling order [k, m] and which of them stay, after top-k, top-p and min-p."""
     size = logits.shape[1]
     m = min(size, sampling.top_k or _FIRST_CANDIDATES)

@@ -1,0 +1,172 @@
+"""reward.json: what a reward folder holds and how its model is fed. Format 1, see docs/rewards.md."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, cast
+
+from aisp_local.errors import RewardError
+from aisp_local.types import Prompt
+
+MANIFEST = "reward.json"
+_MAX_BYTES = 1 << 20
+
+Kind = Literal["pair", "text", "chat"]
+Truncation = Literal["prompt-left", "left", "right"]
+
+
+@dataclass(frozen=True)
+class Golden:
+    """A response with the score that the model must give it."""
+
+    prompt: Prompt
+    response: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The parsed reward.json. ``score = sign * scale * output[:, index]``."""
+
+    name: str
+    description: str
+    model: str
+    tokenizer: str
+    kind: Kind
+    template: str | None
+    max_length: int  # tokens, special ones included
+    truncation: Truncation
+    adds_special: bool  # the tokenizer's special tokens; off when a chat template holds them
+    inputs: Mapping[str, str]  # role -> input name in the ONNX file
+    output: str
+    index: int
+    sign: int
+    scale: float
+    licence: str
+    files: Mapping[str, str]  # name -> sha256
+    golden: tuple[Golden, ...]
+    tolerance: float
+
+
+class _Section:
+    """Typed access to one object of the JSON, with errors that name the key."""
+
+    def __init__(self, data: object, where: str) -> None:
+        if not isinstance(data, dict):
+            raise RewardError(f"{where} must be an object")
+        self.data, self.where = data, where
+
+    def get(self, key: str, kind: type | tuple[type, ...], default: object = None) -> Any:
+        value = self.data.get(key, default)
+        if value is None:
+            raise RewardError(f"{self.where} lacks {key!r}; add it (see docs/rewards.md)")
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise RewardError(f"{self.where}: {key!r} has the wrong type: {value!r}")
+        return value
+
+    def choice(self, key: str, choices: tuple[str, ...], default: str | None = None) -> str:
+        value = self.get(key, str, default)
+        if value not in choices:
+            raise RewardError(f"{self.where}: {key!r} is {value!r}; use one of {', '.join(choices)}")
+        return cast(str, value)
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of a file of the folder. Raises RewardError if the name leads out of it."""
+    pure = PurePosixPath(name)
+    path = folder / name
+    if pure.is_absolute() or Path(name).is_absolute() or ".." in pure.parts or "\\" in name:
+        raise RewardError(f"{folder}: the path {name!r} leaves the reward folder; put the file inside it")
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise RewardError(f"{folder}: {name!r} links out of the reward folder; put the file inside it")
+    return path
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Parse and check reward.json. Raises RewardError."""
+    if not folder.exists():
+        raise RewardError(f"reward folder {folder} does not exist; check the path given with -r")
+    if not folder.is_dir():
+        raise RewardError(f"{folder} is a file; give the folder that holds {MANIFEST}")
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise RewardError(f"{folder} holds no {MANIFEST}; it is not a reward folder")
+    if path.stat().st_size > _MAX_BYTES:
+        raise RewardError(f"{path} is larger than 1 MiB; it is not a manifest")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise RewardError(f"{path} is not valid JSON ({error}); repair it") from error
+    top = _Section(data, str(path))
+    if top.get("format", int) != 1:
+        raise RewardError(f"{path}: format {data['format']!r} is not known; this version reads format 1")
+    feed = _Section(top.get("input", dict), f"{path}: input")
+    graph = _Section(top.get("graph", dict), f"{path}: graph")
+    kind = cast(Kind, feed.choice("kind", ("pair", "text", "chat")))
+    template = feed.data.get("template")
+    if kind == "chat" and not isinstance(template, str):
+        raise RewardError(f"{path}: input of kind 'chat' needs a 'template'")
+    max_length = feed.get("max_length", int)
+    if not 8 <= max_length <= 1 << 17:
+        raise RewardError(f"{path}: max_length {max_length} is not between 8 and 131072")
+    inputs = graph.get("inputs", dict)
+    for role in ("input_ids", "attention_mask"):
+        if not isinstance(inputs.get(role), str):
+            raise RewardError(f"{path}: graph: 'inputs' lacks {role!r}")
+    sign = graph.get("sign", int, 1)
+    if sign not in (-1, 1):
+        raise RewardError(f"{path}: graph: 'sign' is {sign}; use 1 or -1")
+    files = top.get("files", dict)
+    model, tokenizer = top.get("model", str), top.get("tokenizer", str)
+    for name in (model, tokenizer):
+        if name not in files:
+            raise RewardError(f"{path}: 'files' has no sha256 of {name!r}; add it")
+    golden = []
+    for entry in top.get("golden", list, []):
+        row = _Section(entry, f"{path}: golden")
+        golden.append(
+            Golden(
+                row.get("prompt", (str, list)),
+                row.get("response", str),
+                float(row.get("score", (int, float))),
+            )
+        )
+    return Manifest(
+        name=top.get("name", str),
+        description=top.get("description", str, ""),
+        model=model,
+        tokenizer=tokenizer,
+        kind=kind,
+        template=template,
+        max_length=max_length,
+        truncation=cast(Truncation, feed.choice("truncation", ("prompt-left", "left", "right"), "prompt-left")),
+        adds_special=feed.choice("bos", ("tokenizer", "none"), "tokenizer") == "tokenizer",
+        inputs=inputs,
+        output=graph.get("output", str),
+        index=graph.get("index", int, 0),
+        sign=sign,
+        scale=float(graph.get("scale", (int, float), 1.0)),
+        licence=top.get("licence", str, "unknown"),
+        files=files,
+        golden=tuple(golden),
+        tolerance=float(top.get("tolerance", (int, float), 0.01)),
+    )
+
+
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """Every listed file is there, inside the folder, with its sha256. Raises RewardError."""
+    for name, expected in manifest.files.items():
+        path = inside(folder, name)
+        if not path.is_file():
+            raise RewardError(f"{folder} lacks {name}, which its manifest lists; restore the folder")
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != expected:
+            raise RewardError(
+                f"{path} does not match its sha256 in {MANIFEST} (found {found[:12]}..., "
+                f"expected {str(expected)[:12]}...); restore the file"
+            )

@@ -1,0 +1,248 @@
+"""A reward model in a folder: ONNX Runtime, the tokenizer and reward.json."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from aisp_local.errors import AispError, RewardError, ScoreError
+from aisp_local.rewards.external_data import external_locations
+from aisp_local.rewards.manifest import Manifest, check_files, inside, read_manifest
+from aisp_local.rewards.text import clean, prompt_text
+from aisp_local.types import Message, Prompt
+
+_BATCH_TOKENS = 4096
+_BATCH_ROWS = 64
+# No tokenizer in use writes more characters into one token: longer texts are cut before tokenising.
+_CHARACTERS_PER_TOKEN = 64
+
+
+class OnnxReward:
+    """Scores with the ONNX model of a reward folder. One session, safe to share between threads."""
+
+    def __init__(self, manifest: Manifest, session: Any, tokenizer: Any) -> None:
+        self.manifest = manifest
+        self._session = session
+        self._tokenizer = tokenizer
+        self._special = tokenizer.num_special_tokens_to_add(manifest.kind == "pair")
+
+    @property
+    def name(self) -> str:
+        return self.manifest.name
+
+    @property
+    def provider(self) -> str:
+        """The execution provider that runs the model."""
+        return str(self._session.get_providers()[0])
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        providers: Sequence[str] | None = None,
+        threads: int | None = None,
+    ) -> OnnxReward:
+        """Load and verify a reward folder: manifest, hashes, paths, input names, golden scores.
+
+        CUDA is used when ONNX Runtime offers it, else the CPU. Raises RewardError.
+        """
+        path = Path(folder)
+        manifest = read_manifest(path)
+        model = inside(path, manifest.model)
+        tokenizer_path = inside(path, manifest.tokenizer)
+        check_files(path, manifest)
+        for location in external_locations(model):
+            inside(path, location)
+            if location not in manifest.files:
+                raise RewardError(f"{path}: {manifest.model} uses {location!r}, which has no sha256 in 'files'")
+        session = _session(model, providers, threads)
+        _check_graph(path, manifest, session)
+        reward = cls(manifest, session, _tokenizer(tokenizer_path))
+        reward._check_golden(path)
+        return reward
+
+    def score(self, prompt: Prompt, responses: Sequence[str]) -> npt.NDArray[np.float32]:
+        """Scores [n]; they do not depend on the other responses beyond float rounding."""
+        rows = self._encode(prompt, responses)
+        scores = np.zeros(len(rows), np.float32)
+        for batch in _batches([len(ids) for ids, _ in rows]):
+            scores[batch] = self._run([rows[i] for i in batch])
+        return scores
+
+    def _encode(self, prompt: Prompt, responses: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+        """Token ids and type ids of each input, cut to max_length."""
+        kind, limit = self.manifest.kind, self.manifest.max_length
+        if kind == "chat":
+            return [(ids := self._cut(self._chat_ids(prompt, r)), [0] * len(ids)) for r in responses]
+        texts = [self._ids(self._shorten(clean(response), left=False)) for response in responses]
+        room = limit - self._special
+        if kind == "text":
+            cut = [ids[-room:] if self.manifest.truncation == "left" else ids[:room] for ids in texts]
+            return [self._join(ids, None) for ids in cut]
+        head = self._ids(self._shorten(clean(prompt_text(prompt)), left=True))
+        pairs = []
+        for ids in texts:
+            if self.manifest.truncation == "right":
+                left = head[:room]
+                right = ids[: room - len(left)]
+            else:
+                right = ids[:room]
+                left = head[max(0, len(head) - (room - len(right))) :]
+            pairs.append(self._join(left, right))
+        return pairs
+
+    def _shorten(self, text: str, *, left: bool) -> str:
+        bound = self.manifest.max_length * _CHARACTERS_PER_TOKEN
+        if left or self.manifest.truncation == "left":
+            return text[-bound:]
+        return text[:bound]
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def _join(self, first: list[int], second: list[int] | None) -> tuple[list[int], list[int]]:
+        """Put the special tokens of the tokenizer around one or two lists of ids."""
+        if not self.manifest.adds_special:
+            return first + (second or []), [0] * len(first) + [1] * len(second or [])
+        prefix, middle, suffix = self._template(second is not None)
+        ids = prefix + first + (middle + second if second is not None else []) + suffix
+        types = [0] * (len(prefix) + len(first))
+        if second is not None:
+            types += [0] * len(middle) + [1] * (len(second) + len(suffix))
+        else:
+            types += [0] * len(suffix)
+        return ids, types
+
+    def _template(self, pair: bool) -> tuple[list[int], list[int], list[int]]:
+        """Special tokens before, between and after, from the tokenizer's own post-processor."""
+        marker = "a"
+        inner = self._ids(marker)
+        whole = self._tokenizer.encode(marker, marker).ids if pair else self._tokenizer.encode(marker).ids
+        first = _find(whole, inner, 0)
+        after = first + len(inner)
+        if not pair:
+            return whole[:first], [], whole[after:]
+        second = _find(whole, inner, after)
+        return whole[:first], whole[after:second], whole[second + len(inner) :]
+
+    def _chat_ids(self, prompt: Prompt, response: str) -> list[int]:
+        from jinja2 import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        messages: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        turns = [{**m, "content": clean(m["content"])} for m in messages]
+        turns.append({"role": "assistant", "content": self._shorten(clean(response), left=False)})
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        try:
+            text = environment.from_string(self.manifest.template or "").render(messages=turns)
+        except TemplateError as error:
+            raise ScoreError(f"the chat template of the reward {self.name!r} failed: {error}") from error
+        ids = list(self._tokenizer.encode(text, add_special_tokens=self.manifest.adds_special).ids)
+        if len(ids) > 1 and ids[0] == ids[1] and self.manifest.adds_special:
+            ids = ids[1:]  # the template wrote the BOS that the tokenizer added too
+        return ids
+
+    def _cut(self, ids: list[int]) -> list[int]:
+        limit = self.manifest.max_length
+        return ids[:limit] if self.manifest.truncation == "right" else ids[-limit:]
+
+    def _run(self, rows: list[tuple[list[int], list[int]]]) -> npt.NDArray[np.float32]:
+        longest = max(1, max(len(ids) for ids, _ in rows))
+        values = {
+            role: np.zeros((len(rows), longest), np.int64) for role in ("input_ids", "attention_mask", "token_type_ids")
+        }
+        for i, (ids, types) in enumerate(rows):
+            values["input_ids"][i, : len(ids)] = ids
+            values["attention_mask"][i, : len(ids)] = 1
+            values["token_type_ids"][i, : len(types)] = types
+        feed = {name: values[role] for role, name in self.manifest.inputs.items()}
+        try:
+            (output,) = self._session.run([self.manifest.output], feed)
+        except Exception as error:  # ONNX Runtime raises its own kinds, all of them plain exceptions
+            raise ScoreError(f"the reward {self.name!r} failed: {error}") from error
+        output = np.asarray(output, np.float32).reshape(len(rows), -1)
+        return np.asarray(self.manifest.sign * self.manifest.scale * output[:, self.manifest.index])
+
+    def _check_golden(self, folder: Path) -> None:
+        for golden in self.manifest.golden:
+            found = float(self.score(golden.prompt, [golden.response])[0])
+            if not abs(found - golden.score) <= self.manifest.tolerance:
+                raise RewardError(
+                    f"{folder} scores its golden response {golden.response[:40]!r} {found:.4f} instead of "
+                    f"{golden.score:.4f}; model and tokenizer do not belong together, or ONNX Runtime differs"
+                )
+
+
+def _batches(lengths: Sequence[int]) -> list[list[int]]:
+    """Indices in batches of similar length."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        last = batches[-1] if batches else None
+        if last and len(last) < _BATCH_ROWS and (len(last) + 1) * lengths[last[0]] <= _BATCH_TOKENS:
+            last.append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def _find(whole: Sequence[int], part: Sequence[int], start: int) -> int:
+    for i in range(start, len(whole) - len(part) + 1):
+        if list(whole[i : i + len(part)]) == list(part):
+            return i
+    raise RewardError("the tokenizer's special tokens cannot be told apart from its text")
+
+
+def _tokenizer(path: Path) -> Any:
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise RewardError(f"{path} is not a tokenizer file ({error}); restore it") from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def _session(model: Path, providers: Sequence[str] | None, threads: int | None) -> Any:
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise AispError(f"ONNX Runtime does not load ({error}); install it with: pip install onnxruntime") from error
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    # Spinning threads would take the cores that decode.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if providers is None:
+        wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
+        providers = [p for p in wanted if p in ort.get_available_providers()]
+    try:
+        return ort.InferenceSession(str(model), options, providers=list(providers))
+    except Exception as error:  # ONNX Runtime raises its own kinds, all of them plain exceptions
+        reason = str(error).splitlines()[0][:200]
+        raise RewardError(f"{model} cannot be loaded by ONNX Runtime ({reason}); restore it") from error
+
+
+def _check_graph(folder: Path, manifest: Manifest, session: Any) -> None:
+    inputs = [i.name for i in session.get_inputs()]
+    outputs = [o.name for o in session.get_outputs()]
+    for role, name in manifest.inputs.items():
+        if role not in ("input_ids", "attention_mask", "token_type_ids"):
+            raise RewardError(f"{folder}: the input role {role!r} is unknown")
+        if name not in inputs:
+            raise RewardError(f"{folder}: {manifest.model} has no input {name!r}; its inputs are {', '.join(inputs)}")
+    missing = sorted(set(inputs) - set(manifest.inputs.values()))
+    if missing:
+        raise RewardError(f"{folder}: the input {missing[0]!r} of {manifest.model} is not in the manifest")
+    if manifest.output not in outputs:
+        raise RewardError(
+            f"{folder}: {manifest.model} has no output {manifest.output!r}; its outputs are {', '.join(outputs)}"
+        )

@@ -1,0 +1,79 @@
+"""PEP 517 backend: the pinned llama-cpp-python, patched, built by scikit-build-core, cached."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from aisp_build import cache, series, source
+from aisp_build.errors import BuildError
+
+HERE = Path(__file__).resolve().parent
+Settings = Mapping[str, str | list[str]] | None
+
+
+def get_requires_for_build_wheel(config_settings: Settings = None) -> list[str]:
+    """cmake and ninja from the package index, where the system has none."""
+    wanted = {"cmake": "cmake>=3.21", "ninja": "ninja>=1.5"}
+    return [requirement for tool, requirement in wanted.items() if shutil.which(tool) is None]
+
+
+def build_wheel(wheel_directory: str, config_settings: Settings = None, metadata_directory: str | None = None) -> str:
+    """Put the wheel into ``wheel_directory`` and return its file name."""
+    try:
+        return _build(Path(wheel_directory).resolve(), dict(config_settings or {}))
+    except BuildError as error:
+        # The sentence last, where it is seen: pip prints what the backend prints, in order.
+        print(f"\nerror: {error}\n", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
+
+
+def _build(target: Path, settings: dict[str, str | list[str]]) -> str:
+    start = time.monotonic()
+    pin = source.read_pin(HERE / "pin.toml")
+    local_sdist = settings.pop("sdist", None) or os.environ.get("AISP_LLAMA_SDIST")
+    key = cache.wheel_key(HERE, pin.sha256, settings)
+    store = cache.folder() / "wheels" / key
+    use_cache = os.environ.get("AISP_NO_WHEEL_CACHE", "") in ("", "0")
+    with cache.lock(store):
+        found = cache.load(store) if use_cache else None
+        if found is not None:
+            shutil.copy2(found, target / found.name)
+            print(f"{found.name} from the cache {store}", file=sys.stderr)
+            return found.name
+        with tempfile.TemporaryDirectory(prefix="aisp-build-") as work:
+            sdist = source.fetch(pin, cache.folder() / "sdists", local_sdist)
+            tree = source.unpack(sdist, Path(work))
+            series.apply(HERE / "series", tree)
+            source.set_version(tree, pin)
+            name = _compile(tree, target, settings)
+        if use_cache:
+            cache.save(store, target / name)
+    print(f"built {name} in {time.monotonic() - start:.0f} s", file=sys.stderr)
+    return name
+
+
+def _compile(tree: Path, target: Path, settings: dict[str, str | list[str]]) -> str:
+    """Delegate to scikit-build-core in the patched tree; CMAKE_ARGS is read there."""
+    from scikit_build_core import build as scikit_build
+
+    cache.require_compiler()
+    # The multimodal library is not needed here and doubles the build.
+    settings = {"cmake.define.LLAVA_BUILD": "OFF", **settings}
+    os.environ.setdefault("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 1))
+    before = Path.cwd()
+    os.chdir(tree)
+    try:
+        return str(scikit_build.build_wheel(str(target), settings, None))
+    except (SystemExit, Exception) as error:
+        raise BuildError(
+            f"llama.cpp did not compile ({error or type(error).__name__}); the compiler's message stands "
+            "above: check the compiler and CMAKE_ARGS"
+        ) from error
+    finally:
+        os.chdir(before)
