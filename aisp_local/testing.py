@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from aisp_local.engine.base import Want
 from aisp_local.engine.sampling import log_law, log_softmax, pick
-from aisp_local.rewards.callable import CallableReward
+from aisp_local.rewards.function import CallableReward
 from aisp_local.seeds import RowSeeds
 from aisp_local.types import Controls, FinishReason, Prompt, Rollouts
 

@@ -1,4 +1,4 @@
-"""The patch itself, on the level of llama.h: what controls do, and that they do nothing else."""
+"""The native patch against an independent numpy oracle, on ctypes level, for every kind of output head."""
 
 from __future__ import annotations
 
@@ -7,211 +7,276 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 import synthetic
-from raw import Raw
+from oracle import Head, Llama
+from raw import Array, Raw, Schedule, Trace, follow
 
 pytestmark = pytest.mark.native
 
-ROWS, STEPS = 5, 4
-RNG = np.random.default_rng(0)
-V = RNG.standard_normal((ROWS, STEPS, synthetic.D)).astype(np.float32)
+N, STEPS = 4, 6
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("models")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return synthetic.write_models(tmp_path_factory.mktemp("models"))
 
 
-@pytest.fixture(scope="module", params=sorted(synthetic.MODELS))
-def case(request: pytest.FixtureRequest, folder: Path) -> tuple[Path, synthetic.Model]:
-    path = folder / f"{request.param}.gguf"
-    model = synthetic.MODELS[request.param]
-    if not path.exists():
-        synthetic.write(path, model)
-    return path, model
-
-
-@pytest.fixture(scope="module")
-def llama(folder: Path) -> Path:
-    path = folder / "llama-f32.gguf"
-    if not path.exists():
-        synthetic.write(path, synthetic.MODELS["llama-f32"])
-    return path
+@pytest.fixture(params=list(synthetic.MODELS))
+def path(request: pytest.FixtureRequest, models: dict[str, Path]) -> Path:
+    return models[request.param]
 
 
 @pytest.fixture
-def raw(llama: Path) -> Iterator[Raw]:
-    with Raw(llama) as context:
-        yield context
+def raw(models: dict[str, Path]) -> Iterator[Raw]:
+    with Raw(models["llama-f32"]) as raw:
+        assert raw.init_control(STEPS) == 0
+        yield raw
 
 
-def rollouts(raw: Raw, ends: list[int]) -> tuple[dict[tuple[int, int], np.ndarray], dict[tuple[int, int], np.ndarray]]:
-    """Logits and pre-logits by (row, step): a prompt of 3 tokens, then rows that end after ``ends`` steps."""
-    raw.restart()
-    raw.llama.llama_set_prelogits(raw.ctx, True)
-    memory = raw.llama.llama_get_memory(raw.ctx)
-    raw.decode([3, 1, 4], [0, 1, 2], [0, 0, 0], [False] * 3)
-    n = len(ends)
-    for row in range(n):
-        raw.llama.llama_memory_seq_cp(memory, 0, row + 1, -1, -1)
-    logits, prelogits = {}, {}
-    for step in range(max(ends)):
-        rows = [row for row in range(n) if ends[row] > step]
-        rows = rows[step % 2 :] + rows[: step % 2]  # another order every other step
-        x = raw.decode(
-            [10 + 7 * step + row for row in rows], [3 + step] * len(rows), [r + 1 for r in rows], [True] * len(rows)
-        )
-        z = raw.prelogits()
-        for i, row in enumerate(rows):
-            logits[row, step], prelogits[row, step] = x[i], z[i]
-    return logits, prelogits
+def noise(raw: Raw, steps: int = STEPS, seed: int = 1) -> Array:
+    """One trajectory a row, about as long as the pre-logits themselves."""
+    return np.random.default_rng(seed).standard_normal((N, steps, raw.d), np.float32)
+
+
+def steer(raw: Raw, schedule: Schedule, v: Array, *, hold: bool = False) -> None:
+    for row in range(len(v)):
+        assert raw.set_control(row, v[row], p0=schedule.p0, hold=hold) == 0
+
+
+def error(head: Head, logits: Array, x: Array) -> float:
+    """Largest |logits - head(x)| over the tokens that were decoded."""
+    decoded = ~np.isnan(logits[..., 0])
+    return float(np.abs(logits[decoded] - head(x[decoded])).max())
+
+
+def bound(base_error: float, z: Array, v: Array) -> float:
+    """Three times the base model's own error, scaled with the head's input: rounding of activations is relative."""
+    ratio = np.sqrt(1 + np.mean(np.square(v, dtype=np.float64)) / np.nanmean(np.square(z, dtype=np.float64)))
+    return float(3 * ratio * base_error + 1e-6)
+
+
+LAYOUTS = [(512, True), (512, False), (2, True), (2, False)]
+
+
+@pytest.mark.parametrize(("n_ubatch", "unified"), LAYOUTS)
+def test_rows_under_their_own_controls_match_the_oracle(path: Path, n_ubatch: int, unified: bool) -> None:
+    """W (z + v), soft-capped, for rows of different length that change places in the batch."""
+    head = Head(path)
+    with Raw(path, n_seq=N, n_ubatch=n_ubatch, unified=unified) as raw:
+        schedule = Schedule.make(raw.size, n=N, steps=STEPS)
+        base = follow(raw, schedule, z=True)
+        assert base.z is not None
+        base_error = error(head, base.logits, base.z)
+        v = noise(raw)
+        assert raw.init_control(STEPS) == 0
+        steer(raw, schedule, v)
+        moved = follow(raw, schedule, z=True)
+        assert moved.z is not None
+        assert moved.z.tobytes() == base.z.tobytes()  # the pre-logits are those before the control
+        assert error(head, moved.logits, base.z + v) <= bound(base_error, base.z, v)
+        # The control is large against that bound: an ignored or misplaced one could not pass.
+        assert error(head, moved.logits, base.z) > 20 * bound(base_error, base.z, v)
+
+
+def test_nothing_set_is_the_base_model_node_for_node_and_bit_for_bit(path: Path) -> None:
+    with Raw(path, n_seq=N, count_nodes=True) as raw:
+        schedule = Schedule.make(raw.size, n=N, steps=STEPS)
+        base = follow(raw, schedule)
+        assert min(base.nodes) > 20
+        assert raw.init_control(STEPS) == 0
+        allocated = follow(raw, schedule)
+        steer(raw, schedule, noise(raw))
+        moved = follow(raw, schedule)
+        raw.clear_control()
+        cleared = follow(raw, schedule)
+        assert raw.init_control(0) == 0
+        freed = follow(raw, schedule)
+    assert not moved.same(base)
+    assert sum(moved.nodes) > sum(base.nodes)
+    for trace in (allocated, cleared, freed):
+        assert trace.nodes == base.nodes
+        assert trace.same(base)
+
+
+def test_a_control_reaches_its_own_row_only(path: Path) -> None:
+    with Raw(path, n_seq=N) as raw:
+        schedule = Schedule.make(raw.size, n=N, steps=STEPS)
+        base = follow(raw, schedule)
+        assert raw.init_control(STEPS) == 0
+        raw.set_control(2, noise(raw)[2], p0=schedule.p0)
+        moved = follow(raw, schedule)
+    others = [0, 1, 3]
+    assert moved.logits[others].tobytes() == base.logits[others].tobytes()
+    last = schedule.lengths[2]
+    assert (moved.logits[2, :last] != base.logits[2, :last]).any(axis=-1).all()
+
+
+def run(raw: Raw) -> Trace:
+    return follow(raw, Schedule.make(raw.size, n=N, steps=STEPS))
+
+
+def p0(raw: Raw) -> int:
+    return Schedule.make(raw.size, n=N, steps=STEPS).p0
+
+
+def test_a_held_vector_equals_a_trajectory_of_equal_vectors(raw: Raw) -> None:
+    v = noise(raw, steps=1)
+    for row in range(N):
+        raw.set_control(row, v[row], p0=p0(raw), hold=True)
+    held = run(raw)
+    for row in range(N):
+        raw.set_control(row, np.repeat(v[row], STEPS, axis=0), p0=p0(raw))
+    assert run(raw).same(held)
+
+
+def test_the_last_vector_of_a_trajectory_is_held(raw: Raw) -> None:
+    v = noise(raw)[0]
+    raw.set_control(0, v[:3], p0=p0(raw), hold=True)
+    held = run(raw)
+    raw.set_control(0, np.concatenate([v[:3], np.repeat(v[2:3], STEPS - 3, axis=0)]), p0=p0(raw))
+    assert run(raw).same(held)
+
+
+def test_before_and_after_the_window_the_base_model_answers(raw: Raw) -> None:
+    base = run(raw)
+    v = noise(raw)
+    for row in range(N):
+        raw.set_control(row, v[row, :2], p0=p0(raw) + 1)
+    moved = run(raw)
+    for row, length in enumerate(Schedule.make(raw.size, n=N, steps=STEPS).lengths):
+        changed = (moved.logits[row, :length] != base.logits[row, :length]).any(axis=-1)
+        assert changed.tolist() == [t in (1, 2) for t in range(length)]
+
+
+def test_zero_vectors_are_the_base_model_bit_for_bit(path: Path) -> None:
+    with Raw(path, n_seq=N) as raw:
+        schedule = Schedule.make(raw.size, n=N, steps=STEPS)
+        base = follow(raw, schedule)
+        assert raw.init_control(STEPS) == 0
+        steer(raw, schedule, np.zeros((N, STEPS, raw.d), np.float32))
+        assert follow(raw, schedule).same(base)
 
 
 @pytest.mark.parametrize("n_ubatch", [512, 2])
-@pytest.mark.parametrize("unified", [True, False])
-def test_each_row_gets_its_own_control(case: tuple[Path, synthetic.Model], n_ubatch: int, unified: bool) -> None:
-    """Different controls a row, rows that end at different times: logits are W(z + v) of the oracle."""
-    path, model = case
-    head = synthetic.head(path, model)
-    ends = [6, 2, 5, 1, 6]
-    with Raw(path, n_ubatch=n_ubatch, unified=unified) as raw:
-        base, z_base = rollouts(raw, ends)
-        assert raw.init(STEPS) == 0
-        for row in range(ROWS):
-            assert raw.set(row + 1, V[row], position=3) == 0
-        logits, z = rollouts(raw, ends)
-        raw.llama.llama_clear_control(raw.ctx)
-        cleared, _ = rollouts(raw, ends)
-    base_error = max(np.abs(base[k] - head(z_base[k][None])[0]).max() for k in base)
-    for row, step in logits:
-        np.testing.assert_array_equal(z[row, step], z_base[row, step])
-        np.testing.assert_array_equal(cleared[row, step], base[row, step])
-        v = V[row, step] if step < STEPS else 0.0
-        # The control widens the input by about sqrt(2), and so its quantisation.
-        np.testing.assert_allclose(logits[row, step], head((z[row, step] + v)[None])[0], atol=3 * base_error + 1e-5)
-        if step < STEPS:
-            assert np.abs(logits[row, step] - base[row, step]).max() > 0.1
-        else:
-            np.testing.assert_array_equal(logits[row, step], base[row, step])
-
-
-def test_without_a_control_the_graph_is_the_stock_one(case: tuple[Path, synthetic.Model]) -> None:
-    path, _ = case
-    batch = ([5, 6, 7], [0, 1, 2], [0, 0, 0], [False, False, True])
-
-    def run(raw: Raw) -> tuple[np.ndarray, int]:
-        raw.restart()
-        logits = raw.decode(*batch)
-        return logits, raw.nodes
-
-    with Raw(path, count_nodes=True) as raw:
-        base, nodes = run(raw)
-        assert raw.init(STEPS) == 0
-        allocated, nodes_allocated = run(raw)
-        assert raw.set(0, V[0]) == 0
-        _, nodes_set = run(raw)
-        raw.llama.llama_clear_control(raw.ctx)
-        cleared, nodes_cleared = run(raw)
-        assert raw.init(0) == 0
-        freed, nodes_freed = run(raw)
-    assert nodes > 0
-    assert nodes_allocated == nodes_cleared == nodes_freed == nodes
-    assert nodes < nodes_set <= nodes + 3
-    for logits in (allocated, cleared, freed):
-        np.testing.assert_array_equal(logits, base)
-
-
-def three_steps(raw: Raw) -> np.ndarray:
-    """Logits [3, V] of one sequence's positions 0, 1, 2, decoded one by one."""
-    raw.restart()
-    return np.concatenate([raw.decode([9 + t], [t], [0], [True]) for t in range(3)])
-
-
-def test_held_is_a_trajectory_of_equal_vectors(raw: Raw) -> None:
-    raw.init(3)
-    raw.set(0, V[0, :1], hold=True)
-    held = three_steps(raw)
-    raw.set(0, np.repeat(V[0, :1], 3, axis=0))
-    np.testing.assert_array_equal(held, three_steps(raw))
-
-
-def test_past_its_end_a_trajectory_has_no_effect_unless_held(raw: Raw) -> None:
-    base = three_steps(raw)
-    raw.init(3)
-    raw.set(0, V[0, :2])
-    logits = three_steps(raw)
-    assert np.abs(logits[:2] - base[:2]).max(axis=1).min() > 0.1
-    np.testing.assert_array_equal(logits[2], base[2])
-    raw.set(0, V[0, :2], position=1)
-    np.testing.assert_array_equal(three_steps(raw)[0], base[0])
-
-
-def test_a_zero_vector_is_the_base_model(raw: Raw) -> None:
-    base = three_steps(raw)
-    raw.init(3)
-    raw.set(0, np.zeros((3, raw.d), np.float32))
-    np.testing.assert_array_equal(three_steps(raw), base)
-
-
-def test_the_shared_mean_adds_to_every_row(raw: Raw) -> None:
-    raw.init(3)
-    raw.set(0, V[0, :3] + V[1, :3])
-    expected = three_steps(raw)
-    raw.set(0, V[0, :3])
-    raw.set(-1, V[1, :3])
-    np.testing.assert_allclose(three_steps(raw), expected, atol=1e-5)
-    assert raw.set(-1, None) == 0
-    only_own = three_steps(raw)
-    raw.init(3)
-    raw.set(0, V[0, :3])
-    np.testing.assert_array_equal(only_own, three_steps(raw))
+def test_the_shared_mean_adds_to_each_row(models: dict[str, Path], n_ubatch: int) -> None:
+    path = models["llama-f32"]
+    head = Head(path)
+    with Raw(path, n_seq=N, n_ubatch=n_ubatch) as raw:
+        schedule = Schedule.make(raw.size, n=N, steps=STEPS)
+        base = follow(raw, schedule, z=True)
+        assert base.z is not None
+        assert raw.init_control(STEPS) == 0
+        v = noise(raw)
+        mean = noise(raw, seed=2)[0]
+        steer(raw, schedule, v)
+        raw.set_control(-1, mean, p0=schedule.p0)
+        limit = bound(error(head, base.logits, base.z), base.z, v + mean)
+        assert error(head, follow(raw, schedule).logits, base.z + v + mean) <= limit
+        for row in range(N):
+            raw.set_control(row, None)
+        alone = follow(raw, schedule)
+        assert error(head, alone.logits, base.z + mean) <= limit
+        raw.set_control(-1, None)
+        assert follow(raw, schedule).same(base)
 
 
 def test_null_clears_one_row(raw: Raw) -> None:
-    base = three_steps(raw)
-    raw.init(3)
-    raw.set(0, V[0, :3])
-    assert raw.set(0, None) == 0
-    np.testing.assert_array_equal(three_steps(raw), base)
+    v = noise(raw)
+    raw.set_control(1, v[1], p0=p0(raw))
+    one = run(raw)
+    raw.set_control(3, v[3], p0=p0(raw))
+    assert not run(raw).same(one)
+    assert raw.set_control(3, None) == 0
+    assert run(raw).same(one)
 
 
-def test_misuse_is_an_error_code(raw: Raw) -> None:
-    assert raw.set(0, V[0]) == -1  # nothing allocated
-    assert raw.init(-1) == -1
-    assert raw.init(2) == 0
-    assert raw.set(0, V[0]) == -1  # four steps
-    assert raw.set(0, V[0, :0]) == -1
-    assert raw.set(0, V[0, :2, :-1]) == -1
-    assert raw.set(8, V[0, :2]) == -1
-    assert raw.set(-2, V[0, :2]) == -1
-    assert raw.init(4) == 0  # again, larger
-    assert raw.set(0, V[0]) == 0
-    assert raw.init(0) == 0
-    assert raw.set(0, V[0]) == -1
+def test_a_second_allocation_forgets_what_was_set(raw: Raw) -> None:
+    base = run(raw)
+    raw.set_control(0, noise(raw)[0], p0=p0(raw), hold=True)
+    assert not run(raw).same(base)
+    assert raw.init_control(2 * STEPS) == 0
+    assert run(raw).same(base)
+    assert raw.set_control(0, noise(raw, steps=2 * STEPS)[0]) == 0
 
 
-def test_prelogits_are_read_for_outputs_only(raw: Raw) -> None:
-    raw.llama.llama_set_prelogits(raw.ctx, True)
-    logits = raw.decode([1, 2, 3, 4], [0, 1, 2, 3], [0] * 4, [False, True, False, True])
-    z = raw.prelogits()
-    assert logits.shape[0] == z.shape[0] == 2
-    assert not raw.llama.llama_get_embeddings_ith(raw.ctx, 0)
-    assert raw.llama.llama_get_embeddings_ith(raw.ctx, 1)
-    raw.llama.llama_set_prelogits(raw.ctx, False)
-    raw.decode([5], [4], [0], [True])
-    assert not raw.llama.llama_get_embeddings(raw.ctx)
+@pytest.mark.parametrize(
+    "arguments",
+    [{"seq": N}, {"seq": -2}, {"n_steps": STEPS + 1}, {"n_steps": 0}, {"n_steps": -1}, {"d": 64}],
+    ids=str,
+)
+def test_wrong_arguments_are_refused_and_change_nothing(raw: Raw, arguments: dict[str, int]) -> None:
+    base = run(raw)
+    v = np.ones((STEPS + 1, raw.d), np.float32)
+    options = {"seq": 0, "n_steps": STEPS} | arguments
+    assert raw.set_control(options.pop("seq"), v, **options) == -1
+    assert run(raw).same(base)
 
 
-def test_graphs_are_reused_under_control(raw: Raw) -> None:
-    def reused(steps: int = 20) -> int:
-        raw.restart()
-        before = raw.reused()
-        for t in range(steps):
-            raw.decode([7 + t], [t], [0], [True])
-        return raw.reused() - before
+def test_nothing_can_be_set_before_allocation_or_after_freeing(models: dict[str, Path]) -> None:
+    with Raw(models["llama-f32"]) as raw:
+        v = np.ones((1, raw.d), np.float32)
+        assert raw.set_control(0, v) == -1
+        raw.clear_control()
+        assert raw.init_control(-1) == -1
+        assert raw.init_control(1) == 0
+        assert raw.set_control(0, v) == 0
+        assert raw.init_control(0) == 0
+        assert raw.set_control(0, v) == -1
 
-    without = reused()
-    raw.init(30)
-    raw.set(0, RNG.standard_normal((30, raw.d)))
-    assert without > 0
-    assert reused() == without
+
+def test_prelogits_are_those_of_the_output_rows(raw: Raw) -> None:
+    raw.want_prelogits(True)
+    raw.decode([5, 6, 7], [0, 1, 2], [0, 0, 0], [0, 0, 1])
+    z = raw.prelogits(2)
+    assert z is not None and np.isfinite(z).all()
+    assert raw.prelogits(0) is None and raw.prelogits(1) is None
+    logits = raw.logits(2)
+    raw.want_prelogits(False)
+    raw.reset()
+    raw.decode([5, 6, 7], [0, 1, 2], [0, 0, 0], [0, 0, 1])
+    assert raw.logits(2).tobytes() == logits.tobytes()
+    assert raw.prelogits(2) is None
+
+
+def test_graphs_are_reused_as_without_control(models: dict[str, Path]) -> None:
+    with Raw(models["llama-f32"]) as raw:
+        schedule = Schedule.make(raw.size, n=N, steps=STEPS)
+        # The rows stay, so that the graph could be the same at every step.
+        schedule = Schedule(schedule.prompt, schedule.tokens, np.full(N, STEPS), [np.arange(N) for _ in range(STEPS)])
+        base = follow(raw, schedule)
+        assert base.reused >= STEPS - 2
+        assert raw.init_control(STEPS) == 0
+        steer(raw, schedule, noise(raw))
+        assert follow(raw, schedule).reused == base.reused
+        # Other vectors need no other graph, and are used all the same.
+        first = follow(raw, schedule)
+        steer(raw, schedule, noise(raw, seed=9))
+        second = follow(raw, schedule)
+        assert second.reused == base.reused
+        assert not second.same(first)
+
+
+def test_an_architecture_past_the_hook_is_refused(tmp_path: Path) -> None:
+    path = synthetic.write_deepseek2(tmp_path / "deepseek2.gguf")
+    with Raw(path, n_seq=N) as raw:
+        base = run(raw)
+        assert raw.init_control(STEPS) == -2
+        assert raw.set_control(0, np.ones((1, raw.d), np.float32)) == -1
+        assert run(raw).same(base)
+
+
+@pytest.mark.parametrize(
+    ("name", "tolerance"),
+    [("llama-f32", 1e-5), ("llama-tied-f32", 1e-5), ("llama-f16", 2e-2), ("llama-q8_0", 0.15), ("llama-q4_k", 0.5)],
+)
+def test_the_oracle_is_the_model(models: dict[str, Path], name: str, tolerance: float) -> None:
+    """The whole transformer in numpy gives llama.cpp's logits; quantised products round the activations."""
+    model = Llama(models[name])
+    tokens = np.random.default_rng(3).integers(0, 256, 12)
+    with Raw(models[name], exact=True) as raw:
+        raw.decode(tokens, range(len(tokens)), [0] * len(tokens))
+        for i, token in enumerate(tokens):
+            expected = model.head(model.step(int(token)))
+            assert np.abs(raw.logits(i) - expected).max() <= tolerance
+            assert expected.std() > 0.5

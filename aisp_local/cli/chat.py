@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -230,10 +231,8 @@ def chat(
 def _read_line() -> str:
     """One line from the user; raises EOFError at the end and InputError for bytes that are not UTF-8."""
     if sys.stdin.isatty():
-        try:
+        with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (history and editing in input())
-        except ImportError:
-            pass
         return input("> ").strip()
     data = sys.stdin.buffer.readline()
     if not data:

@@ -8,7 +8,7 @@ from typing import Any
 
 from aisp_local.errors import InputError
 from aisp_local.rewards.base import Reward
-from aisp_local.rewards.callable import CallableReward
+from aisp_local.rewards.function import CallableReward
 from aisp_local.rewards.onnx import OnnxReward
 
 __all__ = ["CallableReward", "OnnxReward", "Reward", "load_reward"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,11 @@ def _tokenizer(path: Path) -> Any:
     return tokenizer
 
 
+def _has_gpu() -> bool:
+    """Whether an NVIDIA driver is there: asking ONNX Runtime for CUDA without one fills the screen with errors."""
+    return os.path.exists("/dev/nvidiactl") or shutil.which("nvidia-smi") is not None
+
+
 def _session(model: Path, providers: Sequence[str] | None, threads: int | None) -> Any:
     try:
         import onnxruntime as ort
@@ -222,7 +228,7 @@ def _session(model: Path, providers: Sequence[str] | None, threads: int | None) 
     # Spinning threads would take the cores that decode.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if providers is None:
-        wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
+        wanted = ("CUDAExecutionProvider", "CPUExecutionProvider") if _has_gpu() else ("CPUExecutionProvider",)
         providers = [p for p in wanted if p in ort.get_available_providers()]
     try:
         return ort.InferenceSession(str(model), options, providers=list(providers))

@@ -45,9 +45,7 @@ def collate(sequences: Sequence[Document]) -> tuple[Tensor, Tensor]:
     return inputs, targets
 
 
-def group(
-    sequences: list[Document], batch_tokens: int, rng: random.Random, pool: int = 24
-) -> list[list[Document]]:
+def group(sequences: list[Document], batch_tokens: int, rng: random.Random, pool: int = 24) -> list[list[Document]]:
     """Shuffle, sort within pools of several batches, and cut by the number of tokens."""
     order = rng.sample(sequences, len(sequences))
     chunk = max(1, pool * batch_tokens // 256)

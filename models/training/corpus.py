@@ -106,11 +106,7 @@ class PromptMaker:
         names = Counter(name.lower() for s in stories for name in CAPITALISED.findall(s)[1:])
         plain = Counter(word for story in stories for word in WORD.findall(story))
         limit = max(4, common * len(stories))
-        self.usable = {
-            word
-            for word, count in counts.items()
-            if 2 < count < limit and names[word] < 0.5 * plain[word]
-        }
+        self.usable = {word for word, count in counts.items() if 2 < count < limit and names[word] < 0.5 * plain[word]}
         self.weight = {word: 1.0 / counts[word] ** 0.5 for word in self.usable}
         self.girls = Counter(n for s in stories for n in GIRLS if n in s)
         self.boys = Counter(n for s in stories for n in BOYS if n in s)
@@ -155,14 +151,10 @@ class PromptMaker:
         if subject and rng.random() < 0.55:
             phrase = subject[1]
             named = re.match(r",? (?:named|called) [A-Z][a-z]+", opening[subject.end() :])
-            return Example(
-                fill(ABOUT, phrase + (named[0].lstrip(",") if named else ""), rng), story
-            )
+            return Example(fill(ABOUT, phrase + (named[0].lstrip(",") if named else ""), rng), story)
         seen = Counter(noun for _, noun in NOUN.findall(story) if noun in self.usable)
         nouns = [noun for noun, count in seen.items() if count > 1]
-        names = [
-            n for n, c in Counter(CAPITALISED.findall(story)).items() if c > 2 and n in ALL_NAMES
-        ]
+        names = [n for n, c in Counter(CAPITALISED.findall(story)).items() if c > 2 and n in ALL_NAMES]
         if names and rng.random() < 0.3:
             name = names[0]
             child = "girl" if name in GIRLS else "boy"

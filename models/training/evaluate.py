@@ -49,9 +49,7 @@ def kind_of(prompt: str) -> str:
     return "words" if "uses the words" in prompt else "about"
 
 
-def sample_stories(
-    model: Llama, prompts: Sequence[str], temperature: float, max_tokens: int, seed: int
-) -> list[Story]:
+def sample_stories(model: Llama, prompts: Sequence[str], temperature: float, max_tokens: int, seed: int) -> list[Story]:
     """Plain sampling, nothing but the temperature; prompt i has the seed `seed` + i."""
     stories = []
     for index, prompt in enumerate(prompts):
@@ -82,9 +80,7 @@ def words_used(stories: Sequence[Story]) -> tuple[float, float]:
     found = []
     for story in stories:
         if kind_of(story.prompt) == "words":
-            wanted = re.findall(
-                r"[a-z']+", story.prompt.split("the words")[1].replace(" and ", " ")
-            )
+            wanted = re.findall(r"[a-z']+", story.prompt.split("the words")[1].replace(" and ", " "))
             text = set(re.findall(r"[a-z']+", story.text.lower()))
             found.append([word in text for word in wanted])
     return sum(map(sum, found)) / sum(map(len, found)), sum(map(all, found)) / len(found)
@@ -103,15 +99,12 @@ def name_used(stories: Sequence[Story]) -> float:
 def same_tokens(model: Llama, tokenizer: Tokenizer, texts: Sequence[str]) -> int:
     """How many texts llama.cpp and `tokenizers` cut alike."""
     return sum(
-        model.tokenize(text.encode(), add_bos=False, special=True) == tokenizer.encode(text).ids
-        for text in texts
+        model.tokenize(text.encode(), add_bos=False, special=True) == tokenizer.encode(text).ids for text in texts
     )
 
 
 @torch.no_grad()
-def largest_difference(
-    model: Llama, network: Network, tokenizer: Tokenizer, texts: Sequence[str]
-) -> float:
+def largest_difference(model: Llama, network: Network, tokenizer: Tokenizer, texts: Sequence[str]) -> float:
     """Largest difference of a logit between llama.cpp and this package's network."""
     worst = 0.0
     for text in texts:
@@ -142,9 +135,7 @@ def fill_card(path: Path, figures: str) -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="GGUF file")
-    parser.add_argument(
-        "--data", type=Path, required=True, help="folder that holds lm/ and prompts/"
-    )
+    parser.add_argument("--data", type=Path, required=True, help="folder that holds lm/ and prompts/")
     parser.add_argument("--prompts", type=int, default=150)
     parser.add_argument("--temperature", type=float, default=0.6)
     parser.add_argument("--max-tokens", type=int, default=400)
@@ -157,9 +148,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     options = parse_arguments()
     network, tokenizer = read_gguf(options.model)
-    model = Llama(
-        str(options.model), n_ctx=512, n_threads=options.threads, logits_all=True, verbose=False
-    )
+    model = Llama(str(options.model), n_ctx=512, n_threads=options.threads, logits_all=True, verbose=False)
     chat = read_chat(options.data, "valid")
     documents = encode(tokenizer, chat, network.shape.context)
     kept = [d for d in documents if d.tokens[-1] == TURN_END]

@@ -53,9 +53,7 @@ def write_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer, vocabulary: i
     description = json.loads(tokenizer.to_str())
     pieces = {index: token for token, index in tokenizer.get_vocab().items()}
     special = gguf.TokenType.CONTROL
-    kinds = [
-        special if i < len(SPECIAL_TOKENS) else gguf.TokenType.NORMAL for i in range(vocabulary)
-    ]
+    kinds = [special if i < len(SPECIAL_TOKENS) else gguf.TokenType.NORMAL for i in range(vocabulary)]
     merges = [m if isinstance(m, str) else " ".join(m) for m in description["model"]["merges"]]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
@@ -88,14 +86,11 @@ def read_gguf(path: Path) -> tuple[Network, Tokenizer]:
         norm_epsilon=field("llama.attention.layer_norm_rms_epsilon"),
     )
     state: dict[str, Tensor] = {
-        tensor.name: torch.from_numpy(np.array(tensor.data, np.float32))
-        for tensor in reader.tensors
+        tensor.name: torch.from_numpy(np.array(tensor.data, np.float32)) for tensor in reader.tensors
     }
     network = Network(shape)
     network.load_state_dict(state)
-    return network.eval(), rebuild_tokenizer(
-        field("tokenizer.ggml.tokens"), field("tokenizer.ggml.merges")
-    )
+    return network.eval(), rebuild_tokenizer(field("tokenizer.ggml.tokens"), field("tokenizer.ggml.merges"))
 
 
 def read_model(path: Path) -> tuple[Network, Tokenizer]:

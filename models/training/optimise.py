@@ -32,9 +32,7 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is orthogonalised, scaled to AdamW's usual update size."""
 
-    def __init__(
-        self, matrices: list[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95
-    ) -> None:
+    def __init__(self, matrices: list[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
         by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
         for matrix in matrices:
             by_shape[matrix.shape].append(matrix)
@@ -53,9 +51,7 @@ class Muon(torch.optim.Optimizer):
                 state["velocity"].lerp_(parameter.grad, 1 - momentum)
                 updates.append(parameter.grad.lerp(state["velocity"], momentum))
             scale = 0.2 * max(parameters[0].shape) ** 0.5
-            for parameter, update in zip(
-                parameters, orthogonalise(torch.stack(updates)), strict=True
-            ):
+            for parameter, update in zip(parameters, orthogonalise(torch.stack(updates)), strict=True):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.add_(update, alpha=-group["lr"] * scale)
 

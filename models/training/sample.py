@@ -64,9 +64,7 @@ def main() -> None:
 
     # One batch a core: threads inside such small operations would mostly wait.
     with (
-        ThreadPoolExecutor(
-            options.threads, initializer=torch.set_num_threads, initargs=(1,)
-        ) as pool,
+        ThreadPoolExecutor(options.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
         temporary.open("w", encoding="utf-8") as lines,
     ):
         batches = pool.map(answer, range(0, options.n, options.batch))

@@ -102,9 +102,7 @@ def sample(
         noise = torch.empty_like(logits).exponential_(generator=generator).log()
         chosen = torch.where(now > 0, logits / now.clamp(min=1e-6) - noise, logits).argmax(-1)
         alive = (chosen != TURN_END) & (chosen != END_OF_TEXT)
-        for row, token, goes_on in zip(
-            state.rows.tolist(), chosen.tolist(), alive.tolist(), strict=True
-        ):
+        for row, token, goes_on in zip(state.rows.tolist(), chosen.tolist(), alive.tolist(), strict=True):
             if goes_on:
                 written[row].append(token)
             else:

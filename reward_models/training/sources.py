@@ -97,8 +97,7 @@ def read_stories(data: Path, split: str) -> list[Story]:
     def rows(name: str) -> list[Story]:
         path = data / "lm" / f"story_chat.{name}.jsonl.gz"
         return [
-            Story(prompt_text(row["messages"][:-1]), row["messages"][-1]["content"].strip())
-            for row in read_rows(path)
+            Story(prompt_text(row["messages"][:-1]), row["messages"][-1]["content"].strip()) for row in read_rows(path)
         ]
 
     return without_valid(rows("train"), rows("valid")) if split == "train" else rows(split)

@@ -1,0 +1,194 @@
+"""Measure a reward folder on held-out data and print Markdown tables.
+
+Example: python reward_models/training/evaluate.py --data DIR --samples samples.valid.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+
+from aisp_local.rewards import OnnxReward  # noqa: E402
+from reward_models.training.baselines import (  # noqa: E402
+    Array,
+    BagOfWords,
+    auc,
+    longer_wins,
+    wilson,
+)
+from reward_models.training.corrupt import cut_words  # noqa: E402
+from reward_models.training.pairs import (  # noqa: E402
+    Material,
+    Pair,
+    damaged_pairs,
+    general_pairs,
+    held_out_material,
+    kindness_pairs,
+    training_material,
+    training_pairs,
+)
+from reward_models.training.sources import Labelled, Story, read_samples  # noqa: E402
+
+START, END = "<!-- measured -->", "<!-- /measured -->"
+KINDNESS_PROMPT = "What do you think?"
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--samples", type=Path, required=True, help="own answers, valid split")
+    parser.add_argument("--train-samples", type=Path, help="own answers that were trained on")
+    parser.add_argument("--reward", type=Path, default=ROOT / "reward_models" / "story-reward")
+    parser.add_argument("--float", type=Path, help="folder of the same model in float32")
+    parser.add_argument("--limit", type=int, default=1000, help="at most so many of each kind")
+    parser.add_argument("--card", type=Path, help="put the tables between the marks of this file")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def score_pairs(reward: OnnxReward, pairs: Sequence[Pair]) -> Array:
+    """[len(pairs), 2]: scores of the chosen and of the rejected side."""
+    rows = [reward.score(pair.prompt, [pair.chosen, pair.rejected]) for pair in pairs]
+    return np.asarray(rows, np.float64).reshape(len(rows), 2)
+
+
+def share_right(scores: Array) -> float:
+    return float(((np.sign(scores[:, 0] - scores[:, 1]) + 1) / 2).mean())
+
+
+def accuracy_table(pairs: Sequence[Pair], shipped: Array, exact: Array | None, bag: BagOfWords) -> list[str]:
+    """One line a kind and one for all of them."""
+    kinds: dict[str, list[int]] = defaultdict(list)
+    for i, pair in enumerate(pairs):
+        kinds[pair.kind].append(i)
+    kinds["**all**"] = list(range(len(pairs)))
+    lines = [
+        "| pairs | n | as shipped (95%) | float32 | bag of words | longer wins |",
+        "|---|---|---|---|---|---|",
+    ]
+    for kind, rows in kinds.items():
+        chosen = [pairs[i] for i in rows]
+        share = share_right(shipped[rows])
+        low, high = wilson(share * len(rows), len(rows))
+        words = np.array([[bag.score(p.chosen), bag.score(p.rejected)] for p in chosen])
+        full = "-" if exact is None else f"{share_right(exact[rows]):.3f}"
+        lines.append(
+            f"| {kind} | {len(rows)} | {share:.3f} ({low:.3f} to {high:.3f}) | {full} | "
+            f"{share_right(words):.3f} | {longer_wins(chosen):.3f} |"
+        )
+    return lines
+
+
+def matched_own(samples: Sequence[Story], n_words: int) -> list[Pair]:
+    """Corpus and own answers to the same prompt, both cut after n words."""
+    return [
+        Pair(s.prompt, cut_words(s.answer, n_words), cut_words(s.sample, n_words), "own sample")
+        for s in samples
+        if min(len(s.answer.split()), len(s.sample.split())) >= n_words
+    ]
+
+
+def kindness_lines(reward: OnnxReward, labelled: Sequence[Labelled], limit: int) -> list[str]:
+    """AUC of clean against unkind texts, by set."""
+    lines = ["| texts | clean | unkind | AUC |", "|---|---|---|---|"]
+    rng = random.Random(0)
+    for source in sorted({text.source for text in labelled}):
+        found: list[Array] = []
+        for bad in (False, True):
+            texts = [t for t in labelled if t.source == source and t.bad == bad]
+            texts = rng.sample(texts, min(limit, len(texts)))
+            scores = [reward.score(t.context or KINDNESS_PROMPT, [t.text])[0] for t in texts]
+            found.append(np.asarray(scores, np.float64))
+        good, worse = found
+        lines.append(f"| {source} | {len(good)} | {len(worse)} | {auc(good, worse):.3f} |")
+    return lines
+
+
+def length_lines(reward: OnnxReward, samples: Sequence[Story]) -> list[str]:
+    """Correlation of score and number of words."""
+    whole = [(len(s.sample.split()), reward.score(s.prompt, [s.sample])[0]) for s in samples]
+    cuts = [
+        np.corrcoef(sizes, reward.score(s.prompt, [cut_words(s.answer, n) for n in sizes]))[0, 1]
+        for s in samples[:100]
+        if len(s.answer.split()) >= 100 and (sizes := [20, 40, 60, 80, 100])
+    ]
+    lengths, scores = np.array(whole, np.float64).T
+    return [
+        f"- own samples: correlation of score and number of words {np.corrcoef(lengths, scores)[0, 1]:.2f} "
+        f"(n = {len(whole)}, {lengths.min():.0f} to {lengths.max():.0f} words); "
+        f"scores have mean {scores.mean():.2f} and standard deviation {scores.std():.2f}",
+        "- one corpus story cut after 20, 40, 60, 80 and 100 words: mean correlation "
+        f"{np.nanmean(cuts):.2f} (n = {len(cuts)})",
+    ]
+
+
+def report(options: argparse.Namespace) -> str:
+    """All tables."""
+    reward = OnnxReward.load(options.reward, providers=["CPUExecutionProvider"])
+    exact = options.float and OnnxReward.load(options.float, providers=["CPUExecutionProvider"])
+    samples = read_samples(options.samples)
+    material: Material = held_out_material(options.data, samples)
+    rng = random.Random(options.seed)
+    limit = options.limit
+
+    known = read_samples(options.train_samples) if options.train_samples else []
+    bag = BagOfWords(training_pairs(training_material(options.data, known), 8000, options.seed))
+
+    def table(pairs: list[Pair]) -> list[str]:
+        full = score_pairs(exact, pairs) if exact else None
+        return accuracy_table(pairs, score_pairs(reward, pairs), full, bag)
+
+    general = rng.sample(all_general := general_pairs(material), min(limit, len(all_general)))
+    lines = ["### People's preferences (preference/test)", "", *table(general)]
+
+    half = max(1, limit // 2)
+    damaged = damaged_pairs(material.stories, half, rng, "story")
+    damaged += damaged_pairs(samples, half, rng, "sample")
+    damaged.sort(key=lambda pair: pair.kind)
+    lines += ["", "### Damaged stories (valid split)", "", *table(damaged)]
+
+    lines += ["", "### The storyteller's own answers against the corpus (valid split)", ""]
+    lines += ["| words kept of both | pairs | AUC | pair accuracy (95%) |", "|---|---|---|---|"]
+    for n_words in (40, 80):
+        pairs = matched_own(samples, n_words)[:limit]
+        if not pairs:
+            continue
+        scores = score_pairs(reward, pairs)
+        right = share_right(scores)
+        low, high = wilson(right * len(pairs), len(pairs))
+        lines.append(
+            f"| {n_words} | {len(pairs)} | {auc(scores[:, 0], scores[:, 1]):.3f} | "
+            f"{right:.3f} ({low:.3f} to {high:.3f}) |"
+        )
+
+    kind = sorted(kindness_pairs(material, half, rng), key=lambda pair: pair.kind)
+    lines += ["", "### Kind against unkind, equally long", "", *table(kind)]
+    lines += ["", "### Labelled texts, as they are", ""]
+    lines += kindness_lines(reward, material.labelled, half)
+    lines += ["", "### Length", "", *length_lines(reward, samples[:limit])]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    options = parse_arguments()
+    text = report(options)
+    print(text)
+    if options.card:
+        card = options.card.read_text(encoding="utf-8")
+        if START not in card or END not in card:
+            raise SystemExit(f"error: {options.card} lacks the marks {START} and {END}.")
+        before, after = card.split(START)[0], card.split(END)[1]
+        options.card.write_text(f"{before}{START}\n\n{text}\n\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""An independent numpy implementation in float64: nothing here comes from aisp_local or llama.cpp.
+
+The output head of any architecture in ``synthetic``, and the whole llama architecture.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from gguf import GGUFReader
+from gguf.quants import dequantize
+
+Array = npt.NDArray[np.float64]
+
+
+def _field(reader: GGUFReader, name: str, default: Any = None) -> Any:
+    arch = reader.fields["general.architecture"].contents()
+    field = reader.fields.get(f"{arch}.{name}")
+    return default if field is None else field.contents()
+
+
+def _tensors(reader: GGUFReader) -> dict[str, Array]:
+    return {t.name: dequantize(t.data, t.tensor_type).astype(np.float64) for t in reader.tensors}
+
+
+class Head:
+    """``softcap(W x)`` with W dequantised from the file."""
+
+    def __init__(self, path: Path) -> None:
+        reader = GGUFReader(path)
+        by_name = {t.name: t for t in reader.tensors}
+        tensor = by_name.get("output.weight", by_name["token_embd.weight"])
+        self.weight: Array = dequantize(tensor.data, tensor.tensor_type).astype(np.float64)
+        self.cap = _field(reader, "final_logit_softcapping")
+
+    def __call__(self, x: npt.ArrayLike) -> Array:
+        logits = np.asarray(x, np.float64) @ self.weight.T
+        return logits if self.cap is None else self.cap * np.tanh(logits / self.cap)
+
+
+class Llama:
+    """The llama architecture with an incremental cache; one sequence.
+
+    ``half``: round what llama.cpp's CPU backend rounds with F16 weights and its default F16 cache (the
+    activations before each product, keys and values).
+    """
+
+    def __init__(self, path: Path, *, half: bool = False) -> None:
+        reader = GGUFReader(path)
+        self.w = _tensors(reader)
+        self.half = half
+        self.layers = int(_field(reader, "block_count"))
+        self.heads = int(_field(reader, "attention.head_count"))
+        self.kv_heads = int(_field(reader, "attention.head_count_kv", self.heads))
+        self.eps = float(_field(reader, "attention.layer_norm_rms_epsilon"))
+        self.d = int(_field(reader, "embedding_length"))
+        self.hd = self.d // self.heads
+        base = float(_field(reader, "rope.freq_base", 10000.0))
+        self.frequencies = base ** (-np.arange(0, self.hd, 2) / self.hd)
+        self.reset()
+
+    def reset(self) -> None:
+        self.cache: list[tuple[list[Array], list[Array]]] = [([], []) for _ in range(self.layers)]
+
+    def copy(self) -> Llama:
+        """The same weights with a cache of its own that starts as this one's."""
+        twin = object.__new__(Llama)
+        twin.__dict__.update(self.__dict__)
+        twin.cache = [(list(k), list(v)) for k, v in self.cache]
+        return twin
+
+    def _round(self, x: Array) -> Array:
+        return x.astype(np.float16).astype(np.float64) if self.half else x
+
+    def _product(self, name: str, x: Array) -> Array:
+        return self.w[name] @ self._round(x)
+
+    def _norm(self, name: str, x: Array) -> Array:
+        return np.asarray(x / np.sqrt(np.mean(x * x) + self.eps) * self.w[name])
+
+    def _rope(self, x: Array, position: int) -> Array:
+        """Rotate the pairs (2i, 2i + 1) of every head."""
+        even, odd = x[:, 0::2], x[:, 1::2]
+        cos, sin = np.cos(position * self.frequencies), np.sin(position * self.frequencies)
+        return np.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)
+
+    def step(self, token: int) -> Array:
+        """Append a token; its pre-logits z [d]."""
+        x = self.w["token_embd.weight"][token]
+        position = len(self.cache[0][0])
+        for i, (keys, values) in enumerate(self.cache):
+            b = f"blk.{i}."
+            h = self._norm(b + "attn_norm.weight", x)
+            q = self._rope(self._product(b + "attn_q.weight", h).reshape(self.heads, self.hd), position)
+            k = self._rope(self._product(b + "attn_k.weight", h).reshape(self.kv_heads, self.hd), position)
+            keys.append(self._round(k))
+            values.append(self._round(self._product(b + "attn_v.weight", h).reshape(self.kv_heads, self.hd)))
+            group = self.heads // self.kv_heads
+            k_all, v_all = np.stack(keys), np.stack(values)  # [t, kv, hd]
+            q = self._round(q).reshape(self.kv_heads, group, self.hd)
+            scores = np.einsum("kgh,tkh->kgt", q, k_all) / np.sqrt(self.hd)
+            p = np.exp(scores - scores.max(axis=-1, keepdims=True))
+            p /= p.sum(axis=-1, keepdims=True)
+            x = x + self._product(b + "attn_output.weight", np.einsum("kgt,tkh->kgh", p, v_all).reshape(-1))
+            h = self._norm(b + "ffn_norm.weight", x)
+            gate = self._product(b + "ffn_gate.weight", h)
+            h = gate / (1 + np.exp(-gate)) * self._product(b + "ffn_up.weight", h)
+            x = x + self._product(b + "ffn_down.weight", h)
+        return self._norm("output_norm.weight", x)
+
+    def head(self, z: Array) -> Array:
+        """Logits [V] of (controlled) pre-logits."""
+        name = "output.weight" if "output.weight" in self.w else "token_embd.weight"
+        return self._product(name, z)

@@ -1,0 +1,195 @@
+"""The installed command, as a user runs it: answers, exit codes, sentences."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import synthetic
+from onnx_files import write_reward
+
+from aisp_local import Aligner, shipped
+
+pytestmark = pytest.mark.native
+
+STORY = "Tell me a story about a fox."
+
+
+def aisp(*arguments: str, stdin: bytes | None = None, cwd: Path | None = None) -> subprocess.CompletedProcess[bytes]:
+    command = Path(sys.executable).with_name("aisp-local")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("AISP_")}
+    return subprocess.run(
+        [str(command), *arguments], input=stdin, capture_output=True, timeout=300, cwd=cwd, env=environment, check=False
+    )
+
+
+def test_generate_prints_the_answer_and_nothing_else(tmp_path: Path) -> None:
+    arguments = ("generate", STORY, "--budget", "8", "--rows", "4", "--max-tokens", "24", "--seed", "3")
+    first = aisp(*arguments, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr.decode()
+    assert first.stderr == b""
+    assert first.stdout.decode().strip()
+    assert aisp(*arguments, cwd=tmp_path).stdout == first.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_generate_json(tmp_path: Path) -> None:
+    out = aisp(
+        "generate", "-", "--budget", "10", "--rows", "4", "--max-tokens", "16", "--json", "--kl", stdin=STORY.encode()
+    )
+    assert out.returncode == 0, out.stderr.decode()
+    data = json.loads(out.stdout)
+    required = "answer reward baseline method budget iterations candidates seed model reward_model versions"
+    assert set(required.split()) <= set(data)
+    assert data["method"] == "aisp-held" and data["budget"] == 10 and data["seed"] == 0
+    assert [i["n"] for i in data["iterations"]] == [4, 4, 2]
+    assert len(data["candidates"]) == 10
+    assert data["reward"] == max(c["reward"] for c in data["candidates"])
+    assert data["answer"] == data["candidates"][0]["text"]
+    assert all(c["kl"] > 0 and c["iteration"] in (1, 2, 3) for c in data["candidates"])
+    assert set(data["baseline"]) == {"text", "reward"}
+    with Aligner.load() as aligner:
+        result = aligner.chat([{"role": "user", "content": STORY}], budget=10, n=4, max_tokens=16, baseline=True)
+    assert result.answer == data["answer"]
+    assert result.baseline is not None and result.baseline.text == data["baseline"]["text"]
+
+
+@pytest.mark.parametrize("method", ["aisp", "best-of-n"])
+def test_methods_and_own_reward(method: str, tmp_path: Path) -> None:
+    folder = write_reward(tmp_path / "reward")
+    output = tmp_path / "answer.txt"
+    arguments = ("--method", method, "--budget", "4", "--max-tokens", "8", "-r", str(folder), "-o", str(output))
+    out = aisp("generate", STORY, *arguments)
+    assert out.returncode == 0, out.stderr.decode()
+    assert out.stdout == b""
+    assert output.read_text().strip()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["answer.txt", "reward"]
+
+
+def test_raw_continues_plain_text() -> None:
+    out = aisp("generate", "Once upon a time", "--raw", "--budget", "2", "--max-tokens", "8")
+    assert out.returncode == 0, out.stderr.decode()
+    assert out.stdout.strip()
+
+
+BAD = {
+    "missing model": (["-m", "nowhere.gguf"], "model file nowhere.gguf does not exist"),
+    "model is a folder": (["-m", "."], "is a folder"),
+    "not a model": (["-m", "text.txt"], "text.txt is not a GGUF file"),
+    "truncated model": (["-m", "truncated.gguf"], "truncated"),
+    "vocabulary only": (["-m", "vocabulary.gguf"], "holds a vocabulary only"),
+    "budget zero": (["--budget", "0"], "the budget is 0"),
+    "budget negative": (["--budget", "-4"], "the budget is -4"),
+    "unknown method": (["--method", "magic"], "method 'magic' is unknown; use one of aisp, aisp-held, best-of-n"),
+    "no tokens": (["--max-tokens", "0"], "max_tokens is 0"),
+    "negative seed": (["--seed", "-1"], "the seed is -1"),
+    "unwritable output": (["-o", "nowhere/answer.txt"], "nowhere does not exist"),
+    "output is a folder": (["-o", "."], "is a folder"),
+    "reward without manifest": (["-r", "."], "holds no reward.json"),
+    "missing reward": (["-r", "nowhere"], "reward folder nowhere does not exist"),
+    "too many rows": (["--rows", "300", "--budget", "300"], "at most 255"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(BAD))
+def test_bad_input_is_one_sentence_and_exit_code_2(name: str, tmp_path: Path) -> None:
+    arguments, message = BAD[name]
+    (tmp_path / "text.txt").write_text("hello")
+    (tmp_path / "truncated.gguf").write_bytes(shipped.model().read_bytes()[:400_000])
+    synthetic.write_vocab_only(tmp_path / "vocabulary.gguf")
+    out = aisp("generate", STORY, *arguments, cwd=tmp_path)
+    stderr = out.stderr.decode()
+    assert out.returncode == 2, stderr
+    assert out.stdout == b""
+    assert message in stderr
+    assert len(stderr.strip().splitlines()) == 1, stderr
+    assert "Traceback" not in stderr
+    debug = aisp("--debug", "generate", STORY, *arguments, cwd=tmp_path).stderr.decode()
+    assert "Traceback" in debug and message in debug
+
+
+@pytest.mark.parametrize(
+    ("prompt", "stdin", "message"),
+    [
+        ("", None, "the prompt is empty"),
+        ("  \n", None, "the prompt is empty"),
+        ("-", b"", "the prompt is empty"),
+        ("-", b"caf\xe9", "not valid UTF-8 (byte 3)"),
+        ("word " * 2000, None, "the model's context"),
+    ],
+)
+def test_bad_prompts(prompt: str, stdin: bytes | None, message: str) -> None:
+    out = aisp("generate", prompt, stdin=stdin)
+    stderr = out.stderr.decode()
+    assert out.returncode == 2, stderr
+    assert message in stderr and len(stderr.strip().splitlines()) == 1
+
+
+def test_an_interrupt_gives_the_best_so_far(tmp_path: Path) -> None:
+    command = Path(sys.executable).with_name("aisp-local")
+    arguments = ["generate", STORY, "--budget", "100000", "--max-tokens", "60", "--json"]
+    process = subprocess.Popen([str(command), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    time.sleep(12)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr.decode()
+    data = json.loads(stdout)
+    assert data["status"] == "interrupted"
+    assert data["answer"] and len(data["candidates"]) < 100000
+    assert "best answer so far" in stderr.decode()
+
+
+def test_a_conversation(tmp_path: Path) -> None:
+    lines = [
+        "/why",
+        STORY,
+        "/why",
+        "/base",
+        "/effort medium",
+        "/effort enormous",
+        "/save talk.txt",
+        "/nonsense",
+        "/help",
+        "/clear",
+        "/quit",
+    ]
+    out = aisp("chat", "--max-tokens", "16", "--rows", "8", stdin="\n".join(lines).encode(), cwd=tmp_path)
+    text = out.stdout.decode()
+    assert out.returncode == 0, out.stderr.decode()
+    for expected in (
+        "nothing to explain yet",
+        "32 rollouts",
+        "iteration  rollouts",
+        "best candidates",
+        "[unaligned: reward",
+        "effort medium: 128 rollouts",
+        "effort is medium; use /effort low|medium|high",
+        "saved to talk.txt",
+        "unknown command /nonsense",
+        "/save FILE",
+    ):
+        assert expected in text, expected
+    saved = (tmp_path / "talk.txt").read_text()
+    assert saved.startswith(f"You: {STORY}\n\nModel: ")
+
+
+def test_chat_survives_what_it_cannot_do(tmp_path: Path) -> None:
+    lines = ["word " * 3000, "/save nowhere/talk.txt", "/save", STORY]
+    out = aisp("chat", "--max-tokens", "8", stdin="\n".join(lines).encode(), cwd=tmp_path)
+    assert out.returncode == 0
+    errors = out.stderr.decode()
+    assert "the model's context" in errors and "does not exist" in errors
+    assert "[reward" in out.stdout.decode()
+
+
+def test_help_and_version() -> None:
+    assert b"Examples:" in aisp("--help").stdout
+    assert b"Exit codes:" in aisp("--help").stdout
+    assert b"0.1.0" in aisp("--version").stdout
+    assert aisp("generate").returncode == 2

@@ -1,0 +1,189 @@
+"""The engine on the shipped model: forks, samples, stops, reports, refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import synthetic
+
+from aisp_local import shipped
+from aisp_local.engine import LlamaEngine
+from aisp_local.errors import CapacityError, InputError, ModelError
+from aisp_local.seeds import RowSeeds
+from aisp_local.types import Controls, Message, Rollouts, Sampling
+
+pytestmark = pytest.mark.native
+
+CHAT: list[Message] = [{"role": "user", "content": "Tell me a story about a fox."}]
+WARM = Sampling(0.8, top_p=0.9)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[LlamaEngine]:
+    with LlamaEngine(shipped.model(), threads=2) as made:
+        yield made
+
+
+def roll(engine: LlamaEngine, controls: Controls, prompt: Any = CHAT, **options: Any) -> Rollouts:
+    return engine.rollout(prompt, controls, **({"max_tokens": 24, "seeds": RowSeeds(7)} | options))
+
+
+def same(a: Rollouts, b: Rollouts) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip(a.tokens, b.tokens, strict=True)) and a.texts == b.texts
+
+
+def test_the_same_seeds_are_the_same_run_and_the_prompt_is_prefilled_once(engine: LlamaEngine) -> None:
+    first = roll(engine, Controls(n=4, sampling=WARM))
+    again = roll(engine, Controls(n=4, sampling=WARM))
+    assert same(first, again)
+    assert len(set(first.texts)) > 1
+    assert not same(first, roll(engine, Controls(n=4, sampling=WARM), seeds=RowSeeds(8)))
+    np.testing.assert_array_equal(engine._cached, engine.tokens(CHAT)[:-1])
+
+
+def test_a_longer_conversation_reuses_the_prefix(engine: LlamaEngine) -> None:
+    longer: list[Message] = [*CHAT, {"role": "assistant", "content": "Once."}, {"role": "user", "content": "More!"}]
+    warm = roll(engine, Controls(n=2), prompt=longer)
+    with LlamaEngine(shipped.model(), threads=2) as fresh:
+        assert same(warm, roll(fresh, Controls(n=2), prompt=longer))
+    assert same(roll(engine, Controls(n=2)), roll(engine, Controls(n=2)))
+
+
+def test_greedy_without_control_is_the_base_model_in_every_row(engine: LlamaEngine) -> None:
+    rollouts = roll(engine, Controls(n=5))
+    assert len(set(rollouts.texts)) == 1
+    zero = Controls(n=5, vectors=np.zeros((5, 24, engine.d), np.float32))
+    assert same(rollouts, roll(engine, zero))
+
+
+def test_a_row_follows_its_own_control(engine: LlamaEngine) -> None:
+    """A control is worth the same in another row, beside other rows, held or repeated."""
+    v = np.random.default_rng(0).standard_normal((3, 24, engine.d)).astype(np.float32)
+    rollouts = roll(engine, Controls(n=3, vectors=v))
+    assert len(set(rollouts.texts)) == 3
+    turned = roll(engine, Controls(n=3, vectors=v[::-1].copy()))
+    assert list(turned.texts) == list(rollouts.texts)[::-1]
+    held = roll(engine, Controls(n=3, vectors=v[:, :1], held=True))
+    repeated = roll(engine, Controls(n=3, vectors=np.repeat(v[:, :1], 24, axis=1)))
+    assert same(held, repeated)
+
+
+def test_reports_agree_with_the_head(engine: LlamaEngine) -> None:
+    """Log-probabilities and KL from the read-back pre-logits, recomputed here from the same head."""
+    v = 0.5 * np.random.default_rng(1).standard_normal((3, 1, engine.d)).astype(np.float32)
+    want: Any = frozenset({"kl", "logprobs", "prelogits"})
+    out = roll(engine, Controls(n=3, vectors=v, held=True), want=want, max_tokens=10)
+    assert out.prelogits is not None and out.base_logprobs is not None and out.kl is not None
+
+    def log_softmax(x: np.ndarray) -> np.ndarray:
+        x = x.astype(np.float64)
+        x = x - x.max(axis=1, keepdims=True)
+        return np.asarray(x - np.log(np.exp(x).sum(axis=1, keepdims=True)))
+
+    for row in range(3):
+        z = out.prelogits[row]
+        q = log_softmax(engine.head.project(z))
+        p = log_softmax(engine.head.project(z + v[row]))
+        np.testing.assert_array_equal(p.argmax(axis=1), out.tokens[row])
+        picked = q[np.arange(len(z)), out.tokens[row]]
+        np.testing.assert_allclose(out.base_logprobs[row], picked, atol=0.02)
+        np.testing.assert_allclose(out.kl[row], (np.exp(p) * (p - q)).sum(), rtol=0.02)
+    base = roll(engine, Controls(n=2), want=want, max_tokens=10)
+    assert base.kl is not None
+    np.testing.assert_array_equal(base.kl, 0.0)
+
+
+def test_stops(engine: LlamaEngine) -> None:
+    limited = roll(engine, Controls(n=2), max_tokens=5)
+    assert limited.finish_reasons == ["length", "length"]
+    assert [len(t) for t in limited.tokens] == [5, 5]
+    full = roll(engine, Controls(n=3, sampling=Sampling(0.6)), max_tokens=400)
+    assert full.n_tokens == sum(len(t) for t in full.tokens)
+    for tokens, reason in zip(full.tokens, full.finish_reasons, strict=True):
+        assert bool(engine.model.eog[tokens[-1]]) == (reason == "stop")
+        assert not engine.model.eog[tokens[:-1]].any()
+    stopped = roll(engine, Controls(n=2), stop_strings=["."], max_tokens=100)
+    assert all(
+        "." not in text and reason == "stop" for text, reason in zip(stopped.texts, stopped.finish_reasons, strict=True)
+    )
+    steps: list[int] = []
+    cut = roll(
+        engine,
+        Controls(n=2),
+        should_stop=lambda: len(steps) >= 3,
+        on_step=lambda step, rows, tokens: steps.append(step),
+    )
+    assert steps == [1, 2, 3]
+    assert cut.finish_reasons == ["interrupted", "interrupted"]
+    assert same(limited, roll(engine, Controls(n=2), max_tokens=5))
+
+
+def test_plain_text_is_continued(engine: LlamaEngine) -> None:
+    rollouts = roll(engine, Controls(n=1), prompt="Once upon a")
+    assert rollouts.texts[0]
+    one_token = engine.model.tokenize("a", add_special=False, parse_special=False)
+    assert len(one_token) == 1
+    assert roll(engine, Controls(n=2), prompt="a").n_tokens > 0
+
+
+def test_an_exception_leaves_the_engine_usable(engine: LlamaEngine) -> None:
+    before = roll(engine, Controls(n=3, sampling=WARM))
+
+    def explode(step: int, rows: int, tokens: int) -> None:
+        raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"):
+        roll(engine, Controls(n=3, sampling=WARM), on_step=explode)
+    assert same(before, roll(engine, Controls(n=3, sampling=WARM)))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "controls", "options", "error", "message"),
+    [
+        ("word " * 3000, Controls(n=1), {}, CapacityError, "the model's context"),
+        ("", Controls(n=1), {}, InputError, "prompt is empty"),
+        ([], Controls(n=1), {}, InputError, "conversation is empty"),
+        ([{"role": "user"}], Controls(n=1), {}, InputError, "message 1 is not of the form"),
+        (CHAT, Controls(n=300), {}, CapacityError, "at most 255"),
+        (CHAT, Controls(n=1), {"max_tokens": 0}, InputError, "max_tokens is 0"),
+        (CHAT, Controls(n=1), {"stop_strings": [""]}, InputError, "stop string is empty"),
+        (CHAT, Controls(n=1, vectors=np.zeros((1, 2, 5), np.float32)), {}, InputError, "5 wide"),
+    ],
+)
+def test_what_cannot_be_done_is_said(
+    engine: LlamaEngine, prompt: Any, controls: Controls, options: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        roll(engine, controls, prompt=prompt, **options)
+
+
+def test_too_little_memory_says_what_fits() -> None:
+    with LlamaEngine(shipped.model(), memory_limit=2 * 2**20) as small:
+        with pytest.raises(
+            CapacityError, match=r"100 rollouts of 24 tokens need \d+ MiB .* n = \d+ would fit"
+        ) as error:
+            roll(small, Controls(n=100))
+        fits = int(str(error.value).split("n = ")[1].split()[0])
+        assert fits >= 1
+        roll(small, Controls(n=fits), max_tokens=24)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: p, "does not exist"),
+        (lambda p: (p.mkdir(), p)[1], "is a folder"),
+        (lambda p: (p.write_bytes(b""), p)[1], "not a GGUF"),
+        (lambda p: (p.write_bytes(b"PK" * 50), p)[1], "not a GGUF"),
+        (lambda p: (p.write_bytes(shipped.model().read_bytes()[:10]), p)[1], "truncated"),
+        (lambda p: (p.write_bytes(shipped.model().read_bytes()[:500_000]), p)[1], "cannot be loaded .* truncated"),
+        (lambda p: (synthetic.write_vocab_only(p), p)[1], "vocabulary only"),
+    ],
+)
+def test_files_that_are_no_models(tmp_path: Path, make: Any, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        LlamaEngine(make(tmp_path / "model.gguf"))

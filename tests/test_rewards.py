@@ -1,0 +1,238 @@
+"""ONNX rewards on real ONNX Runtime, and everything that can be wrong with a folder."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto
+from onnx_files import WORDS, model, tokenizer, write_reward
+
+from aisp_local.errors import InputError, RewardError, ScoreError
+from aisp_local.rewards import CallableReward, OnnxReward, Reward, load_reward
+from aisp_local.rewards.external_data import external_locations
+from aisp_local.rewards.text import prompt_text
+
+RESPONSES = ["the good fox", "bad", "", "a story the fox a good story", "good good good", "unknown words here"]
+
+
+@pytest.fixture
+def reward(tmp_path: Path) -> OnnxReward:
+    return OnnxReward.load(write_reward(tmp_path))
+
+
+def test_scores_do_not_depend_on_batch_mates_or_order(reward: OnnxReward) -> None:
+    together = reward.score("tell a story", RESPONSES)
+    alone = [reward.score("tell a story", [r])[0] for r in RESPONSES]
+    assert together.dtype == np.float32
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    np.testing.assert_allclose(reward.score("tell a story", RESPONSES[::-1]), together[::-1], atol=1e-5)
+    assert len(set(np.round(together, 4))) == len(RESPONSES)
+
+
+def test_many_responses_pass_in_batches(reward: OnnxReward) -> None:
+    scores = reward.score("tell", ["good fox", "bad"] * 500)
+    np.testing.assert_allclose(scores[::2], scores[0], atol=1e-5)
+    assert reward.score("tell", []).shape == (0,)
+
+
+def test_the_prompt_matters_and_pairs_are_encoded_as_the_tokenizer_does(reward: OnnxReward) -> None:
+    expected = tokenizer()
+    expected.no_padding()
+    expected.no_truncation()
+    for prompt, response in (("tell a story", "the fox"), ("", "good"), ("tell", "")):
+        encoded = expected.encode(prompt, response)
+        assert reward._encode(prompt, [response]) == [(encoded.ids, encoded.type_ids)]
+    assert reward.score("good", ["fox"])[0] != reward.score("bad", ["fox"])[0]
+
+
+@pytest.mark.parametrize(
+    ("truncation", "prompt", "response"),
+    [
+        ("prompt-left", "tell " * 50 + "story", "the fox"),
+        ("prompt-left", "tell", "the " * 50 + "fox"),
+        ("right", "tell " * 50 + "story", "the fox"),
+    ],
+)
+def test_truncation(tmp_path: Path, truncation: str, prompt: str, response: str) -> None:
+    reward = OnnxReward.load(write_reward(tmp_path, input_truncation=truncation))
+    ((ids, types),) = reward._encode(prompt, [response])
+    assert len(ids) == len(types) == 32
+    text = [WORDS[i] for i in ids]
+    if truncation == "right":
+        assert text == ["[CLS]", *["tell"] * 29, "[SEP]", "[SEP]"]
+    elif response == "the fox":
+        assert text[-4:] == ["[SEP]", "the", "fox", "[SEP]"] and text[-5] == "story"
+    else:
+        assert text == ["[CLS]", "[SEP]", *["the"] * 29, "[SEP]"]
+
+
+def test_chat_inputs_have_one_bos(tmp_path: Path) -> None:
+    template = "[CLS] {% for m in messages %}{{ m.role }} : {{ m.content }} {% endfor %}"
+    made = write_reward(tmp_path, input_kind="chat", input_template=template)
+    reward = OnnxReward.load(made)
+    # "[CLS]" in the text is the special token only if the tokenizer knows it as one.
+    tok = tokenizer()
+    tok.add_special_tokens(["[CLS]", "[SEP]"])
+    reward._tokenizer = tok
+    tok.no_padding()
+    tok.no_truncation()
+    ((ids, _),) = reward._encode([{"role": "user", "content": "tell"}], ["good"])
+    text = [WORDS[i] for i in ids]
+    assert text == ["[CLS]", "user", ":", "tell", "assistant", ":", "good", "[SEP]"]
+
+
+def test_hard_texts(reward: OnnxReward) -> None:
+    scores = reward.score("tell \ud800", ["good " * 200_000, "\udfff fox", "\x00", "🦊"])
+    assert np.isfinite(scores).all()
+    cut = reward.score("tell \ud800", ["good " * 200])
+    np.testing.assert_allclose(scores[0], cut[0], atol=1e-5)
+
+
+def test_threads_share_a_session(reward: OnnxReward) -> None:
+    expected = reward.score("tell", RESPONSES)
+    with ThreadPoolExecutor(4) as pool:
+        for scores in pool.map(lambda _: reward.score("tell", RESPONSES), range(20)):
+            np.testing.assert_allclose(scores, expected, atol=1e-5)
+
+
+def test_sign_scale_and_index(tmp_path: Path) -> None:
+    plain = OnnxReward.load(write_reward(tmp_path / "a")).score("tell", RESPONSES)
+    turned = OnnxReward.load(write_reward(tmp_path / "b", graph_sign=-1, graph_scale=2.0)).score("tell", RESPONSES)
+    np.testing.assert_allclose(turned, -2 * plain, rtol=1e-6)
+
+
+def test_golden_scores_are_checked(tmp_path: Path) -> None:
+    score = float(OnnxReward.load(write_reward(tmp_path)).score("tell", ["good"])[0])
+    golden = [{"prompt": "tell", "response": "good", "score": score}]
+    OnnxReward.load(write_reward(tmp_path, golden=golden))
+    golden[0]["score"] = score + 0.1
+    with pytest.raises(RewardError, match="golden response 'good'"):
+        OnnxReward.load(write_reward(tmp_path, golden=golden))
+
+
+def change(folder: Path, **keys: Any) -> None:
+    path = folder / "reward.json"
+    data = json.loads(path.read_text())
+    data.update(keys)
+    path.write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: (f / "reward.json").unlink(), "holds no reward.json"),
+        (lambda f: (f / "reward.json").write_text("{"), "not valid JSON"),
+        (lambda f: change(f, format=2), "format 2 is not known"),
+        (lambda f: change(f, name=None), "lacks 'name'"),
+        (lambda f: change(f, name=3), "'name' has the wrong type"),
+        (lambda f: change(f, input={"kind": "triple", "max_length": 32}), "'kind' is 'triple'"),
+        (lambda f: change(f, files={}), "no sha256 of 'model.onnx'"),
+        (lambda f: (f / "tokenizer.json").unlink(), "lacks tokenizer.json"),
+        (lambda f: (f / "tokenizer.json").write_text("{}"), "does not match its sha256"),
+        (lambda f: (f / "model.onnx").write_bytes((f / "model.onnx").read_bytes()[:-9]), "does not match its sha256"),
+        (lambda f: change(f, model="../model.onnx", files={"../model.onnx": "0", "tokenizer.json": "0"}), "leaves"),
+        (lambda f: change(f, model="/model.onnx", files={"/model.onnx": "0", "tokenizer.json": "0"}), "leaves"),
+    ],
+)
+def test_broken_folders(tmp_path: Path, spoil: Any, message: str) -> None:
+    spoil(write_reward(tmp_path))
+    with pytest.raises(RewardError, match=message):
+        OnnxReward.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"graph_inputs": {"input_ids": "ids", "attention_mask": "attention_mask"}}, "no input 'ids'; its inputs are"),
+        ({"graph_inputs": {n: n for n in ("input_ids", "attention_mask")}}, "'token_type_ids' .*not in the manifest"),
+        ({"graph_output": "logits"}, "no output 'logits'; its outputs are score"),
+        ({"graph_sign": 3}, "'sign' is 3"),
+        ({"input_max_length": 1}, "max_length 1 is not between"),
+        ({"input_kind": "chat"}, "needs a 'template'"),
+    ],
+)
+def test_manifests_that_do_not_fit(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RewardError, match=message):
+        OnnxReward.load(write_reward(tmp_path, **changes))
+
+
+def test_a_truncated_model_with_its_own_hash(tmp_path: Path) -> None:
+    from onnx_files import sha256
+
+    folder = write_reward(tmp_path)
+    path = folder / "model.onnx"
+    path.write_bytes(path.read_bytes()[:-20])
+    change(folder, files={n: sha256(folder / n) for n in ("model.onnx", "tokenizer.json")})
+    with pytest.raises(RewardError, match="not a complete ONNX file"):
+        OnnxReward.load(folder)
+
+
+@pytest.mark.parametrize("location", ["../outside.bin", "/etc/passwd", "sub/../../outside.bin"])
+def test_external_data_must_stay_inside(tmp_path: Path, location: str) -> None:
+    proto = model()
+    tensor = proto.graph.initializer[0]
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    entry = tensor.external_data.add()
+    entry.key, entry.value = "location", location
+    folder = tmp_path / "reward"
+    folder.mkdir()
+    (folder / "model.onnx").write_bytes(proto.SerializeToString())
+    assert external_locations(folder / "model.onnx") == [location]
+    from onnx_files import sha256
+
+    write_reward(folder)
+    (folder / "model.onnx").write_bytes(proto.SerializeToString())
+    change(folder, files={n: sha256(folder / n) for n in ("model.onnx", "tokenizer.json")})
+    with pytest.raises(RewardError, match="leaves the reward folder"):
+        OnnxReward.load(folder)
+
+
+def test_links_out_of_the_folder_are_refused(tmp_path: Path) -> None:
+    folder = write_reward(tmp_path / "reward")
+    (folder / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    (folder / "tokenizer.json").symlink_to(tmp_path / "tokenizer.json")
+    with pytest.raises(RewardError, match="links out"):
+        OnnxReward.load(folder)
+
+
+def test_external_data_inside_works(tmp_path: Path) -> None:
+    from onnx_files import sha256
+
+    plain = OnnxReward.load(write_reward(tmp_path / "plain")).score("tell", RESPONSES)
+    folder = write_reward(tmp_path / "external")
+    onnx.save_model(
+        model(), str(folder / "model.onnx"), save_as_external_data=True, location="weights.bin", size_threshold=64
+    )
+    change(folder, files={n: sha256(folder / n) for n in ("model.onnx", "tokenizer.json")})
+    with pytest.raises(RewardError, match=r"'weights.bin', which has no sha256"):
+        OnnxReward.load(folder)
+    change(folder, files={n: sha256(folder / n) for n in ("model.onnx", "tokenizer.json", "weights.bin")})
+    np.testing.assert_allclose(OnnxReward.load(folder).score("tell", RESPONSES), plain, atol=1e-6)
+
+
+def test_prompt_text() -> None:
+    assert prompt_text("as it is") == "as it is"
+    assert prompt_text([{"role": "user", "content": "hi"}]) == "hi"
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    assert prompt_text(turns) == "user: hi\nassistant: ho"  # type: ignore[arg-type]
+
+
+def test_functions_are_rewards() -> None:
+    def length(prompt: Any, responses: Any) -> list[int]:
+        return [len(r) for r in responses]
+
+    reward = load_reward(length)
+    assert isinstance(reward, Reward) and reward.name == "length"
+    np.testing.assert_array_equal(reward.score("p", ["a", "bb"]), np.array([1, 2], np.float32))
+    assert load_reward(reward) is reward
+    with pytest.raises(ScoreError, match="'length'.*one number each"):
+        CallableReward(lambda p, r: [1.0], name="length").score("p", ["a", "b"])
+    with pytest.raises(InputError, match="not a reward"):
+        load_reward(3)  # type: ignore[arg-type]
