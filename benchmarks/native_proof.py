@@ -103,18 +103,12 @@ def prove(path: Path) -> dict[str, Any]:
 def build_stock() -> Path:
     """The stock wheel of the pinned source distribution, built once with pip into the cache."""
     pin = tomllib.loads((ROOT / "patches" / "pin.toml").read_text(encoding="utf-8"))
-    version = next(v for v in _strings(pin) if v.count(".") == 2 and v.replace(".", "").isdigit())
+    name, version = pin["name"], pin["version"]
     folder = synthetic.cache_dir() / f"stock-{version}"
     if not list(folder.glob("*.whl")):
-        command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-binary", "llama-cpp-python"]
-        subprocess.run([*command, "--wheel-dir", str(folder), f"llama-cpp-python=={version}"], check=True)
+        command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-binary", name]
+        subprocess.run([*command, "--wheel-dir", str(folder), f"{name}=={version}"], check=True)
     return next(folder.glob("*.whl"))
-
-
-def _strings(value: Any) -> list[str]:
-    if isinstance(value, dict):
-        return [s for v in value.values() for s in _strings(v)]
-    return [value] if isinstance(value, str) else []
 
 
 def compare_with_stock(stock: Path, models: Path, rows: list[dict[str, Any]], scratch: Path) -> None:

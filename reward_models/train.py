@@ -161,7 +161,7 @@ def main() -> None:
     minutes = train(network, tokenizer, pairs, plan, work, device=options.device, resume=options.resume)
     print(f"trained for {minutes:.1f} minutes")
     network.cpu()
-    held_out = training_pairs(held_out_material(options.data, []), 100, options.seed + 1)
+    held_out = training_pairs(held_out_material(options.data, []), 40, options.seed + 1)
     check_export(network, tokenizer, held_out)
     write_folder(work / "float", network, tokenizer, GOLDEN, quantised=False)
     write_folder(options.out, network, tokenizer, GOLDEN)

@@ -115,3 +115,80 @@ class Llama:
         """Logits [V] of (controlled) pre-logits."""
         name = "output.weight" if "output.weight" in self.w else "token_embd.weight"
         return self._product(name, z)
+
+
+def end_tokens(path: Path) -> set[int]:
+    """The tokens that end a response: end of sequence, end of turn, end of text."""
+    fields = GGUFReader(path).fields
+    ends = {int(fields[f"tokenizer.ggml.{k}_token_id"].contents()) for k in ("eos", "eot")}
+    texts = fields["tokenizer.ggml.tokens"].contents()
+    return ends | {i for i, text in enumerate(texts) if text in ("<|endoftext|>", "<|im_end|>")}
+
+
+class Rollout:
+    """One greedy response under the trajectory v [T, d]: tokens, logits of every step, smallest margin."""
+
+    def __init__(self, prefilled: Llama, last: int, v: Array, ends: set[int]) -> None:
+        model, token = prefilled.copy(), last
+        self.tokens: list[int] = []
+        logits = []
+        for control in v:
+            logits.append(model.head(model.step(token) + control))
+            token = int(np.argmax(logits[-1]))
+            self.tokens.append(token)
+            if token in ends:
+                break
+        self.logits = np.array(logits)  # [len(tokens), V]
+        top = np.sort(self.logits, axis=1)[:, -2:]
+        self.margin = float((top[:, 1] - top[:, 0]).min())
+
+
+class AispRun:
+    """A whole run of AISP (arXiv 2510.26219, Eq. 13 and 14) on a llama, in float64.
+
+    ``rewards[k][i]``: of iteration k and row i. Noise: Philox of SeedSequence([seed, 0, k + 1, i, 0]), float32
+    standard normals [T, d]. Steps after the end of a response enter neither the prior term nor the mean.
+    """
+
+    def __init__(
+        self,
+        prefilled: Llama,
+        last: int,
+        ends: set[int],
+        rewards: list[list[float]],
+        *,
+        steps: int,
+        seed: int,
+        sigma: float,
+        lambda_: float,
+        alpha: float,
+    ) -> None:
+        u = np.zeros((steps, prefilled.d))
+        self.rollouts: list[list[Rollout]] = []
+        self.controls: list[Array] = []  # of each iteration: [n, T, d]
+        self.ess: list[float] = []
+        for k, r in enumerate(rewards):
+            generators = [
+                np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, 0, k + 1, i, 0])))
+                for i in range(len(r))
+            ]
+            v = np.stack([u + sigma * g.standard_normal((steps, prefilled.d), dtype=np.float32) for g in generators])
+            rollouts = [Rollout(prefilled, last, row, ends) for row in v]
+            exponents = []
+            for reward, row, rollout in zip(r, v, rollouts, strict=True):
+                length = len(rollout.tokens)
+                inner = sum(float(u[t] @ row[t]) for t in range(length))
+                exponents.append(reward / lambda_ - (1 - alpha) / sigma**2 * inner)
+            w = np.exp(np.array(exponents) - max(exponents))
+            w /= w.sum()
+            self.ess.append(float(1 / np.sum(w * w)))
+            new = u.copy()
+            for t in range(steps):
+                alive = [i for i, rollout in enumerate(rollouts) if t < len(rollout.tokens)]
+                if alive:
+                    new[t] = sum(w[i] * v[i, t] for i in alive) / w[alive].sum()
+            u = new
+            self.rollouts.append(rollouts)
+            self.controls.append(v)
+        self.mean = u
+        self.margin = min(rollout.margin for rollouts in self.rollouts for rollout in rollouts)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 import synthetic
 from oracle import Head, Llama
 from raw import Array, Raw, Schedule, Trace, follow
