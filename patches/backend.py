@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -18,9 +20,9 @@ Settings = Mapping[str, str | list[str]] | None
 
 
 def get_requires_for_build_wheel(config_settings: Settings = None) -> list[str]:
-    """cmake and ninja from the package index, where the system has none."""
-    wanted = {"cmake": "cmake>=3.21", "ninja": "ninja>=1.5"}
-    return [requirement for tool, requirement in wanted.items() if shutil.which(tool) is None]
+    """cmake and ninja from the package index, where the system has none or an older one."""
+    wanted = {"cmake": (3, 21), "ninja": (1, 5)}
+    return [f"{tool}>={least[0]}.{least[1]}" for tool, least in wanted.items() if _version(tool) < least]
 
 
 def build_wheel(wheel_directory: str, config_settings: Settings = None, metadata_directory: str | None = None) -> str:
@@ -31,6 +33,24 @@ def build_wheel(wheel_directory: str, config_settings: Settings = None, metadata
         # The sentence last, where it is seen: pip prints what the backend prints, in order.
         print(f"\nerror: {error}\n", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
+
+
+def build_editable(
+    wheel_directory: str, config_settings: Settings = None, metadata_directory: str | None = None
+) -> str:
+    """Refused with a sentence: there is no source tree to edit here."""
+    print("\nerror: patches/ cannot be installed with -e; use: pip install ./patches\n", file=sys.stderr, flush=True)
+    raise SystemExit(1)
+
+
+def _version(tool: str) -> tuple[int, int]:
+    """The installed version of a tool; (0, 0) if it is missing or does not say."""
+    command = shutil.which(tool)
+    if command is None:
+        return 0, 0
+    said = subprocess.run([command, "--version"], capture_output=True, text=True, check=False).stdout
+    found = re.search(r"(\d+)\.(\d+)", said)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 def _build(target: Path, settings: dict[str, str | list[str]]) -> str:
@@ -53,7 +73,10 @@ def _build(target: Path, settings: dict[str, str | list[str]]) -> str:
             source.set_version(tree, pin)
             name = _compile(tree, target, settings)
         if use_cache:
-            cache.save(store, target / name)
+            try:
+                cache.save(store, target / name)
+            except OSError as error:
+                print(f"notice: the wheel is built but could not be kept in {store} ({error})", file=sys.stderr)
     print(f"built {name} in {time.monotonic() - start:.0f} s", file=sys.stderr)
     return name
 

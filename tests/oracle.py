@@ -125,22 +125,32 @@ def end_tokens(path: Path) -> set[int]:
     return ends | {i for i, text in enumerate(texts) if text in ("<|endoftext|>", "<|im_end|>")}
 
 
-class Rollout:
-    """One greedy response under the trajectory v [T, d]: tokens, logits of every step, smallest margin."""
+class NearTie(Exception):
+    """Two tokens were so close that rounding could decide between them."""
 
-    def __init__(self, prefilled: Llama, last: int, v: Array, ends: set[int]) -> None:
+
+class Rollout:
+    """One greedy response under the trajectory v [T, d]: tokens, logits of every step, smallest margin.
+
+    Raises NearTie where the best token leads the second by less than ``least``.
+    """
+
+    def __init__(self, prefilled: Llama, last: int, v: Array, ends: set[int], least: float) -> None:
         model, token = prefilled.copy(), last
         self.tokens: list[int] = []
+        self.margin = np.inf
         logits = []
         for control in v:
             logits.append(model.head(model.step(token) + control))
+            second, first = np.partition(logits[-1], -2)[-2:]
+            self.margin = min(self.margin, float(first - second))
+            if self.margin < least:
+                raise NearTie
             token = int(np.argmax(logits[-1]))
             self.tokens.append(token)
             if token in ends:
                 break
         self.logits = np.array(logits)  # [len(tokens), V]
-        top = np.sort(self.logits, axis=1)[:, -2:]
-        self.margin = float((top[:, 1] - top[:, 0]).min())
 
 
 class AispRun:
@@ -162,7 +172,9 @@ class AispRun:
         sigma: float,
         lambda_: float,
         alpha: float,
+        least: float = 0.0,
     ) -> None:
+        self.seed = seed
         u = np.zeros((steps, prefilled.d))
         self.rollouts: list[list[Rollout]] = []
         self.controls: list[Array] = []  # of each iteration: [n, T, d]
@@ -173,7 +185,7 @@ class AispRun:
                 for i in range(len(r))
             ]
             v = np.stack([u + sigma * g.standard_normal((steps, prefilled.d), dtype=np.float32) for g in generators])
-            rollouts = [Rollout(prefilled, last, row, ends) for row in v]
+            rollouts = [Rollout(prefilled, last, row, ends, least) for row in v]
             exponents = []
             for reward, row, rollout in zip(r, v, rollouts, strict=True):
                 length = len(rollout.tokens)

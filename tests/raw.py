@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.float32]
+Ints = Sequence[int] | npt.NDArray[np.integer[Any]]
 _EVAL = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_bool, ctypes.c_void_p)
 _FLOATS = ctypes.POINTER(ctypes.c_float)
 _QUIET = C.llama_log_callback(lambda *_: None)
@@ -72,10 +73,10 @@ class Raw:
 
     def decode(
         self,
-        tokens: Sequence[int],
-        positions: Sequence[int],
-        sequences: Sequence[int],
-        outputs: Sequence[int] | None = None,
+        tokens: Ints,
+        positions: Ints,
+        sequences: Ints,
+        outputs: Ints | None = None,
     ) -> None:
         """One llama_decode; ``outputs``: which tokens give logits (default: all of them)."""
         batch = self._batch

@@ -94,7 +94,15 @@ def test_wrong_files_are_refused(sdist: tuple[Path, source.Pin], tmp_path: Path)
         source.unpack(path, tmp_path / "work")
 
 
-def test_paths_that_leave_the_archive_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("filtered", [True, False])
+def test_paths_that_leave_the_archive_are_refused(
+    filtered: bool, sdist: tuple[Path, source.Pin], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With tarfile's own filter and, as on Python 3.11.2, without it."""
+    if not filtered:
+        monkeypatch.delattr(tarfile, "data_filter", raising=False)
+    (tmp_path / "good").mkdir()
+    assert (source.unpack(sdist[0], tmp_path / "good") / "src/a.cpp").read_text() == FILES["src/a.cpp"]
     path = tmp_path / "evil.tar.gz"
     archive(path, {"x.txt": "evil"}, top="../")
     (tmp_path / "work").mkdir()
@@ -259,3 +267,27 @@ def test_errors_are_the_last_line(
         backend.build_wheel(str(tmp_path))
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("error: the local sdist") and last.endswith("check AISP_LLAMA_SDIST")
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted"), [("3.16.3", ["cmake>=3.21"]), ("3.21.0", []), ("4.1.2", []), ("", ["cmake>=3.21"])]
+)
+def test_an_old_or_missing_cmake_comes_from_the_index(
+    said: str, wanted: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import backend
+
+    for tool, text in (("cmake", f"cmake version {said}"), ("ninja", "1.11.1")):
+        if tool == "ninja" or said:
+            (tmp_path / tool).write_text(f"#!/bin/sh\necho {text}\n")
+            (tmp_path / tool).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert backend.get_requires_for_build_wheel() == wanted
+
+
+def test_an_editable_install_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import backend
+
+    with pytest.raises(SystemExit):
+        backend.build_editable(str(tmp_path))
+    assert capsys.readouterr().err.strip().endswith("use: pip install ./patches")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -207,7 +208,7 @@ def test_a_second_allocation_forgets_what_was_set(raw: Raw) -> None:
 def test_wrong_arguments_are_refused_and_change_nothing(raw: Raw, arguments: dict[str, int]) -> None:
     base = run(raw)
     v = np.ones((STEPS + 1, raw.d), np.float32)
-    options = {"seq": 0, "n_steps": STEPS} | arguments
+    options: dict[str, Any] = {"seq": 0, "n_steps": STEPS} | arguments
     assert raw.set_control(options.pop("seq"), v, **options) == -1
     assert run(raw).same(base)
 

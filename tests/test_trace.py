@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-from oracle import AispRun, Llama, end_tokens
+from oracle import AispRun, Llama, NearTie, end_tokens
 from raw import Raw
 
 from aisp_local import shipped
@@ -22,9 +23,9 @@ pytestmark = pytest.mark.native
 
 STEPS = 32
 REWARDS = [[0.1, 0.5, 0.2, 0.4], [0.3, 0.0, 0.6, 0.5]]
-OPTIONS = {"sigma": 0.3, "lambda_": 0.3, "alpha": 0.9}
+OPTIONS: Any = {"sigma": 1.0, "lambda_": 0.3, "alpha": 0.99}
 PROMPT: Prompt = [{"role": "user", "content": "Tell me a story about a little fox."}]
-ERROR = 0.02  # of a logit: llama.cpp multiplies F16 weights with F16 activations, and its cache is F16
+MARGIN = 0.02  # at least, between the two best logits at every step
 
 
 class FixedReward:
@@ -70,6 +71,14 @@ def logit_error(path: Path, prompt: npt.NDArray[np.int32], run: AispRun) -> floa
     return largest
 
 
+def first_without_near_ties(prefilled: Llama, last: int, ends: set[int]) -> AispRun:
+    """The run of the first seed whose decisions are all clear; the oracle alone chooses it."""
+    for seed in range(200):
+        with suppress(NearTie):
+            return AispRun(prefilled, last, ends, REWARDS, steps=STEPS, seed=seed, least=MARGIN, **OPTIONS)
+    raise AssertionError("every seed has a near tie")
+
+
 def test_a_whole_run_is_the_oracle_token_for_token() -> None:
     path = shipped.model()
     with LlamaEngine(path, threads=1) as engine:
@@ -77,18 +86,14 @@ def test_a_whole_run_is_the_oracle_token_for_token() -> None:
         prefilled = Llama(path, half=True)
         for token in prompt[:-1]:
             prefilled.step(int(token))
-        ends = end_tokens(path)
-        # The first seed under which, by the oracle alone, no token is a near tie that rounding could turn.
-        for seed in range(20):
-            expected = AispRun(prefilled, int(prompt[-1]), ends, REWARDS, steps=STEPS, seed=seed, **OPTIONS)
-            if expected.margin > 3 * ERROR:
-                break
+        expected = first_without_near_ties(prefilled, int(prompt[-1]), end_tokens(path))
+        # llama.cpp rounds activations, cache and attention to F16. Twice this error could turn a decision;
+        # every margin is above that, so equal tokens are no coincidence and different ones no rounding.
         error = logit_error(path, prompt, expected)
-        assert error <= ERROR
-        assert expected.margin > 3 * error
+        assert 2 * error < MARGIN <= expected.margin
 
         recorder = Recorder(engine)
-        controller = Aisp(d=engine.d, max_tokens=STEPS, seed=seed, **OPTIONS)
+        controller = Aisp(d=engine.d, max_tokens=STEPS, seed=expected.seed, **OPTIONS)
         result = search(
             recorder,
             controller,
@@ -98,7 +103,7 @@ def test_a_whole_run_is_the_oracle_token_for_token() -> None:
             budget=8,
             n=4,
             max_tokens=STEPS,
-            seed=seed,
+            seed=expected.seed,
         )
     assert len(recorder.rollouts) == len(REWARDS)
     for actual, rollouts in zip(recorder.rollouts, expected.rollouts, strict=True):

@@ -84,7 +84,7 @@ def unpack(sdist: Path, folder: Path) -> Path:
     """Unpack safely; the tree's top folder."""
     try:
         with tarfile.open(sdist) as archive:
-            archive.extractall(folder, filter="data")
+            _extract(archive, folder)
     except (tarfile.TarError, EOFError, OSError) as error:
         raise BuildError(f"{sdist} cannot be unpacked ({error}); download it again") from error
     trees = [path for path in folder.iterdir() if path.is_dir()]
@@ -94,6 +94,19 @@ def unpack(sdist: Path, folder: Path) -> Path:
     for left in trees[0].rglob(".git"):
         shutil.rmtree(left) if left.is_dir() else left.unlink()
     return trees[0]
+
+
+def _extract(archive: tarfile.TarFile, folder: Path) -> None:
+    if hasattr(tarfile, "data_filter"):
+        archive.extractall(folder, filter="data")
+        return
+    # Python 3.11.0 to 3.11.3 have no filter (Debian 12 has 3.11.2); an sdist needs files and folders only.
+    root = folder.resolve()
+    for member in archive.getmembers():
+        inside = (root / member.name).resolve().is_relative_to(root)
+        if not inside or not (member.isfile() or member.isdir()):
+            raise tarfile.TarError(f"{member.name!r} leaves the folder or is no plain file")
+    archive.extractall(folder)
 
 
 def set_version(tree: Path, pin: Pin) -> None:

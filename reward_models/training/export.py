@@ -86,9 +86,9 @@ class Graph:
         return self.op("LayerNormalization", x, scale, shift, axis=-1, epsilon=epsilon)
 
     def gelu(self, x: str) -> str:
-        erf = self.op("Erf", self.op("Div", x, self.constant(np.float32(2.0**0.5))))
-        product = self.op("Mul", x, self.op("Add", erf, self.constant(np.float32(1.0))))
-        return self.op("Mul", product, self.constant(np.float32(0.5)))
+        erf = self.op("Erf", self.op("Div", x, self.constant(np.array(2.0**0.5, np.float32))))
+        product = self.op("Mul", x, self.op("Add", erf, self.constant(np.array(1.0, np.float32))))
+        return self.op("Mul", product, self.constant(np.array(0.5, np.float32)))
 
 
 def build_model(network: RewardNetwork, quantised: bool) -> onnx.ModelProto:
@@ -115,7 +115,7 @@ def build_model(network: RewardNetwork, quantised: bool) -> onnx.ModelProto:
             rows = g.linear(x, weight[i], shift[i], f"{layer}.{'qkv'[i]}")
             parts.append(g.op("Transpose", g.op("Reshape", rows, split), perm=axes))
         logits = g.op("MatMul", parts[0], parts[1])
-        logits = g.op("Div", logits, g.constant(np.float32(head**0.5)))
+        logits = g.op("Div", logits, g.constant(np.array(head**0.5, np.float32)))
         weights = g.op("Softmax", g.op("Add", logits, bias), axis=-1)
         mixed = g.op("Transpose", g.op("MatMul", weights, parts[2]), perm=(0, 2, 1, 3))
         return g.op("Reshape", mixed, joined)
@@ -140,8 +140,8 @@ def build_model(network: RewardNetwork, quantised: bool) -> onnx.ModelProto:
     )
     bias = g.op(
         "Mul",
-        g.op("Sub", g.constant(np.float32(1.0)), wide),
-        g.constant(np.float32(-10000.0)),
+        g.op("Sub", g.constant(np.array(1.0, np.float32)), wide),
+        g.constant(np.array(-10000.0, np.float32)),
     )
     for i in range(shape.layers):
         layer = f"layers.{i}"
