@@ -108,7 +108,7 @@ def build_stock() -> Path:
     if not list(folder.glob("*.whl")):
         command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-binary", name]
         subprocess.run([*command, "--wheel-dir", str(folder), f"{name}=={version}"], check=True)
-    return next(folder.glob("*.whl"))
+    return Path(next(folder.glob("*.whl")))
 
 
 def compare_with_stock(stock: Path, models: Path, rows: list[dict[str, Any]], scratch: Path) -> None:
