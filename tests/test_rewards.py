@@ -72,6 +72,34 @@ def test_truncation(tmp_path: Path, truncation: str, prompt: str, response: str)
         assert text == ["[CLS]", "[SEP]", *["the"] * 29, "[SEP]"]
 
 
+def test_truncation_of_texts_that_are_cut_before_tokenising(tmp_path: Path) -> None:
+    def words(truncation: str, prompt: str, response: str) -> list[str]:
+        reward = OnnxReward.load(write_reward(tmp_path, input_truncation=truncation))
+        return [WORDS[i] for i in reward._encode(prompt, [response])[0][0]]
+
+    assert words("right", "fox " + "tell " * 10_000, "good")[1:3] == ["fox", "tell"]
+    assert words("left", "tell", "bad " * 10_000 + "fox")[-2:] == ["fox", "[SEP]"]
+    assert words("prompt-left", "tell", " " * 100_000 + "good") == ["[CLS]", "tell", "[SEP]", "good", "[SEP]"]
+
+
+def test_chat_templates_know_the_special_tokens(tmp_path: Path) -> None:
+    template = "{{ bos_token }}{{ messages[-1].content }}{{ eos_token }}"
+    tok = tokenizer()
+    tok.add_special_tokens(["[CLS]", "[SEP]"])
+    tok.no_truncation()
+    tok.no_padding()
+    for bos in ("none", "tokenizer"):
+        reward = OnnxReward.load(write_reward(tmp_path, input_kind="chat", input_template=template, input_bos=bos))
+        reward._tokenizer = tok
+        text = [WORDS[i] for i in reward._encode("tell", ["good"])[0][0]]
+        assert text[:3] == ["[CLS]", "good", "[SEP]"]
+
+
+def test_a_template_that_fails(tmp_path: Path) -> None:
+    with pytest.raises(ScoreError, match="chat template of the reward 'tiny' failed"):
+        OnnxReward.load(write_reward(tmp_path, input_kind="chat", input_template="{{ 1 // 0 }}"))
+
+
 def test_chat_inputs_have_one_bos(tmp_path: Path) -> None:
     template = "[CLS] {% for m in messages %}{{ m.role }} : {{ m.content }} {% endfor %}"
     made = write_reward(tmp_path, input_kind="chat", input_template=template)
@@ -153,6 +181,9 @@ def test_broken_folders(tmp_path: Path, spoil: Any, message: str) -> None:
         ({"graph_inputs": {n: n for n in ("input_ids", "attention_mask")}}, "'token_type_ids' .*not in the manifest"),
         ({"graph_output": "logits"}, "no output 'logits'; its outputs are score"),
         ({"graph_sign": 3}, "'sign' is 3"),
+        ({"graph_index": 7}, "'index' is 7, but the output 'score' has 1 columns"),
+        ({"tolerance": float("inf")}, "must be finite"),
+        ({"golden": [{"prompt": [{"role": "user"}], "response": "a", "score": 1}]}, "message 1 lacks 'content'"),
         ({"input_max_length": 1}, "max_length 1 is not between"),
         ({"input_kind": "chat"}, "needs a 'template'"),
     ],

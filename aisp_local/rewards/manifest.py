@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -128,13 +129,21 @@ def read_manifest(folder: Path) -> Manifest:
     golden = []
     for entry in top.get("golden", list, []):
         row = _Section(entry, f"{path}: golden")
+        prompt = row.get("prompt", (str, list))
+        for i, message in enumerate(prompt if isinstance(prompt, list) else []):
+            turn = _Section(message, f"{path}: golden: message {i + 1}")
+            turn.get("role", str), turn.get("content", str)
         golden.append(
             Golden(
-                row.get("prompt", (str, list)),
+                prompt,
                 row.get("response", str),
                 float(row.get("score", (int, float))),
             )
         )
+    scale = float(graph.get("scale", (int, float), 1.0))
+    tolerance = float(top.get("tolerance", (int, float), 0.01))
+    if not (math.isfinite(scale) and math.isfinite(tolerance) and tolerance >= 0):
+        raise RewardError(f"{path}: 'scale' and 'tolerance' must be finite, 'tolerance' at least 0")
     return Manifest(
         name=top.get("name", str),
         description=top.get("description", str, ""),
@@ -149,11 +158,11 @@ def read_manifest(folder: Path) -> Manifest:
         output=graph.get("output", str),
         index=graph.get("index", int, 0),
         sign=sign,
-        scale=float(graph.get("scale", (int, float), 1.0)),
+        scale=scale,
         licence=top.get("licence", str, "unknown"),
         files=files,
         golden=tuple(golden),
-        tolerance=float(top.get("tolerance", (int, float), 0.01)),
+        tolerance=tolerance,
     )
 
 

@@ -19,7 +19,7 @@ from aisp_local.types import Message, Prompt
 
 _BATCH_TOKENS = 4096
 _BATCH_ROWS = 64
-# No tokenizer in use writes more characters into one token: longer texts are cut before tokenising.
+# Longer texts are first cut to this many characters a token of max_length.
 _CHARACTERS_PER_TOKEN = 64
 
 
@@ -65,6 +65,7 @@ class OnnxReward:
         session = _session(model, providers, threads)
         _check_graph(path, manifest, session)
         reward = cls(manifest, session, _tokenizer(tokenizer_path))
+        reward.score("a", ["a"])  # a folder without golden pairs shows here that its model runs
         reward._check_golden(path)
         return reward
 
@@ -81,28 +82,33 @@ class OnnxReward:
         kind, limit = self.manifest.kind, self.manifest.max_length
         if kind == "chat":
             return [(ids := self._cut(self._chat_ids(prompt, r)), [0] * len(ids)) for r in responses]
-        texts = [self._ids(self._shorten(clean(response), left=False)) for response in responses]
+        truncation = self.manifest.truncation
+        texts = [self._long_ids(clean(r), left=truncation == "left") for r in responses]
         room = limit - self._special
         if kind == "text":
-            cut = [ids[-room:] if self.manifest.truncation == "left" else ids[:room] for ids in texts]
+            cut = [ids[-room:] if truncation == "left" else ids[:room] for ids in texts]
             return [self._join(ids, None) for ids in cut]
-        head = self._ids(self._shorten(clean(prompt_text(prompt)), left=True))
+        head = self._long_ids(clean(prompt_text(prompt)), left=truncation != "right")
         pairs = []
         for ids in texts:
-            if self.manifest.truncation == "right":
+            if truncation == "right":
                 left = head[:room]
                 right = ids[: room - len(left)]
             else:
-                right = ids[:room]
+                right = ids[-room:] if truncation == "left" else ids[:room]
                 left = head[max(0, len(head) - (room - len(right))) :]
             pairs.append(self._join(left, right))
         return pairs
 
-    def _shorten(self, text: str, *, left: bool) -> str:
+    def _long_ids(self, text: str, *, left: bool) -> list[int]:
+        """Ids of a text of any length, right in the first (``left``: last) max_length of them."""
         bound = self.manifest.max_length * _CHARACTERS_PER_TOKEN
-        if left or self.manifest.truncation == "left":
-            return text[-bound:]
-        return text[:bound]
+        while True:
+            ids = self._ids(text[-bound:] if left else text[:bound])
+            # Twice the limit: what the cut did to the tokens beside it lies beyond the limit.
+            if bound >= len(text) or len(ids) >= 2 * self.manifest.max_length:
+                return ids
+            bound *= 8  # blanks and unknown words: many characters, few tokens
 
     def _ids(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
@@ -133,16 +139,20 @@ class OnnxReward:
         return whole[:first], whole[after:second], whole[second + len(inner) :]
 
     def _chat_ids(self, prompt: Prompt, response: str) -> list[int]:
-        from jinja2 import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         messages: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         turns = [{**m, "content": clean(m["content"])} for m in messages]
-        turns.append({"role": "assistant", "content": self._shorten(clean(response), left=False)})
+        turns.append({"role": "assistant", "content": clean(response)})
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         try:
-            text = environment.from_string(self.manifest.template or "").render(messages=turns)
-        except TemplateError as error:
+            before, _, after = self._template(False)
+            text = environment.from_string(self.manifest.template or "").render(
+                messages=turns,
+                bos_token=self._tokenizer.id_to_token(before[0]) if before else "",
+                eos_token=self._tokenizer.id_to_token(after[-1]) if after else "",
+            )
+        except Exception as error:  # a template may raise whatever Python can
             raise ScoreError(f"the chat template of the reward {self.name!r} failed: {error}") from error
         ids = list(self._tokenizer.encode(text, add_special_tokens=self.manifest.adds_special).ids)
         if len(ids) > 1 and ids[0] == ids[1] and self.manifest.adds_special:
@@ -168,6 +178,11 @@ class OnnxReward:
         except Exception as error:  # ONNX Runtime raises its own kinds, all of them plain exceptions
             raise ScoreError(f"the reward {self.name!r} failed: {error}") from error
         output = np.asarray(output, np.float32).reshape(len(rows), -1)
+        if not 0 <= self.manifest.index < output.shape[1]:
+            raise RewardError(
+                f"the reward {self.name!r}: graph: 'index' is {self.manifest.index}, but the output "
+                f"{self.manifest.output!r} has {output.shape[1]} columns; count from 0"
+            )
         return np.asarray(self.manifest.sign * self.manifest.scale * output[:, self.manifest.index])
 
     def _check_golden(self, folder: Path) -> None:
