@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ class OnnxReward:
         """Put the special tokens of the tokenizer around one or two lists of ids."""
         if not self.manifest.adds_special:
             return first + (second or []), [0] * len(first) + [1] * len(second or [])
-        prefix, middle, suffix = self._template(second is not None)
+        prefix, middle, suffix = self._special_ids
         ids = prefix + first + (middle + second if second is not None else []) + suffix
         types = [0] * (len(prefix) + len(first))
         if second is not None:
@@ -126,8 +127,10 @@ class OnnxReward:
             types += [0] * len(suffix)
         return ids, types
 
-    def _template(self, pair: bool) -> tuple[list[int], list[int], list[int]]:
+    @cached_property
+    def _special_ids(self) -> tuple[list[int], list[int], list[int]]:
         """Special tokens before, between and after, from the tokenizer's own post-processor."""
+        pair = self.manifest.kind == "pair"
         marker = "a"
         inner = self._ids(marker)
         whole = self._tokenizer.encode(marker, marker).ids if pair else self._tokenizer.encode(marker).ids
@@ -146,7 +149,7 @@ class OnnxReward:
         turns.append({"role": "assistant", "content": clean(response)})
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         try:
-            before, _, after = self._template(False)
+            before, _, after = self._special_ids
             text = environment.from_string(self.manifest.template or "").render(
                 messages=turns,
                 bos_token=self._tokenizer.id_to_token(before[0]) if before else "",
