@@ -11,7 +11,7 @@ import numpy.typing as npt
 from aisp_local.controllers.base import Controller
 from aisp_local.engine.base import Engine, Want
 from aisp_local.errors import DecodeError, InputError, ScoreError
-from aisp_local.rewards.base import Reward
+from aisp_local.rewards.base import Reward, check_count
 from aisp_local.seeds import RowSeeds
 from aisp_local.types import (
     Candidate,
@@ -192,11 +192,7 @@ class _Search:
             rewards = np.asarray(self.reward.score(self.prompt, texts), dtype=np.float64)
         except (TypeError, ValueError) as error:
             raise ScoreError(f"the reward {self.reward.name!r} failed: {error}") from error
-        if rewards.shape != (len(texts),):
-            raise ScoreError(
-                f"the reward {self.reward.name!r} gave scores of the shape {rewards.shape} "
-                f"for {len(texts)} responses; it must give one number each"
-            )
+        check_count(self.reward.name, rewards, len(texts))
         return rewards
 
     def report(

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from aisp_local.errors import ScoreError
+from aisp_local.rewards.base import check_count
 from aisp_local.types import Prompt
 
 
@@ -25,9 +26,5 @@ class CallableReward:
             scores = np.asarray(result, dtype=np.float32)
         except (TypeError, ValueError) as error:
             raise ScoreError(f"the reward {self.name!r} gave something that is not numbers: {error}") from error
-        if scores.shape != (len(responses),):
-            raise ScoreError(
-                f"the reward {self.name!r} gave scores of the shape {scores.shape} for "
-                f"{len(responses)} responses; it must give one number each"
-            )
+        check_count(self.name, scores, len(responses))
         return scores
