@@ -65,10 +65,11 @@ NOUN = re.compile(r"\b(?:an?|the) ((?:[a-z]+ )?)([a-z]{3,})\b")
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt and the answer to it."""
+    """One prompt, the answer to it, and the words that the prompt asks for."""
 
     prompt: str
     answer: str
+    requested: tuple[str, ...] = ()
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -171,7 +172,7 @@ class PromptMaker:
                 phrase += " and " + with_article(second, rng)
         else:
             return None
-        return Example(fill(ABOUT, phrase, rng), story)
+        return Example(fill(ABOUT, phrase, rng), story, tuple(WORD.findall(phrase)))
 
     def use_words(self, story: str, rng: random.Random) -> Example:
         """Ask for words that the story has: mostly three, mostly not the commonest."""
@@ -181,7 +182,7 @@ class PromptMaker:
         chosen = sorted(pool, key=keys.__getitem__)[-count:]
         chosen = sorted(chosen) if rng.random() < 0.7 else rng.sample(chosen, count)
         listed = " and ".join(filter(None, [", ".join(chosen[:-1]), chosen[-1]]))
-        return Example(fill(WORDS, listed, rng), story)
+        return Example(fill(WORDS, listed, rng), story, tuple(chosen))
 
 
 def fill(templates: list[tuple[str, int]], content: str, rng: random.Random) -> str:

@@ -89,7 +89,12 @@ class Block(nn.Module):
         q, k, v = self.project(x, cos, sin)
         groups = self.shape.heads // self.shape.kv_heads
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        return self.mix(x, F.scaled_dot_product_attention(q, k, v, is_causal=True))
+        # On a processor the attention's own kernels are faster in float32, even where bfloat16 matrices are.
+        with torch.autocast("cpu", enabled=False):
+            if x.device.type == "cpu":
+                q, k, v = q.float(), k.float(), v.float()
+            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.mix(x, attended)
 
 
 class Network(nn.Module):
