@@ -210,6 +210,5 @@ RESULT_STATUS = {
     "complete": "The whole budget was spent.",
     "interrupted": "Interrupted: this is the best answer that was found so far.",
     "time-limit": "The time limit was reached: this is the best answer that was found so far.",
-    "stopped": "The controller stopped early.",
 }
 """Every way in which a run ends, with the sentence that a person reads."""

@@ -157,7 +157,8 @@ class AispRun:
     """A whole run of AISP (arXiv 2510.26219, Eq. 13 and 14) on a llama, in float64.
 
     ``rewards[k][i]``: of iteration k and row i. Noise: Philox of SeedSequence([seed, 0, k + 1, i, 0]), float32
-    standard normals [T, d]. Steps after the end of a response enter neither the prior term nor the mean.
+    standard normals [T, d]. Steps after the end of a response enter neither the prior term nor the mean; the
+    prior term is log N(v; u, sigma^2) - log N(v; alpha u, sigma^2) over the steps before it.
     """
 
     def __init__(
@@ -189,8 +190,9 @@ class AispRun:
             exponents = []
             for reward, row, rollout in zip(r, v, rollouts, strict=True):
                 length = len(rollout.tokens)
-                inner = sum(float(u[t] @ row[t]) for t in range(length))
-                exponents.append(reward / lambda_ - (1 - alpha) / sigma**2 * inner)
+                proposal = sum(float(np.sum((row[t] - u[t]) ** 2)) for t in range(length))
+                prior = sum(float(np.sum((row[t] - alpha * u[t]) ** 2)) for t in range(length))
+                exponents.append(reward / lambda_ + (proposal - prior) / (2 * sigma**2))
             w = np.exp(np.array(exponents) - max(exponents))
             w /= w.sum()
             self.ess.append(float(1 / np.sum(w * w)))

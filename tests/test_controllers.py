@@ -111,6 +111,21 @@ def test_controls_after_the_end_do_not_enter_the_prior_term() -> None:
     assert info.ess == pytest.approx(2.0)
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.9])
+def test_the_prior_term_is_a_log_ratio_whatever_the_lengths(alpha: float) -> None:
+    """E_proposal[prior(v) / proposal(v)] = 1 for every length, so no length is favoured by itself."""
+    n, sigma, u = 40_000, 0.5, 0.4
+    controller = Aisp(d=1, max_tokens=2, seed=0, sigma=sigma, lambda_=1.0, alpha=alpha)
+    controller._u = np.full((2, 1), u, np.float32)
+    v = controller.ask(n).vectors
+    assert v is not None
+    lengths = np.arange(n) % 2 + 1
+    controller.tell(finished(lengths.tolist()), np.zeros(n))
+    # Step 1 is taught by the long rollouts alone; step 0 by both, each with the same weight in the mean:
+    # then the new mean is the relaxed prior's, alpha u.
+    np.testing.assert_allclose(controller.mean[:, 0], alpha * u, atol=0.02)
+
+
 def test_rollouts_without_a_finite_reward_have_no_say() -> None:
     controller = aisp(alpha=1.0, lambda_=1.0)
     v = controller.ask(3).vectors

@@ -88,7 +88,10 @@ def test_lambda_keeps_its_floor_on_ties() -> None:
     np.testing.assert_allclose(lambda_, 0.02 * tied.std())
 
 
-@pytest.mark.parametrize("rewards", [[1.0], [1.0, 1.0, 1.0], [np.nan, 2.0], [np.nan, np.nan]])
+@pytest.mark.parametrize(
+    "rewards",
+    [[1.0], [1.0, 1.0, 1.0], [np.nan, 2.0], [np.nan, np.nan], [3.000001, 3.0, 2.999999], [0.0, 0.0]],
+)
 def test_no_lambda_without_a_difference(rewards: list[float]) -> None:
     assert lambda_for_ess(np.array(rewards), 1.0) is None
 

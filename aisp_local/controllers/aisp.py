@@ -19,9 +19,14 @@ class Aisp:
     Options: ``sigma``, ``lambda_`` (reward units), ``alpha`` (section 3.6: 1 drops the prior term),
     ``window`` (control steps T, default max_tokens), ``temperature`` (0: greedy under the perturbation).
 
-    A control after the end of a response had no effect on it: such steps enter neither the inner product
-    of the prior term nor the update. At step t the weights are renormalised over the rollouts that were
-    still running; where none was, u_t stays.
+    A control after the end of a response had no effect on it: such steps enter neither the prior term nor
+    the update. At step t the weights are renormalised over the rollouts that were still running; where none
+    was, u_t stays. The prior term is the whole log-ratio of the proposal N(u_t, sigma^2) to the relaxed prior
+    N(alpha u_t, sigma^2) over the L_i steps of rollout i,
+
+        (1 - alpha) / sigma^2 sum_{t<L_i} <u_t, v_t^i>  -  (1 - alpha^2) / (2 sigma^2) sum_{t<L_i} |u_t|^2,
+
+    whose second sum the paper may drop, as there all responses are equally long and it cancels.
     """
 
     name = "aisp"
@@ -80,14 +85,17 @@ class Aisp:
         running = np.arange(steps) < used[:, None]  # [n, T]
         prior = None
         if self._alpha < 1.0 and self._sigma > 0.0:
-            inner = np.einsum("td,ntd->nt", self._u, v, dtype=np.float64, optimize=False)
-            prior = (1.0 - self._alpha) / self._sigma**2 * (inner * running).sum(axis=1)
+            inner = np.einsum("td,ntd->nt", self._u, v, dtype=np.float64)
+            squares = np.square(self._u, dtype=np.float64).sum(axis=1)
+            ratio = (1.0 - self._alpha) * inner - 0.5 * (1.0 - self._alpha**2) * squares
+            prior = (ratio * running).sum(axis=1) / self._sigma**2
         log_w = log_weights(rewards, self._lambda, prior=prior)
         by_step = normalise(np.where(running, log_w[:, None], -np.inf))  # [n, T]
-        learnt = np.flatnonzero(by_step.any(axis=0))
-        if len(learnt):
-            self._u = self._u.copy()
-            self._u[learnt] = np.einsum("nt,ntd->td", by_step[:, learnt], v[:, learnt], dtype=np.float64)
+        mean = np.zeros(self._u.shape)
+        for weights, row in zip(by_step, v, strict=True):
+            if weights.any():
+                mean += weights[:, None] * row
+        self._u = np.where(by_step.max(axis=0)[:, None] > 0, mean.astype(np.float32), self._u)
         return ControllerInfo(
             ess=effective_sample_size(normalise(log_w)),
             control_norm=float(np.linalg.norm(self._u.astype(np.float64))),

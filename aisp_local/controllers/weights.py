@@ -7,11 +7,15 @@ import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
 
+NOISE = 1e-5
+"""Of a reward's size: a float32 network gives one text scores this far apart in batches of other shapes."""
+
 
 def log_weights(rewards: Array, lambda_: float, *, prior: Array | None = None) -> Array:
     """``r_i / lambda - prior_i`` (Eq. 13) up to a constant, [n]; -inf where the reward is not finite.
 
-    ``prior`` [n] is ``(1 - alpha) / sigma^2 * sum_t <u_t, v_t^i>`` (section 3.6), None for zero.
+    ``prior`` [n] is the log-ratio of proposal to prior, ``(1 - alpha) / sigma^2 * sum_t <u_t, v_t^i>`` for
+    responses of one length (section 3.6); None for zero.
     ``lambda_`` is positive.
     """
     finite = np.isfinite(rewards)
@@ -46,15 +50,15 @@ def effective_sample_size(weights: Array) -> float:
 def lambda_for_ess(rewards: Array, target: float, *, floor: float = 0.02) -> float | None:
     """The lambda whose plain softmax weights have an effective sample size of ``target``.
 
-    None when finite rewards do not differ: there is nothing to learn. ``floor`` is in standard deviations
-    of the rewards: ties among the best, or a tiny n, would otherwise drive lambda to 0. Bisection in log
-    lambda: the effective sample size grows with lambda.
+    None when finite rewards do not differ by more than ``NOISE``: there is nothing to learn. ``floor`` is in
+    standard deviations of the rewards: ties among the best, or a tiny n, would otherwise drive lambda to 0.
+    Bisection in log lambda: the effective sample size grows with lambda.
     """
     r = rewards[np.isfinite(rewards)]
     if len(r) < 2:
         return None
     spread = float(r.std())
-    if spread <= 1e-9 * max(1.0, float(np.abs(r).max())):
+    if spread <= NOISE * float(np.abs(r).max()):
         return None
     target = min(max(target, 1.0), float(len(r)))
     low, high = np.log(floor * spread), np.log(1e6 * spread)
