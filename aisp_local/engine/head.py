@@ -1,8 +1,11 @@
-"""The output head on the host: base logits from pre-logits, for what needs a second output product."""
+"""The output head on the host: rows of the output matrix, and logits from pre-logits."""
 
 from __future__ import annotations
 
+import re
+import sys
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from gguf import GGUFReader
@@ -11,37 +14,105 @@ from gguf.quants import dequantize
 from aisp_local.errors import ModelError
 from aisp_local.types import FloatArray
 
+ArrayOrTensor = TypeVar("ArrayOrTensor")
+
+_SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})\.gguf")
+_NAMES = ("output.weight", "token_embd.weight", "output.bias", "output.scale")
+
 
 class OutputHead:
-    """``logits = softcap(scale * (z W^T) + b)`` with W [V, d] dequantised from the GGUF as float32."""
+    """``logits = softcap(scale (s W z + b))``: what llama.cpp does with the input z of its output matrix.
+
+    W [V, d] stays in the file, memory-mapped, until rows of it are asked for; they are dequantised exactly as
+    llama.cpp does it. A model in several files is followed from its first one. The engine itself rounds
+    activations to the matrix' own precision, so quantised models agree to within that.
+    """
 
     def __init__(self, path: Path) -> None:
-        reader = GGUFReader(path)
-        tensors = {tensor.name: tensor for tensor in reader.tensors}
-        matrix = tensors.get("output.weight", tensors.get("token_embd.weight"))
-        if matrix is None:
-            raise ModelError(f"{path} has no output matrix in this file; KL cannot be computed")
-        self.weight: FloatArray = dequantize(matrix.data, matrix.tensor_type).astype(np.float32, copy=False)
-        bias = tensors.get("output.bias")
-        self.bias = None if bias is None else dequantize(bias.data, bias.tensor_type)
-        architecture = str(reader.fields["general.architecture"].contents())
+        self._tensors: dict[str, Any] = {}
+        readers = [GGUFReader(shard) for shard in shards(path)]
+        for reader in readers:
+            self._tensors |= {tensor.name: tensor for tensor in reader.tensors if tensor.name in _NAMES}
+        name = "output.weight" if "output.weight" in self._tensors else "token_embd.weight"
+        if name not in self._tensors:
+            raise ModelError(f"{path} has no output matrix in this file; logits cannot be computed from pre-logits")
+        self._matrix = self._tensors[name]
+        self.d, self.n_vocab = (int(size) for size in self._matrix.shape)
+        self._weights: dict[str, Any] = {}
+        fields = readers[0].fields
+        architecture = str(fields["general.architecture"].contents())
 
-        def number(key: str) -> float:
-            field = reader.fields.get(f"{architecture}.{key}")
-            return float(field.contents()) if field else 0.0
+        def number(key: str, default: float) -> float:
+            field = fields.get(f"{architecture}.{key}")
+            return float(field.contents()) if field else default
 
-        self.softcap = number("final_logit_softcapping")
-        scale = number("logit_scale")
-        # Granite divides by its logit scale; the other architectures multiply.
-        self.scale = (1 / scale if architecture.startswith("granite") else scale) if scale else 1.0
+        # Defaults and the one family that divides are as in llama.cpp's model files.
+        caps = {"gemma2": 30.0, "gemma3n": 30.0}
+        scales = {"grok": 3**-0.5, "minicpm": 256 / self.d}
+        self.softcap = number("final_logit_softcapping", caps.get(architecture, 0.0))
+        if architecture == "gemma3n":
+            self.softcap = 30.0  # it does not read the key
+        scale = number("logit_scale", scales.get(architecture, 0.0)) or 1.0
+        self.scale = 1 / scale if architecture.startswith("granite") or architecture == "minicpm" else scale
+        self.matrix_scale = float(self._values("output.scale")[0]) if "output.scale" in self._tensors else 1.0
+        self.bias = self._values("output.bias") if "output.bias" in self._tensors else None
 
-    def project(self, prelogits: FloatArray) -> FloatArray:
-        """Base logits [k, V] of pre-logits [k, d]."""
-        logits = prelogits @ self.weight.T
+    def _values(self, name: str) -> FloatArray:
+        tensor = self._tensors[name]
+        return np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32)
+
+    def rows(self, start: int = 0, stop: int | None = None) -> FloatArray:
+        """Rows ``start`` to ``stop`` (default: to the end) of W as float32, [stop - start, d]."""
+        part = np.asarray(self._matrix.data[start:stop])
+        return np.asarray(dequantize(part, self._matrix.tensor_type), np.float32)
+
+    @property
+    def weight(self) -> FloatArray:
+        """W [V, d] as float32, dequantised at first use (V * d * 4 bytes)."""
+        if "numpy" not in self._weights:
+            self._weights["numpy"] = self.rows()
+        return self._weights["numpy"]  # type: ignore[no-any-return]
+
+    def project(self, prelogits: ArrayOrTensor) -> ArrayOrTensor:
+        """Base logits [..., V] of pre-logits [..., d], float32.
+
+        A torch tensor gives a torch tensor on its own device; gradients flow through it.
+        """
+        z: Any = prelogits
+        torch = sys.modules.get("torch")
+        if torch is not None and isinstance(z, torch.Tensor):
+            library: Any = torch
+            weight, bias = self._on(torch, z.device)
+        else:
+            library, weight, bias = np, self.weight, self.bias
+        logits = z @ weight.T
+        if self.matrix_scale != 1.0:
+            logits = logits * self.matrix_scale
+        if bias is not None:
+            logits = logits + bias
         if self.scale != 1.0:
-            logits *= self.scale
-        if self.bias is not None:
-            logits += self.bias
+            logits = logits * self.scale
         if self.softcap:
-            logits = np.tanh(logits / self.softcap) * self.softcap
-        return np.asarray(logits, np.float32)
+            logits = library.tanh(logits / self.softcap) * self.softcap
+        return logits  # type: ignore[no-any-return]
+
+    def _on(self, torch: Any, device: Any) -> tuple[Any, Any]:
+        """W and b as tensors on the device, kept for the next call."""
+        key = str(device)
+        if key not in self._weights:
+            bias = None if self.bias is None else torch.from_numpy(self.bias).to(device)
+            self._weights[key] = torch.from_numpy(self.weight).to(device), bias
+        return self._weights[key]  # type: ignore[no-any-return]
+
+
+def shards(path: Path) -> list[Path]:
+    """The files of a model of which this is the first, in order. Raises ModelError when one is missing."""
+    match = _SHARD.fullmatch(path.name)
+    if not match:
+        return [path]
+    stem, count = match[1], int(match[2])
+    files = [path.with_name(f"{stem}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]
+    for file in files:
+        if not file.is_file():
+            raise ModelError(f"{path} is one of {count} files and {file} is missing; put them all into one folder")
+    return files

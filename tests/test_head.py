@@ -1,0 +1,97 @@
+"""The output head on the host against the engine's own logits."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import synthetic
+from gguf import GGUFReader, GGUFValueType, GGUFWriter
+from raw import Raw, Schedule, follow
+
+from aisp_local import shipped
+from aisp_local.engine.head import OutputHead
+from aisp_local.errors import ModelError
+
+pytestmark = pytest.mark.native
+
+EXACT = {"llama-f32", "llama-tied-f32", "qwen3-tied", "gemma2-softcap", "qwen3moe"}
+
+
+@pytest.mark.parametrize("name", sorted(synthetic.MODELS))
+def test_project_gives_the_logits_of_the_model(name: str, tmp_path: Path) -> None:
+    path = synthetic.write_models(tmp_path, [name])[name]
+    with Raw(path, n_seq=3) as raw:
+        trace = follow(raw, Schedule.make(raw.size, n=3, steps=4), z=True)
+    assert trace.z is not None
+    decoded = ~np.isnan(trace.logits[..., 0])
+    projected = OutputHead(path).project(trace.z[decoded])
+    # Activations are rounded to the matrix' own precision in the engine, on the host they are not.
+    tolerance = 2e-5 if name in EXACT else 0.1
+    np.testing.assert_allclose(projected, trace.logits[decoded], rtol=0, atol=tolerance)
+    agreement = np.corrcoef(projected.ravel(), trace.logits[decoded].ravel())[0, 1]
+    assert agreement > 0.999
+
+
+def test_rows_are_parts_of_the_whole_matrix() -> None:
+    head = OutputHead(shipped.model())
+    whole = head.rows()
+    assert whole.shape == (head.n_vocab, head.d) and whole.dtype == np.float32
+    np.testing.assert_array_equal(head.rows(5, 9), whole[5:9])
+    np.testing.assert_array_equal(head.rows(head.n_vocab - 2), whole[-2:])
+
+
+def test_a_torch_tensor_gives_the_same_logits_and_a_gradient() -> None:
+    torch = pytest.importorskip("torch")
+    head = OutputHead(shipped.model())
+    z = np.random.default_rng(0).standard_normal((3, head.d), np.float32)
+    tensor = torch.from_numpy(z).requires_grad_()
+    logits = head.project(tensor)
+    np.testing.assert_allclose(logits.detach().numpy(), head.project(z), rtol=0, atol=1e-4)
+    logits[0, 7].backward()
+    np.testing.assert_array_equal(tensor.grad[0].numpy(), head.weight[7])
+
+
+def test_numpy_alone_does_not_import_torch() -> None:
+    assert "torch" not in sys.modules or pytest.importorskip("torch")
+    OutputHead(shipped.model()).project(np.zeros(192, np.float32))
+
+
+def split(path: Path, folder: Path) -> Path:
+    """The model in two files, the output matrix in the second; returns the first."""
+    reader = GGUFReader(path)
+    files = [folder / f"model-{i:05d}-of-00002.gguf" for i in (1, 2)]
+    for number, file in enumerate(files):
+        writer = GGUFWriter(file, "llama")
+        if number == 0:
+            for field in reader.fields.values():
+                if not field.name.startswith("GGUF.") and field.types and field.types[0] in (GGUFValueType.UINT32, GGUFValueType.FLOAT32):
+                    writer.add_key_value(field.name, field.contents(), field.types[0])
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", 2)
+        writer.add_int32("split.tensors.count", len(reader.tensors))
+        for tensor in reader.tensors:
+            if (tensor.name == "output.weight") == (number == 1):
+                writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return files[0]
+
+
+def test_a_model_in_several_files(tmp_path: Path) -> None:
+    path = synthetic.write_models(tmp_path, ["llama-q8_0"])["llama-q8_0"]
+    first = split(path, tmp_path)
+    np.testing.assert_array_equal(OutputHead(first).weight, OutputHead(path).weight)
+    (tmp_path / "model-00002-of-00002.gguf").unlink()
+    with pytest.raises(ModelError, match="is one of 2 files and .*00002-of-00002.gguf is missing"):
+        OutputHead(first)
+
+
+def test_a_file_without_an_output_matrix(tmp_path: Path) -> None:
+    path = synthetic.write_vocab_only(tmp_path / "vocab.gguf")
+    with pytest.raises(ModelError, match="no output matrix"):
+        OutputHead(path)
