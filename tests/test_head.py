@@ -66,8 +66,9 @@ def split(path: Path, folder: Path) -> Path:
     for number, file in enumerate(files):
         writer = GGUFWriter(file, "llama")
         if number == 0:
+            numbers = (GGUFValueType.UINT32, GGUFValueType.FLOAT32)
             for field in reader.fields.values():
-                if not field.name.startswith("GGUF.") and field.types and field.types[0] in (GGUFValueType.UINT32, GGUFValueType.FLOAT32):
+                if field.types[0] in numbers and not field.name.startswith("GGUF."):
                     writer.add_key_value(field.name, field.contents(), field.types[0])
         writer.add_uint16("split.no", number)
         writer.add_uint16("split.count", 2)
