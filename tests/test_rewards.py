@@ -10,13 +10,18 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from onnx import TensorProto
 from onnx_files import WORDS, model, tokenizer, write_reward
+from tokenizers import Tokenizer, models, pre_tokenizers
 
-from aisp_local.errors import InputError, RewardError, ScoreError
+from aisp_local.errors import CapacityError, InputError, RewardError, ScoreError
 from aisp_local.rewards import CallableReward, OnnxReward, Reward, load_reward
 from aisp_local.rewards.external_data import external_locations
 from aisp_local.rewards.text import prompt_text
+from aisp_local.types import Prompt
 
 RESPONSES = ["the good fox", "bad", "", "a story the fox a good story", "good good good", "unknown words here"]
 
@@ -115,6 +120,75 @@ def test_chat_inputs_have_one_bos(tmp_path: Path) -> None:
     assert text == ["[CLS]", "user", ":", "tell", "assistant", ":", "good", "[SEP]"]
 
 
+LINES = "{% for m in messages %}{{ m.role }} : {{ m.content }} {% endfor %}good"
+
+
+def chat_words(reward: OnnxReward, prompt: Prompt, response: str) -> list[str]:
+    return [WORDS[i] for i in reward._encode(prompt, [response])[0][0]]
+
+
+def test_a_long_chat_loses_text_never_the_template(tmp_path: Path) -> None:
+    """``prompt-left``: the prompt from its beginning, oldest turn first, then the response from its end."""
+    reward = OnnxReward.load(write_reward(tmp_path, input_kind="chat", input_template=LINES))
+    opening, closing = ["[CLS]", "user", ":"], ["good", "[SEP]"]
+    words = chat_words(reward, "fox " + "tell " * 50 + "story", "the fox")
+    assert words == [*opening, *["tell"] * 22, "story", "assistant", ":", "the", "fox", *closing]
+    words = chat_words(reward, "tell a story", "bad " + "the " * 50)
+    assert words == [*opening, "assistant", ":", "bad", *["the"] * 24, *closing]
+    turns: Prompt = [
+        {"role": "user", "content": "tell " * 30},
+        {"role": "assistant", "content": "fox a a a a a a a"},
+        {"role": "user", "content": "story the fox"},
+    ]
+    words = chat_words(reward, turns, "the fox " * 6)
+    middle = ["assistant", ":", *["a"] * 6, "user", ":", "story", "the", "fox", "assistant", ":", *["the", "fox"] * 6]
+    assert words == [*opening, *middle, *closing]
+    whole = chat_words(reward, turns[1:], "fox")
+    assert len(whole) < 32 and whole.count("a") == 7
+
+
+@pytest.mark.parametrize(("truncation", "kept"), [("left", slice(-32, None)), ("right", slice(32))])
+def test_other_truncations_cut_the_rendered_chat(tmp_path: Path, truncation: str, kept: slice) -> None:
+    made = write_reward(tmp_path, input_kind="chat", input_template=LINES, input_truncation=truncation)
+    whole = ["[CLS]", "user", ":", *["tell"] * 40, "assistant", ":", "fox", "good", "[SEP]"]
+    assert chat_words(OnnxReward.load(made), "tell " * 40, "fox") == whole[kept]
+
+
+def test_a_template_that_leaves_no_room(tmp_path: Path) -> None:
+    folder = write_reward(tmp_path, input_kind="chat", input_template="the fox " * 20 + LINES)
+    with pytest.raises(CapacityError, match="takes 47 tokens for 2 turns without their text, and max_length is 32"):
+        OnnxReward.load(folder)
+
+
+@given(st.text(), st.integers(1, 12), st.booleans())
+def test_texts_of_many_tokens_a_character_get_shorter(text: str, tokens: int, left: bool) -> None:
+    alphabet = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    by_bytes = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    by_bytes.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    reward = OnnxReward.__new__(OnnxReward)
+    reward._tokenizer = by_bytes
+    assume(text)
+    shorter = reward._shorter(text, tokens, left=left)
+    assert len(shorter) < len(text)
+    assert text.endswith(shorter) if left else text.startswith(shorter)
+    assert len(text.encode()) - len(shorter.encode()) <= tokens + 3 or not shorter
+
+
+def test_a_template_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+    compile_ = ImmutableSandboxedEnvironment.from_string
+
+    def counted(self: Any, source: str, *rest: Any) -> Any:
+        compiled.append(source)
+        return compile_(self, source, *rest)
+
+    monkeypatch.setattr(ImmutableSandboxedEnvironment, "from_string", counted)
+    reward = OnnxReward.load(write_reward(tmp_path, input_kind="chat", input_template=LINES))
+    reward.score("tell", RESPONSES)
+    reward.score("tell", RESPONSES)
+    assert compiled == [LINES]
+
+
 def test_hard_texts(reward: OnnxReward) -> None:
     scores = reward.score("tell \ud800", ["good " * 200_000, "\udfff fox", "\x00", "🦊"])
     assert np.isfinite(scores).all()
@@ -186,6 +260,11 @@ def test_broken_folders(tmp_path: Path, spoil: Any, message: str) -> None:
         ({"golden": [{"prompt": [{"role": "user"}], "response": "a", "score": 1}]}, "message 1 lacks 'content'"),
         ({"input_max_length": 1}, "max_length 1 is not between"),
         ({"input_kind": "chat"}, "needs a 'template'"),
+        ({"license": "MIT"}, "reward.json: the key 'license' is unknown; did you mean 'licence'"),
+        ({"input_max_lenght": 64}, "input: the key 'max_lenght' is unknown; did you mean 'max_length'"),
+        ({"graph_zzz": 1}, "graph: the key 'zzz' is unknown; its keys are inputs, output, index, sign, scale"),
+        ({"golden": [{"prompt": "a", "response": "a", "scores": 1}]}, "golden: the key 'scores' is unknown"),
+        ({"golden": [{"prompt": [{"role": "user", "text": "a"}], "response": "a", "score": 1}]}, "key 'text' is unk"),
     ],
 )
 def test_manifests_that_do_not_fit(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -222,6 +301,27 @@ def test_external_data_must_stay_inside(tmp_path: Path, location: str) -> None:
     (folder / "model.onnx").write_bytes(proto.SerializeToString())
     change(folder, files={n: sha256(folder / n) for n in ("model.onnx", "tokenizer.json")})
     with pytest.raises(RewardError, match="leaves the reward folder"):
+        OnnxReward.load(folder)
+
+
+@pytest.mark.parametrize("location", ["*/_ORT_MEM_ADDR_/*", "*/_ORT_NATIVE_ENDIAN_MEM_ADDR_/*"])
+def test_external_data_is_no_address_in_memory(tmp_path: Path, location: str) -> None:
+    """Refused by name: a file of that very path, with its sha256 in the manifest, must not let it through."""
+    from onnx_files import sha256
+
+    proto = model()
+    tensor = proto.graph.initializer[0]
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in (("location", location), ("offset", "4096"), ("length", "448")):
+        entry = tensor.external_data.add()
+        entry.key, entry.value = key, value
+    folder = write_reward(tmp_path)
+    (folder / "model.onnx").write_bytes(proto.SerializeToString())
+    (folder / location).parent.mkdir(parents=True)
+    (folder / location).write_bytes(bytes(8192))
+    change(folder, files={n: sha256(folder / n) for n in ("model.onnx", "tokenizer.json", location)})
+    with pytest.raises(RewardError, match="address in memory"):
         OnnxReward.load(folder)
 
 
@@ -267,3 +367,47 @@ def test_functions_are_rewards() -> None:
         CallableReward(lambda p, r: [1.0], name="length").score("p", ["a", "b"])
     with pytest.raises(InputError, match="not a reward"):
         load_reward(3)  # type: ignore[arg-type]
+
+
+class Boom(Exception):
+    pass
+
+
+class Lazy:
+    """What a tensor with a gradient does when numpy asks for its values."""
+
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        raise RuntimeError("detach me first")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (Boom("no such word"), r"'picky' failed \(Boom: no such word\)"),
+        (KeyError("fox"), r"'picky' failed \(KeyError: 'fox'\)"),
+        (ZeroDivisionError(), r"'picky' failed \(ZeroDivisionError\)$"),
+    ],
+)
+def test_whatever_a_function_raises_names_it(error: Exception, message: str) -> None:
+    def picky(prompt: Any, responses: Any) -> list[float]:
+        raise error
+
+    with pytest.raises(ScoreError, match=message) as caught:
+        load_reward(picky).score("p", ["a"])
+    assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), CapacityError("ours"), ScoreError("ours")])
+def test_interrupts_and_our_own_errors_pass(error: BaseException) -> None:
+    def picky(prompt: Any, responses: Any) -> list[float]:
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        load_reward(picky).score("p", ["a"])
+    assert caught.value is error
+
+
+def test_scores_that_numpy_cannot_have() -> None:
+    with pytest.raises(ScoreError, match=r"'lazy' gave something that is not numbers \(RuntimeError: detach"):
+        CallableReward(lambda p, r: Lazy(), name="lazy").score("p", ["a"])
+    assert CallableReward(lambda p, r: [1e300]).score("p", ["a"]) == [np.inf]

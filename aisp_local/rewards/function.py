@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from aisp_local.errors import ScoreError
-from aisp_local.rewards.base import check_count
+from aisp_local.rewards.base import call
 from aisp_local.types import Prompt
 
 
@@ -21,10 +20,6 @@ class CallableReward:
         self.name = str(name or getattr(function, "__name__", type(function).__name__))
 
     def score(self, prompt: Prompt, responses: Sequence[str]) -> npt.NDArray[np.float32]:
-        result = self._function(prompt, list(responses))
-        try:
-            scores = np.asarray(result, dtype=np.float32)
-        except (TypeError, ValueError) as error:
-            raise ScoreError(f"the reward {self.name!r} gave something that is not numbers: {error}") from error
-        check_count(self.name, scores, len(responses))
-        return scores
+        """Scores [n]. Raises ScoreError when the function raises, or gives anything but one number each."""
+        with np.errstate(over="ignore"):  # beyond float32: infinite, and no candidate for the best
+            return call(self.name, self._function, prompt, responses).astype(np.float32)

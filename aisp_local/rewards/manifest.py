@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import math
@@ -15,6 +16,9 @@ from aisp_local.types import Prompt
 
 MANIFEST = "reward.json"
 _MAX_BYTES = 1 << 20
+# "pooling" informs people: the graph holds it.
+_KEYS = ["format", "name", "description", "model", "tokenizer", "input", "graph", "pooling", "licence", "files"]
+_KEYS += ["golden", "tolerance"]
 
 Kind = Literal["pair", "text", "chat"]
 Truncation = Literal["prompt-left", "left", "right"]
@@ -61,6 +65,14 @@ class _Section:
             raise RewardError(f"{where} must be an object")
         self.data, self.where = data, where
 
+    def only(self, *keys: str) -> None:
+        """Raises RewardError for a key that the format does not have: most likely a misspelt one."""
+        for key in self.data:
+            if key not in keys:
+                near = difflib.get_close_matches(key, keys, 1)
+                advice = f"did you mean {near[0]!r}?" if near else f"its keys are {', '.join(keys)}"
+                raise RewardError(f"{self.where}: the key {key!r} is unknown; {advice}")
+
     def get(self, key: str, kind: type | tuple[type, ...], default: object = None) -> Any:
         value = self.data.get(key, default)
         if value is None:
@@ -105,8 +117,11 @@ def read_manifest(folder: Path) -> Manifest:
     top = _Section(data, str(path))
     if top.get("format", int) != 1:
         raise RewardError(f"{path}: format {data['format']!r} is not known; this version reads format 1")
+    top.only(*_KEYS)
     feed = _Section(top.get("input", dict), f"{path}: input")
+    feed.only("kind", "template", "max_length", "truncation", "bos")
     graph = _Section(top.get("graph", dict), f"{path}: graph")
+    graph.only("inputs", "output", "index", "sign", "scale")
     kind = cast(Kind, feed.choice("kind", ("pair", "text", "chat")))
     template = feed.data.get("template")
     if kind == "chat" and not isinstance(template, str):
@@ -129,9 +144,11 @@ def read_manifest(folder: Path) -> Manifest:
     golden = []
     for entry in top.get("golden", list, []):
         row = _Section(entry, f"{path}: golden")
+        row.only("prompt", "response", "score")
         prompt = row.get("prompt", (str, list))
         for i, message in enumerate(prompt if isinstance(prompt, list) else []):
             turn = _Section(message, f"{path}: golden: message {i + 1}")
+            turn.only("role", "content")
             turn.get("role", str), turn.get("content", str)
         golden.append(
             Golden(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from aisp_local.errors import AispError, RewardError, ScoreError
+from aisp_local.errors import AispError, CapacityError, RewardError, ScoreError
 from aisp_local.rewards.external_data import external_locations
 from aisp_local.rewards.manifest import Manifest, check_files, inside, read_manifest
 from aisp_local.rewards.text import clean, prompt_text
@@ -22,6 +22,8 @@ _BATCH_TOKENS = 4096
 _BATCH_ROWS = 64
 # Longer texts are first cut to this many characters a token of max_length.
 _CHARACTERS_PER_TOKEN = 64
+# ONNX Runtime reads these external-data locations as pointers into its own process.
+_MEMORY = "*/_ORT_"
 
 
 class OnnxReward:
@@ -60,6 +62,11 @@ class OnnxReward:
         tokenizer_path = inside(path, manifest.tokenizer)
         check_files(path, manifest)
         for location in external_locations(model):
+            if location.startswith(_MEMORY):
+                raise RewardError(
+                    f"{path}: {manifest.model} takes a tensor from an address in memory ({location!r}); "
+                    "a file must not: export the model again"
+                )
             inside(path, location)
             if location not in manifest.files:
                 raise RewardError(f"{path}: {manifest.model} uses {location!r}, which has no sha256 in 'files'")
@@ -82,7 +89,7 @@ class OnnxReward:
         """Token ids and type ids of each input, cut to max_length."""
         kind, limit = self.manifest.kind, self.manifest.max_length
         if kind == "chat":
-            return [(ids := self._cut(self._chat_ids(prompt, r)), [0] * len(ids)) for r in responses]
+            return [(ids := self._chat_ids(prompt, r), [0] * len(ids)) for r in responses]
         truncation = self.manifest.truncation
         texts = [self._long_ids(clean(r), left=truncation == "left") for r in responses]
         room = limit - self._special
@@ -142,15 +149,48 @@ class OnnxReward:
         return whole[:first], whole[after:second], whole[second + len(inner) :]
 
     def _chat_ids(self, prompt: Prompt, response: str) -> list[int]:
+        """Ids of the rendered conversation, the response being its last turn, cut to max_length."""
+        messages: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        turns: list[Message] = [{**m, "content": clean(m["content"])} for m in messages]
+        turns.append({"role": "assistant", "content": clean(response)})
+        ids, limit = self._render(turns), self.manifest.max_length
+        if self.manifest.truncation == "right":
+            return ids[:limit]
+        if self.manifest.truncation == "left":
+            return ids[-limit:]
+        # Texts are cut, oldest first and the response last, and rendered again: the template stays whole.
+        for turn in turns:
+            while len(ids) > limit and turn["content"]:
+                turn["content"] = self._shorter(turn["content"], len(ids) - limit, left=turn is not turns[-1])
+                ids = self._render(turns)
+        if len(ids) > limit:
+            raise CapacityError(
+                f"the chat template of the reward {self.name!r} takes {len(ids)} tokens for {len(turns)} turns "
+                f"without their text, and max_length is {limit}; use fewer turns or a greater max_length"
+            )
+        return ids
+
+    def _shorter(self, text: str, tokens: int, *, left: bool) -> str:
+        """The text without about so many tokens at its beginning (``left``) or end, at least one character."""
+        offsets = self._tokenizer.encode(text, add_special_tokens=False).offsets
+        if tokens >= len(offsets):
+            return ""
+        if left:
+            return text[max(1, offsets[tokens][0]) :]
+        return text[: min(len(text) - 1, offsets[-tokens - 1][1])]
+
+    @cached_property
+    def _template(self) -> Any:
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        messages: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        turns = [{**m, "content": clean(m["content"])} for m in messages]
-        turns.append({"role": "assistant", "content": clean(response)})
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        return environment.from_string(self.manifest.template or "")
+
+    def _render(self, turns: Sequence[Message]) -> list[int]:
+        """Ids of the turns as the chat template writes them, of any length."""
+        before, _, after = self._special_ids
         try:
-            before, _, after = self._special_ids
-            text = environment.from_string(self.manifest.template or "").render(
+            text = self._template.render(
                 messages=turns,
                 bos_token=self._tokenizer.id_to_token(before[0]) if before else "",
                 eos_token=self._tokenizer.id_to_token(after[-1]) if after else "",
@@ -158,13 +198,9 @@ class OnnxReward:
         except Exception as error:  # a template may raise whatever Python can
             raise ScoreError(f"the chat template of the reward {self.name!r} failed: {error}") from error
         ids = list(self._tokenizer.encode(text, add_special_tokens=self.manifest.adds_special).ids)
-        if len(ids) > 1 and ids[0] == ids[1] and self.manifest.adds_special:
+        if self.manifest.adds_special and before and ids[:2] == 2 * before[:1]:
             ids = ids[1:]  # the template wrote the BOS that the tokenizer added too
         return ids
-
-    def _cut(self, ids: list[int]) -> list[int]:
-        limit = self.manifest.max_length
-        return ids[:limit] if self.manifest.truncation == "right" else ids[-limit:]
 
     def _run(self, rows: list[tuple[list[int], list[int]]]) -> npt.NDArray[np.float32]:
         longest = max(1, max(len(ids) for ids, _ in rows))
@@ -235,10 +271,14 @@ def _has_gpu() -> bool:
 
 
 def _session(model: Path, providers: Sequence[str] | None, threads: int | None) -> Any:
+    # Its official builds report to Microsoft unless told otherwise: the variable counts before the first import, in
+    # which it makes files and a device id; the call silences a runtime that somebody else has imported already.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime as ort
     except ImportError as error:
         raise AispError(f"ONNX Runtime does not load ({error}); install it with: pip install onnxruntime") from error
+    ort.disable_telemetry_events()
     options = ort.SessionOptions()
     options.log_severity_level = 3
     if threads is not None:
