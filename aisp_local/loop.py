@@ -6,12 +6,11 @@ import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from aisp_local.controllers.base import Controller
 from aisp_local.engine.base import Engine, Want
-from aisp_local.errors import DecodeError, InputError, ScoreError
-from aisp_local.rewards.base import Reward, check_count
+from aisp_local.errors import InputError, ScoreError
+from aisp_local.rewards.base import Reward, call
 from aisp_local.seeds import RowSeeds
 from aisp_local.types import (
     Candidate,
@@ -46,12 +45,15 @@ def search(
 ) -> Result:
     """Spend ``budget`` rollouts in iterations of ``n`` (the last one smaller); return the best ever seen.
 
-    ``stop()`` true, KeyboardInterrupt or ``time_limit`` seconds end the search with the best so far: what
-    finished counts, and what did not is scored only if nothing finished at all. Raises ScoreError when no
-    reward is finite or the reward is broken, KeyboardInterrupt when there is nothing to return.
+    ``stop()`` true, KeyboardInterrupt or ``time_limit`` seconds end the search with the best so far: rows that
+    finished count; rows that were cut short are scored only if no row of the whole search has finished.
+    Raises ScoreError when no reward is finite or the reward is broken; when the search ends before its first
+    token, KeyboardInterrupt, or InputError for the time limit.
     """
     if budget < 1 or n < 1:
         raise InputError(f"budget {budget} and n {n} must both be at least 1")
+    if time_limit is not None and not time_limit > 0:
+        raise InputError(f"the time limit is {time_limit} seconds; it must be greater than 0")
     run = _Search(engine, controller, reward, prompt, budget, n, clock, on_progress)
     deadline = None if time_limit is None else run.start + time_limit
 
@@ -85,6 +87,10 @@ def search(
         if run.best is None:
             raise
         status = "interrupted"
+    if not run.candidates:
+        if status == "time-limit":
+            raise InputError(f"the time limit of {time_limit} seconds passed before the first token; allow more time")
+        raise KeyboardInterrupt
     return run.result(status, method=method, budget=budget, seed=seed)
 
 
@@ -139,14 +145,12 @@ class _Search:
     def score(self, iteration: int, rollouts: Rollouts, *, learn: bool) -> None:
         """Score what may count, remember the best, and let the controller learn from a whole iteration."""
         rows = [i for i, reason in enumerate(rollouts.finish_reasons) if reason != "interrupted"]
-        if not rows and self.best is None:
+        if not rows and not self.candidates:
             rows = [i for i, tokens in enumerate(rollouts.tokens) if len(tokens)]
-            if not rows:
-                raise KeyboardInterrupt
         if not rows:
             return
         began = self.clock()
-        rewards = self._rewards([rollouts.texts[i] for i in rows])
+        rewards = call(self.reward.name, self.reward.score, self.prompt, [rollouts.texts[i] for i in rows])
         scored = self.clock()
         for i, value in zip(rows, rewards, strict=True):
             candidate = Candidate(
@@ -187,14 +191,6 @@ class _Search:
         self.stats.append(stats)
         self.report(iteration, 0, 0, 0, stats)
 
-    def _rewards(self, texts: Sequence[str]) -> npt.NDArray[np.float64]:
-        try:
-            rewards = np.asarray(self.reward.score(self.prompt, texts), dtype=np.float64)
-        except (TypeError, ValueError) as error:
-            raise ScoreError(f"the reward {self.reward.name!r} failed: {error}") from error
-        check_count(self.reward.name, rewards, len(texts))
-        return rewards
-
     def report(
         self,
         iteration: int,
@@ -220,8 +216,6 @@ class _Search:
             )
 
     def result(self, status: str, *, method: str, budget: int, seed: int) -> Result:
-        if not self.candidates:
-            raise DecodeError("the search ended without a single rollout")
         if self.best is None:
             raise ScoreError(f"the reward {self.reward.name!r} gave no finite score in {len(self.candidates)} rollouts")
         # Finite first, best first, earlier first on ties.

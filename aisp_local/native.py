@@ -225,6 +225,7 @@ class Context:
         params.n_ubatch = max(n_ubatch, n_seq_max)
         params.n_seq_max = n_seq_max
         params.kv_unified = True  # a split cache costs up to twice when one row has finished
+        params.pooling_type = llama.LLAMA_POOLING_TYPE_NONE  # pre-logits are read per row
         params.no_perf = False
         if n_threads is not None:
             params.n_threads = params.n_threads_batch = n_threads

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from aisp_local.engine.base import Want
 from aisp_local.engine.sampling import log_law, log_softmax, pick
+from aisp_local.errors import InputError
 from aisp_local.rewards.function import CallableReward
 from aisp_local.seeds import RowSeeds
 from aisp_local.types import Controls, FinishReason, Prompt, Rollouts
@@ -22,6 +23,7 @@ class FakeEngine:
     """A bigram language model in numpy: ``z`` is a fixed embedding of the last token, logits ``W (z + v)``.
 
     Token 0 ends a response; token i is the letter a, b, ... The prompt is ignored: generation starts at 1.
+    All else is as LlamaEngine has it: stop strings, what is refused, and what ``want`` reports.
     """
 
     def __init__(self, *, d: int = 8, vocabulary: int = 12, seed: int = 0) -> None:
@@ -45,10 +47,13 @@ class FakeEngine:
         should_stop: Callable[[], bool] | None = None,
         on_step: Callable[[int, int, int], None] | None = None,
     ) -> Rollouts:
+        """See engine.base.Engine. Raises InputError for what no engine can do."""
+        self._check(controls, max_tokens, stop_strings)
         n = controls.n
         tokens: list[list[int]] = [[] for _ in range(n)]
         reasons: list[FinishReason] = ["interrupted"] * n
         logprobs: list[list[float]] = [[] for _ in range(n)]
+        prelogits: list[list[npt.NDArray[np.float32]]] = [[] for _ in range(n)]
         kl = np.zeros(n, np.float32)
         uniforms = [seeds.generator(i, "sampling").random(max_tokens) for i in range(n)]
         for step in range(max_tokens):
@@ -63,11 +68,13 @@ class FakeEngine:
                 logits = (self._w @ (z + self._control(controls, i, step)))[None]
                 token = int(pick(logits, controls.sampling, uniforms[i][step : step + 1])[0])
                 tokens[i].append(token)
-                q = log_softmax(base.astype(np.float64))[0]
-                p = log_law(logits, controls.sampling)[0]
-                logprobs[i].append(float(q[token]))
-                kl[i] += float((np.exp(p) * (np.where(np.isneginf(p), 0, p) - q)).sum())
-                if token == 0:
+                prelogits[i].append(z)
+                logprobs[i].append(float(log_softmax(base.astype(np.float64))[0, token]))
+                if controls.vectors is not None:
+                    p = log_law(logits, controls.sampling)[0]
+                    q = log_softmax(base.astype(np.float64) / (controls.sampling.temperature or 1.0))[0]
+                    kl[i] += float((np.exp(p) * np.where(np.isneginf(p), 0, p - q)).sum())
+                if token == 0 or any(stop in _text(tokens[i]) for stop in stop_strings):
                     reasons[i] = "stop"
                 elif len(tokens[i]) == max_tokens:
                     reasons[i] = "length"
@@ -75,16 +82,36 @@ class FakeEngine:
                 on_step(step + 1, reasons.count("interrupted"), sum(map(len, tokens)))
         return Rollouts(
             tokens=[np.array(t, np.int32) for t in tokens],
-            texts=["".join(chr(96 + t) for t in row if t) for row in tokens],
+            texts=[_text(row, stop_strings) for row in tokens],
             finish_reasons=reasons,
             decode_seconds=0.0,
             n_tokens=sum(map(len, tokens)),
             base_logprobs=[np.array(row, np.float32) for row in logprobs] if "logprobs" in want else None,
             kl=kl if "kl" in want else None,
+            prelogits=[np.array(rows, np.float32).reshape(-1, self.d) for rows in prelogits]
+            if "prelogits" in want
+            else None,
         )
+
+    def _check(self, controls: Controls, max_tokens: int, stop_strings: Sequence[str]) -> None:
+        if max_tokens < 1:
+            raise InputError(f"max_tokens is {max_tokens}; it must be at least 1")
+        if any(not stop for stop in stop_strings):
+            raise InputError("a stop string is empty")
+        v = controls.vectors
+        if v is not None and v.shape[2] != self.d:
+            raise InputError(f"control vectors are {v.shape[2]} wide; the model's pre-logits are {self.d}")
 
     def _control(self, controls: Controls, row: int, step: int) -> npt.NDArray[np.float32]:
         v = controls.vectors
         if v is None or (not controls.held and step >= v.shape[1]):
             return np.zeros(self.d, np.float32)
         return np.asarray(v[row, 0 if controls.held else step])
+
+
+def _text(tokens: Sequence[int], stop_strings: Sequence[str] = ()) -> str:
+    """The letters of the tokens, up to the first stop string."""
+    text = "".join(chr(96 + token) for token in tokens if token)
+    for stop in stop_strings:
+        text = text.split(stop, 1)[0]
+    return text

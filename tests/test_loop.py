@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aisp_local import controllers
-from aisp_local.errors import ScoreError
+from aisp_local import Aligner, controllers
+from aisp_local.errors import InputError, ScoreError
 from aisp_local.loop import search
+from aisp_local.seeds import RowSeeds
 from aisp_local.testing import FakeEngine, FakeReward
-from aisp_local.types import Progress, Prompt, Result
+from aisp_local.types import Controls, Progress, Prompt, Result, Rollouts, Sampling
 
 
 def vowels(prompt: Prompt, responses: Sequence[str]) -> list[float]:
@@ -122,6 +123,41 @@ def test_a_stop_before_anything_is_an_interrupt() -> None:
         run(stop=lambda: True)
 
 
+def test_unfinished_rows_count_only_when_no_row_has_finished() -> None:
+    """Rows of iteration 2 are cut: finished ones of iteration 1 stand, even if none of them had a finite score."""
+    scored: list[int] = []
+    seen: list[Progress] = []
+
+    def count(value: float) -> Any:
+        def score(prompt: Prompt, responses: Sequence[str]) -> list[float]:
+            scored.append(len(responses))
+            return [value] * len(responses)
+
+        return score
+
+    def second() -> bool:
+        return bool(seen) and seen[-1].iteration == 2 and seen[-1].step == 1
+
+    result = run(reward=count(1.0), stop=second, on_progress=seen.append)
+    assert {c.iteration for c in result.candidates} == {1} and scored == [4]
+    scored.clear(), seen.clear()
+    with pytest.raises(ScoreError, match="no finite score in 4 rollouts"):
+        run(reward=count(np.nan), stop=second, on_progress=seen.append)
+    assert scored == [4]
+    # Nothing has finished: what was cut short is all there is.
+    result = run(reward=count(1.0), stop=StopAfter(1))
+    assert [c.finish_reason for c in result.candidates] == ["interrupted"] * 4
+    assert {c.n_tokens for c in result.candidates} == {1}
+
+
+def test_rows_that_finished_before_a_cut_are_the_only_ones_scored() -> None:
+    engine = FakeEngine(vocabulary=4)  # token 0, the end, is drawn often
+    result = run("best-of-n", engine=engine, n=12, stop=StopAfter(2))
+    assert result.status == "interrupted"
+    assert 0 < len(result.candidates) < 12
+    assert {c.finish_reason for c in result.candidates} == {"stop"}
+
+
 def test_an_interrupt_while_scoring_keeps_the_best() -> None:
     calls = [0]
 
@@ -146,6 +182,14 @@ def test_the_time_limit_ends_the_search() -> None:
     result = run(budget=4000, time_limit=200.0, clock=clock)
     assert result.status == "time-limit"
     assert 1 <= len(result.iterations) < 1000
+    with pytest.raises(InputError, match="time limit of 1.0 seconds passed before the first token"):
+        run(time_limit=1.0, clock=clock)
+
+
+@pytest.mark.parametrize("limit", [0.0, -1.0, np.nan])
+def test_time_limits_that_are_none(limit: float) -> None:
+    with pytest.raises(InputError, match="must be greater than 0"):
+        run(time_limit=limit)
 
 
 def test_rewards_that_are_not_finite_never_win() -> None:
@@ -165,11 +209,29 @@ def test_rewards_that_are_not_finite_never_win() -> None:
         (lambda p, r: [1.0], "one number each"),
         (lambda p, r: ["good"] * len(r), "not numbers"),
         (lambda p, r: None, "not numbers|one number each"),
+        (lambda p, r: {}["score"], r"'<lambda>' failed \(KeyError: 'score'\)"),
     ],
 )
 def test_broken_rewards_are_named(reward: Any, message: str) -> None:
     with pytest.raises(ScoreError, match=message):
         run(reward=reward)
+
+
+class Broken:
+    """A reward object of a user's own."""
+
+    name = "broken"
+
+    def score(self, prompt: Prompt, responses: Sequence[str]) -> Any:
+        raise RuntimeError("no network")
+
+
+def test_a_broken_reward_object_is_named_in_search_and_baseline() -> None:
+    aligner = Aligner(FakeEngine(), Broken())
+    for scores in (lambda: aligner.generate("p", budget=2, max_tokens=4), lambda: aligner.baseline("p", max_tokens=4)):
+        with pytest.raises(ScoreError, match=r"the reward 'broken' failed \(RuntimeError: no network\)") as caught:
+            scores()
+        assert isinstance(caught.value.__cause__, RuntimeError)
 
 
 def test_progress_counts_up() -> None:
@@ -178,3 +240,64 @@ def test_progress_counts_up() -> None:
     assert [p.n_tokens for p in seen] == sorted(p.n_tokens for p in seen)
     assert [p.stats.iteration for p in seen if p.stats] == [1, 2, 3]
     assert seen[-1].rollouts_done == 12
+
+
+def roll(controls: Controls, **options: Any) -> Rollouts:
+    return FakeEngine().rollout("p", controls, **({"max_tokens": 20, "seeds": RowSeeds(2)} | options))
+
+
+def test_the_fake_engine_stops_at_stop_strings() -> None:
+    warm = Controls(n=6, sampling=Sampling(1.0))
+    free = roll(warm)
+    stop = "fc"  # two tokens: a stop string may span them
+    stopped = roll(warm, stop_strings=["~", stop])
+    assert 1 < sum(stop in text for text in free.texts) < 6
+    for i, text in enumerate(free.texts):
+        assert stopped.texts[i] == text.split(stop)[0]
+        if stop in text:
+            assert stopped.finish_reasons[i] == "stop"
+            end = text.index(stop) + 2
+            np.testing.assert_array_equal(stopped.tokens[i], free.tokens[i][:end])
+        else:
+            assert stopped.finish_reasons[i] == free.finish_reasons[i]
+            np.testing.assert_array_equal(stopped.tokens[i], free.tokens[i])
+    assert stopped.n_tokens == sum(map(len, stopped.tokens))
+
+
+def test_the_fake_engine_gives_prelogits_before_the_control() -> None:
+    engine = FakeEngine()
+    v = np.random.default_rng(0).standard_normal((3, 1, engine.d)).astype(np.float32)
+    out = engine.rollout(
+        "p",
+        Controls(n=3, vectors=v, held=True),
+        max_tokens=9,
+        seeds=RowSeeds(0),
+        want=frozenset({"prelogits", "kl", "logprobs"}),
+    )
+    assert out.prelogits is not None and out.kl is not None and out.base_logprobs is not None
+
+    def log_softmax(x: np.ndarray) -> np.ndarray:
+        return np.asarray(x - np.log(np.exp(x).sum(axis=1, keepdims=True)))
+
+    for row, z in enumerate(out.prelogits):
+        assert z.shape == (len(out.tokens[row]), engine.d) and z.dtype == np.float32
+        p, q = log_softmax((z + v[row]) @ engine._w.T), log_softmax(z @ engine._w.T)
+        np.testing.assert_array_equal(p.argmax(axis=1), out.tokens[row])
+        np.testing.assert_allclose(out.kl[row], (np.exp(p) * (p - q)).sum(), rtol=1e-4)
+        np.testing.assert_allclose(out.base_logprobs[row], q[np.arange(len(z)), out.tokens[row]], atol=1e-5)
+    assert roll(Controls(n=3)).prelogits is None
+    base = roll(Controls(n=2, sampling=Sampling(0.5, top_k=3)), want=frozenset({"kl"}))
+    np.testing.assert_array_equal(base.kl, np.zeros(2, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("controls", "options", "message"),
+    [
+        (Controls(n=1), {"max_tokens": 0}, "max_tokens is 0"),
+        (Controls(n=1), {"stop_strings": [""]}, "stop string is empty"),
+        (Controls(n=1, vectors=np.zeros((1, 2, 5), np.float32)), {}, "5 wide; the model's pre-logits are 8"),
+    ],
+)
+def test_the_fake_engine_refuses_what_the_real_one_does(controls: Controls, options: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        roll(controls, **options)
