@@ -5,23 +5,39 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from aisp_local import controllers, shipped
 from aisp_local.engine import Engine, LlamaEngine, Want
 from aisp_local.errors import InputError
 from aisp_local.loop import search
-from aisp_local.native import versions
+from aisp_local.native import check_model_file, versions
 from aisp_local.rewards import Reward, load_reward
+from aisp_local.rewards.base import call
 from aisp_local.seeds import RowSeeds
 from aisp_local.types import Baseline, Controls, Message, Progress, Prompt, Result
 
 EFFORT = {"low": 32, "medium": 128, "high": 512}
 """Rollouts in all, by the name of the effort."""
 
+DEFAULT_EFFORT = "low"
 DEFAULT_METHOD = "aisp-held"
 DEFAULT_N = 16
 DEFAULT_MAX_TOKENS = 256
+DEFAULT_SEED = 0
+
+
+def check_search(*, method: str, budget: int, n: int, max_tokens: int, seed: int, **options: Any) -> None:
+    """Raises InputError for what ``Aligner.generate`` would refuse: before a model is loaded for it."""
+    if budget < 1:
+        raise InputError(f"the budget is {budget} rollouts; it must be at least 1")
+    if n < 1:
+        raise InputError(f"n is {n} rollouts an iteration; it must be at least 1")
+    if max_tokens < 1:
+        raise InputError(f"max_tokens is {max_tokens}; it must be at least 1")
+    RowSeeds(seed)
+    controllers.create(method, d=1, max_tokens=1, seed=seed, **options)
 
 
 class Aligner:
@@ -51,9 +67,10 @@ class Aligner:
         What is left out is the shipped one. ``n_gpu_layers``: layers on the GPU, as in llama.cpp.
         Raises ModelError, RewardError, BindingError.
         """
-        # The reward first: it is checked sooner than a large model is loaded.
+        path = shipped.model() if model is None else Path(model)
+        # What is checked sooner comes first: a large model is loaded last.
+        check_model_file(path)
         scorer = load_reward(shipped.reward() if reward is None else reward)
-        path = shipped.model() if model is None else model
         engine = LlamaEngine(path, n_gpu_layers=n_gpu_layers, threads=threads)
         return cls(engine, scorer, model_name=str(path))
 
@@ -63,10 +80,10 @@ class Aligner:
         *,
         method: str = DEFAULT_METHOD,
         budget: int | None = None,
-        effort: str = "low",
+        effort: str = DEFAULT_EFFORT,
         n: int = DEFAULT_N,
         max_tokens: int = DEFAULT_MAX_TOKENS,
-        seed: int = 0,
+        seed: int = DEFAULT_SEED,
         stop_strings: Sequence[str] = (),
         time_limit: float | None = None,
         kl: bool = False,
@@ -89,12 +106,7 @@ class Aligner:
             if effort not in EFFORT:
                 raise InputError(f"effort {effort!r} is unknown; use one of {', '.join(EFFORT)}")
             budget = EFFORT[effort]
-        if budget < 1:
-            raise InputError(f"the budget is {budget} rollouts; it must be at least 1")
-        if n < 1:
-            raise InputError(f"n is {n} rollouts an iteration; it must be at least 1")
-        if max_tokens < 1:
-            raise InputError(f"max_tokens is {max_tokens}; it must be at least 1")
+        check_search(method=method, budget=budget, n=n, max_tokens=max_tokens, seed=seed, **options)
         want: set[Want] = set()
         if kl:
             want.add("kl")
@@ -145,7 +157,7 @@ class Aligner:
             stop_strings=stop_strings,
         )
         text = rollouts.texts[0]
-        return Baseline(text=text, reward=float(self.reward.score(prompt, [text])[0]))
+        return Baseline(text=text, reward=float(call(self.reward.name, self.reward.score, prompt, [text])[0]))
 
     def close(self) -> None:
         """Free the model."""

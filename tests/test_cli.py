@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import signal
@@ -15,6 +16,9 @@ import synthetic
 from onnx_files import write_reward
 
 from aisp_local import Aligner, shipped
+from aisp_local.api import EFFORT
+from aisp_local.cli.chat import chat
+from aisp_local.cli.generate import generate
 
 pytestmark = pytest.mark.native
 
@@ -82,15 +86,19 @@ BAD = {
     "missing model": (["-m", "nowhere.gguf"], "model file nowhere.gguf does not exist"),
     "model is a folder": (["-m", "."], "is a folder"),
     "not a model": (["-m", "text.txt"], "text.txt is not a GGUF file"),
-    "truncated model": (["-m", "truncated.gguf"], "truncated"),
+    "truncated model": (["-m", "half.gguf"], "it may be truncated"),
+    "truncated header": (["-m", "header.gguf"], "header.gguf is truncated"),
+    "model of a name too long": (["-m", 300 * "x"], "cannot be used (File name too long)"),
     "vocabulary only": (["-m", "vocabulary.gguf"], "holds a vocabulary only"),
     "budget zero": (["--budget", "0"], "the budget is 0"),
     "budget negative": (["--budget", "-4"], "the budget is -4"),
     "unknown method": (["--method", "magic"], "method 'magic' is unknown; use one of aisp, aisp-held, best-of-n"),
     "no tokens": (["--max-tokens", "0"], "max_tokens is 0"),
     "negative seed": (["--seed", "-1"], "the seed is -1"),
+    "no time": (["--time-limit", "0"], "the time limit is 0.0 seconds"),
     "unwritable output": (["-o", "nowhere/answer.txt"], "nowhere does not exist"),
     "output is a folder": (["-o", "."], "is a folder"),
+    "output of a name too long": (["-o", 300 * "x"], "cannot be written (File name too long)"),
     "reward without manifest": (["-r", "."], "holds no reward.json"),
     "missing reward": (["-r", "nowhere"], "reward folder nowhere does not exist"),
     "too many rows": (["--rows", "300", "--budget", "300"], "at most 255"),
@@ -101,7 +109,8 @@ BAD = {
 def test_bad_input_is_one_sentence_and_exit_code_2(name: str, tmp_path: Path) -> None:
     arguments, message = BAD[name]
     (tmp_path / "text.txt").write_text("hello")
-    (tmp_path / "truncated.gguf").write_bytes(shipped.model().read_bytes()[:400_000])
+    (tmp_path / "half.gguf").write_bytes(shipped.model().read_bytes()[:400_000])
+    (tmp_path / "header.gguf").write_bytes(shipped.model().read_bytes()[:10])
     synthetic.write_vocab_only(tmp_path / "vocabulary.gguf")
     out = aisp("generate", STORY, *arguments, cwd=tmp_path)
     stderr = out.stderr.decode()
@@ -129,6 +138,55 @@ def test_bad_prompts(prompt: str, stdin: bytes | None, message: str) -> None:
     stderr = out.stderr.decode()
     assert out.returncode == 2, stderr
     assert message in stderr and len(stderr.strip().splitlines()) == 1
+    assert out.stdout == b"" and "Traceback" not in stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "message"),
+    [
+        (["--method", "magic"], STORY.encode(), "method 'magic' is unknown"),
+        (["--max-tokens", "0"], STORY.encode(), "max_tokens is 0"),
+        (["-r", "nowhere"], STORY.encode(), "reward folder nowhere does not exist"),
+        ([], b"caf\xe9\n", "standard input is not valid UTF-8"),
+    ],
+)
+def test_a_conversation_that_cannot_begin(arguments: list[str], stdin: bytes, message: str, tmp_path: Path) -> None:
+    out = aisp("chat", *arguments, stdin=stdin, cwd=tmp_path)
+    stderr = out.stderr.decode()
+    assert out.returncode == 2, stderr
+    assert message in stderr and len(stderr.strip().splitlines()) == 1
+
+
+SHORT = ("generate", STORY, "--budget", "1", "--max-tokens", "4")
+
+
+def test_an_output_without_permission(tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o555)
+    if os.access(tmp_path / "locked", os.W_OK):
+        pytest.skip("this user may write everywhere")
+    out = aisp(*SHORT, "-o", "locked/answer.txt", cwd=tmp_path)
+    assert out.returncode == 2
+    assert out.stderr.decode() == (
+        "aisp-local: error: locked/answer.txt cannot be written: no permission; choose another path\n"
+    )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+def test_a_full_device_is_a_sentence_and_stays_a_device() -> None:
+    out = aisp(*SHORT, "-o", "/dev/full")
+    assert out.returncode == 2
+    assert out.stderr.decode() == (
+        "aisp-local: error: /dev/full cannot be written (No space left on device); choose another path\n"
+    )
+    assert Path("/dev/full").is_char_device()
+
+
+def test_an_output_that_is_a_link_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "answer.txt").write_text("old")
+    (tmp_path / "link.txt").symlink_to("answer.txt")
+    assert aisp(*SHORT, "-o", "link.txt", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "link.txt").is_symlink()
+    assert (tmp_path / "answer.txt").read_text() not in ("", "old")
 
 
 def test_an_interrupt_gives_the_best_so_far(tmp_path: Path) -> None:
@@ -193,3 +251,38 @@ def test_help_and_version() -> None:
     assert b"Exit codes:" in aisp("--help").stdout
     assert b"0.1.0" in aisp("--version").stdout
     assert aisp("generate").returncode == 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["generate", "--help"],
+        ["generate", STORY, "-m", "nowhere.gguf"],
+        ["generate", STORY, "--budget", "0"],
+        ["generate", STORY, "--method", "magic"],
+        ["chat", "--method", "magic"],
+    ],
+)
+def test_what_needs_no_model_does_not_wait_for_its_libraries(arguments: list[str]) -> None:
+    code = (
+        "import atexit, sys\n"
+        "from aisp_local.cli.main import main\n"
+        "heavy = {'llama_cpp', 'onnxruntime', 'tokenizers'}\n"
+        "atexit.register(lambda: print(sorted(heavy & set(sys.modules))))\n"
+        "main()"
+    )
+    out = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert out.returncode in (0, 2)
+    assert out.stdout.splitlines()[-1] == "[]", out.stdout
+
+
+def test_the_commands_have_the_defaults_of_python() -> None:
+    python = inspect.signature(Aligner.generate).parameters
+    defaults = {name: p.default for name, p in python.items()} | {"rows": python["n"].default}
+    for command, extra in ((generate, "budget"), (chat, "effort")):
+        options = {p.name: p.default for p in command.params}
+        for name in ("method", "max_tokens", "rows", "seed"):
+            assert options[name] == defaults[name], name
+        assert options[extra] == {"budget": EFFORT[defaults["effort"]], "effort": defaults["effort"]}[extra]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from aisp_local.api import DEFAULT_EFFORT, EFFORT, check_search
 from aisp_local.cli.generate import check_output, write_output
 from aisp_local.cli.live import ProgressLine, stop_on_interrupt
 from aisp_local.cli.options import load, model_options, search_options
@@ -20,9 +21,9 @@ from aisp_local.types import Message, Result
 if TYPE_CHECKING:
     from aisp_local.api import Aligner
 
-HELP = """\
+HELP = f"""\
 /help                     this text
-/effort low|medium|high   rollouts an answer: 32, 128, 512
+/effort {"|".join(EFFORT):<17} rollouts an answer: {", ".join(map(str, EFFORT.values()))}
 /why                      iterations and candidates of the last answer, with their scores
 /base                     the unaligned answer to the last question
 /save FILE                write the conversation to a text file
@@ -38,7 +39,7 @@ class Settings:
     rows: int
     seed: int
     time_limit: float | None
-    effort: str = "low"
+    effort: str
 
 
 @dataclass
@@ -124,8 +125,6 @@ class Session:
         return True
 
     def _effort(self, argument: str) -> None:
-        from aisp_local.api import EFFORT
-
         if argument not in EFFORT:
             click.echo(f"effort is {self.settings.effort}; use /effort {'|'.join(EFFORT)}")
             return
@@ -176,10 +175,10 @@ class Session:
 @click.command()
 @click.option(
     "--effort",
-    type=click.Choice(["low", "medium", "high"]),
-    default="low",
+    type=click.Choice(list(EFFORT)),
+    default=DEFAULT_EFFORT,
     show_default=True,
-    help="Rollouts an answer: 32, 128 or 512.",
+    help=f"Rollouts an answer: {', '.join(map(str, EFFORT.values()))}.",
 )
 @model_options
 @search_options
@@ -202,6 +201,7 @@ def chat(
       aisp-local chat
       aisp-local chat -m model.gguf -r reward_folder --effort medium
     """
+    check_search(method=method, budget=EFFORT[effort], n=rows, max_tokens=max_tokens, seed=seed)
     aligner = load(model, reward, n_gpu_layers, threads)
     session = Session(aligner, Settings(method, max_tokens, rows, seed, time_limit, effort))
     click.echo(f"{Path(aligner.model_name).name} with {aligner.reward.name}. /help for help.")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from aisp_local.api import DEFAULT_EFFORT, EFFORT, check_search
 from aisp_local.cli.live import ProgressLine, stop_on_interrupt
 from aisp_local.cli.options import load, model_options, search_options
 from aisp_local.errors import InputError
@@ -87,11 +88,15 @@ def as_json(result: Result) -> dict[str, Any]:
 
 
 def write_output(path: Path, text: str) -> None:
-    """Write whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Write whole or not at all; a device or a pipe is written to, never replaced."""
+    target = path.resolve()
+    temporary = target.with_name(f".aisp-local-{os.getpid()}.tmp")
     try:
+        if target.exists() and not target.is_file():
+            target.write_text(text, encoding="utf-8")
+            return
         temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise InputError(f"{path} cannot be written ({error.strerror}); choose another path") from error
@@ -100,17 +105,20 @@ def write_output(path: Path, text: str) -> None:
 def check_output(path: Path) -> None:
     """Refuse an output that cannot be written before the search is paid for."""
     folder = path.parent
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; give a file to write to")
-    if not folder.is_dir():
-        raise InputError(f"{path} cannot be written: the folder {folder} does not exist; create it")
-    if not os.access(path if path.exists() else folder, os.W_OK):
-        raise InputError(f"{path} cannot be written: no permission; choose another path")
+    try:
+        if path.is_dir():
+            raise InputError(f"{path} is a folder; give a file to write to")
+        if not folder.is_dir():
+            raise InputError(f"{path} cannot be written: the folder {folder} does not exist; create it")
+        if not os.access(path if path.exists() else folder, os.W_OK):
+            raise InputError(f"{path} cannot be written: no permission; choose another path")
+    except OSError as error:  # a folder that may not be entered, a name that is too long
+        raise InputError(f"{path} cannot be written ({error.strerror}); choose another path") from error
 
 
 @click.command()
 @click.argument("prompt")
-@click.option("--budget", type=int, default=32, show_default=True, help="Rollouts in all.")
+@click.option("--budget", type=int, default=EFFORT[DEFAULT_EFFORT], show_default=True, help="Rollouts in all.")
 @click.option("--json", "json_", is_flag=True, help="Print a JSON object with every candidate.")
 @click.option("--kl", is_flag=True, help="Compute the sequence KL (a second output product a step).")
 @click.option("--raw", is_flag=True, help="Continue PROMPT as plain text, without the chat template.")
@@ -145,6 +153,7 @@ def generate(
     text = read_prompt(prompt)
     if output is not None:
         check_output(output)
+    check_search(method=method, budget=budget, n=rows, max_tokens=max_tokens, seed=seed)
     aligner = load(model, reward, n_gpu_layers, threads)
     line = ProgressLine()
     with stop_on_interrupt() as stop:

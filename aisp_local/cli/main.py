@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+from typing import NoReturn
 
 import click
 
@@ -24,13 +25,21 @@ class ErrorsAsSentences(click.Group):
         try:
             return super().invoke(ctx)
         except AispError as error:
-            if ctx.params.get("debug"):
-                traceback.print_exc()
-            click.echo(f"aisp-local: error: {error}", err=True)
-            sys.exit(2 if isinstance(error, InputError) else 1)
+            self._fail(ctx, str(error), 2 if isinstance(error, InputError) else 1)
+        except OSError as error:
+            if error.filename is None:  # a closed pipe, which click knows
+                raise
+            self._fail(ctx, f"{error.filename} cannot be used ({error.strerror}); give another path", 2)
         except KeyboardInterrupt:
             click.echo("aisp-local: interrupted", err=True)
             sys.exit(130)
+
+    @staticmethod
+    def _fail(ctx: click.Context, sentence: str, code: int) -> NoReturn:
+        if ctx.params.get("debug"):
+            traceback.print_exc()
+        click.echo(f"aisp-local: error: {sentence}", err=True)
+        sys.exit(code)
 
 
 @click.group(

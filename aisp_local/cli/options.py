@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from aisp_local.api import DEFAULT_MAX_TOKENS, DEFAULT_METHOD, DEFAULT_N, DEFAULT_SEED
+from aisp_local.controllers import METHODS
+
 if TYPE_CHECKING:
     from aisp_local.api import Aligner
 
@@ -47,14 +50,14 @@ def search_options(command: F) -> F:
     """--method, --max-tokens, --seed, --rows, --time-limit"""
     for option in (
         click.option("--time-limit", type=float, help="Seconds; then the best answer so far."),
-        click.option("--seed", type=int, default=0, show_default=True),
-        click.option("--rows", type=int, default=16, show_default=True, help="Rollouts at once."),
-        click.option("--max-tokens", type=int, default=256, show_default=True),
+        click.option("--seed", type=int, default=DEFAULT_SEED, show_default=True),
+        click.option("--rows", type=int, default=DEFAULT_N, show_default=True, help="Rollouts at once."),
+        click.option("--max-tokens", type=int, default=DEFAULT_MAX_TOKENS, show_default=True),
         click.option(
             "--method",
-            default="aisp-held",
+            default=DEFAULT_METHOD,
             show_default=True,
-            help="aisp, aisp-held or best-of-n.",
+            help=f"One of {', '.join(sorted(METHODS))}.",
         ),
     ):
         command = option(command)
