@@ -54,11 +54,11 @@ def _version(tool: str) -> tuple[int, int]:
 
 
 def _build(target: Path, settings: dict[str, str | list[str]]) -> str:
-    start = time.monotonic()
     pin = source.read_pin(HERE / "pin.toml")
     local_sdist = settings.pop("sdist", None) or os.environ.get("AISP_LLAMA_SDIST")
-    key = cache.wheel_key(HERE, pin.sha256, settings)
-    store = cache.folder() / "wheels" / key
+    if not cache.writable():
+        return _make(pin, None, local_sdist, target, settings)
+    store = cache.folder() / "wheels" / cache.wheel_key(HERE, pin.sha256, settings)
     use_cache = os.environ.get("AISP_NO_WHEEL_CACHE", "") in ("", "0")
     with cache.lock(store):
         found = cache.load(store) if use_cache else None
@@ -66,17 +66,30 @@ def _build(target: Path, settings: dict[str, str | list[str]]) -> str:
             shutil.copy2(found, target / found.name)
             print(f"{found.name} from the cache {store}", file=sys.stderr)
             return found.name
-        with tempfile.TemporaryDirectory(prefix="aisp-build-") as work:
-            sdist = source.fetch(pin, cache.folder() / "sdists", local_sdist)
-            tree = source.unpack(sdist, Path(work))
-            series.apply(HERE / "series", tree)
-            source.set_version(tree, pin)
-            name = _compile(tree, target, settings)
+        name = _make(pin, cache.folder() / "sdists", local_sdist, target, settings)
         if use_cache:
             try:
                 cache.save(store, target / name)
             except OSError as error:
                 print(f"notice: the wheel is built but could not be kept in {store} ({error})", file=sys.stderr)
+    return name
+
+
+def _make(
+    pin: source.Pin,
+    sdists: Path | None,
+    local_sdist: str | list[str] | None,
+    target: Path,
+    settings: dict[str, str | list[str]],
+) -> str:
+    """Fetch (into ``sdists``, where there is a cache), unpack, patch, compile into ``target``; the wheel's name."""
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="aisp-build-") as work:
+        sdist = source.fetch(pin, sdists or Path(work) / "sdists", local_sdist)
+        tree = source.unpack(sdist, Path(work) / "tree")
+        series.apply(HERE / "series", tree)
+        source.set_version(tree, pin)
+        name = _compile(tree, target, settings)
     print(f"built {name} in {time.monotonic() - start:.0f} s", file=sys.stderr)
     return name
 
@@ -94,9 +107,10 @@ def _compile(tree: Path, target: Path, settings: dict[str, str | list[str]]) -> 
     try:
         return str(scikit_build.build_wheel(str(target), settings, None))
     except (SystemExit, Exception) as error:
+        # scikit-build-core prints what failed and exits; the exit code says nothing to a person.
+        reason = "" if isinstance(error, SystemExit) else f" ({type(error).__name__}: {error})"
         raise BuildError(
-            f"llama.cpp did not compile ({error or type(error).__name__}); the compiler's message stands "
-            "above: check the compiler and CMAKE_ARGS"
+            f"llama.cpp did not compile{reason}; the compiler's message stands above: check the compiler and CMAKE_ARGS"
         ) from error
     finally:
         os.chdir(before)

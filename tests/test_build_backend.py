@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import shutil
+import sys
 import tarfile
 import threading
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,7 +43,7 @@ def sdist(tmp_path: Path) -> tuple[Path, source.Pin]:
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for name in ("CMAKE_ARGS", "CC", "CXX", "CFLAGS", "AISP_LLAMA_SDIST"):
+    for name in ("CMAKE_ARGS", "CC", "CXX", "CUDACXX", "CUDAARCHS", "CFLAGS", "AISP_LLAMA_SDIST"):
         monkeypatch.delenv(name, raising=False)
     yield tmp_path / "cache"
 
@@ -151,6 +154,50 @@ def test_what_determines_a_wheel_is_in_its_key(name: str, value: str, monkeypatc
     assert key() != before
 
 
+def tool(path: Path, says: str) -> None:
+    path.write_text(f"#!/bin/sh\necho {says} $*\n")
+    path.chmod(0o755)
+
+
+@pytest.mark.parametrize("variable", ["CC", "CXX"])
+@pytest.mark.parametrize("command", ["mine", "mine --target=x", "wrapper mine"])
+def test_a_compiler_of_the_environment_is_known_by_its_version(
+    variable: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "wrapper").write_text('#!/bin/sh\nexec "$@"\n')
+    (tmp_path / "wrapper").chmod(0o755)
+    tool(tmp_path / "mine", "compiler 1.0")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv(variable, command)
+    before = key()
+    assert before == key()
+    tool(tmp_path / "mine", "compiler 2.0")
+    assert key() != before
+
+
+def test_nvcc_counts_where_cuda_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+
+    def keys() -> list[str]:
+        found = [key(), key({"cmake.define.GGML_CUDA": "ON"})]
+        with monkeypatch.context() as patch:
+            patch.setenv("CMAKE_ARGS", "-DGGML_CUDA=on")
+            return [*found, key()]
+
+    tool(tmp_path / "nvcc", "release 12.4")
+    old = keys()
+    tool(tmp_path / "nvcc", "release 13.0")
+    assert [a == b for a, b in zip(old, keys(), strict=True)] == [True, False, False]
+    (tmp_path / "cuda/bin").mkdir(parents=True)
+    (tmp_path / "nvcc").rename(tmp_path / "cuda/bin/nvcc")
+    monkeypatch.setenv("CUDACXX", str(tmp_path / "cuda/bin/nvcc"))
+    assert cache.cuda_compiler() == [str(tmp_path / "cuda/bin/nvcc")]
+    monkeypatch.delenv("CUDACXX")
+    monkeypatch.setenv("CUDA_PATH", str(tmp_path / "cuda"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert cache.cuda_compiler() == [str(tmp_path / "cuda/bin/nvcc")]
+
+
 def test_the_key_follows_sources_and_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert key({"cmake.define.X": "1"}) != key()
     assert key(sha="b") != key()
@@ -211,21 +258,23 @@ def test_two_builds_of_one_key_wait_for_each_other() -> None:
     assert order == ["first", "second"]
 
 
-def test_the_backend_delegates_once_and_then_uses_the_cache(
-    sdist: tuple[Path, source.Pin], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Only scikit-build-core's own entry is replaced: what it is given is what counts."""
-    import sys
-    import types
+Call = tuple[dict[str, Any], str, str | None]
 
+
+@pytest.fixture
+def compiles(sdist: tuple[Path, source.Pin], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Call]:
+    """The backend over a small series; of each compilation: settings, version of the tree, CMAKE_ARGS.
+
+    Only scikit-build-core's own entry is replaced: what it is given is what counts.
+    """
     import backend
 
     path, pin = sdist
-    calls: list[tuple[dict[str, Any], str, str]] = []
+    calls: list[Call] = []
 
     def build_wheel(directory: str, settings: dict[str, Any], metadata: None) -> str:
         version = Path("llama_cpp/__init__.py").read_text()
-        calls.append((dict(settings), version, os.environ["CMAKE_ARGS"]))
+        calls.append((dict(settings), version, os.environ.get("CMAKE_ARGS")))
         (Path(directory) / "w-1-py3-none-any.whl").write_bytes(b"built")
         return "w-1-py3-none-any.whl"
 
@@ -240,12 +289,20 @@ def test_the_backend_delegates_once_and_then_uses_the_cache(
     )
     monkeypatch.setattr(backend, "HERE", here)
     monkeypatch.setenv("AISP_LLAMA_SDIST", str(path))
+    return calls
+
+
+def test_the_backend_delegates_once_and_then_uses_the_cache(
+    compiles: list[Call], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import backend
+
     monkeypatch.setenv("CMAKE_ARGS", "-DGGML_CUDA=on")
     for out in ("one", "two"):
         (tmp_path / out).mkdir()
         name = backend.build_wheel(str(tmp_path / out), {"cmake.define.MINE": "1"})
         assert (tmp_path / out / name).read_bytes() == b"built"
-    assert calls == [
+    assert compiles == [
         (
             {"cmake.define.LLAVA_BUILD": "OFF", "cmake.define.MINE": "1"},
             '__version__ = "0.3.36+aisp.1"\n',
@@ -254,7 +311,69 @@ def test_the_backend_delegates_once_and_then_uses_the_cache(
     ]
     monkeypatch.setenv("AISP_NO_WHEEL_CACHE", "1")
     backend.build_wheel(str(tmp_path / "one"), {"cmake.define.MINE": "1"})
-    assert len(calls) == 2
+    assert len(compiles) == 2
+
+
+@pytest.mark.parametrize("blocked", ["", "aisp-local", "aisp-local/sdists"])
+def test_a_cache_that_cannot_be_written_does_not_stop_the_build(
+    blocked: str,
+    compiles: list[Call],
+    sdist: tuple[Path, source.Pin],
+    own_cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A file where a folder must be made: nobody can write there, not even root."""
+    import backend
+
+    (own_cache / blocked).parent.mkdir(parents=True, exist_ok=True)
+    (own_cache / blocked).write_text("in the way")
+    monkeypatch.delenv("AISP_LLAMA_SDIST")
+    monkeypatch.setattr(source, "_download", lambda pin, folder: shutil.copy(sdist[0], folder))
+    (tmp_path / "out").mkdir()
+    for _ in range(2):
+        name = backend.build_wheel(str(tmp_path / "out"))
+        assert (tmp_path / "out" / name).read_bytes() == b"built"
+        said = capsys.readouterr().err
+        assert said.count("cannot be written") == 1 and said.startswith("warning: building without the cache")
+        assert "set XDG_CACHE_HOME" in said
+    assert len(compiles) == 2
+    assert (own_cache / blocked).read_text() == "in the way"
+
+
+@pytest.mark.parametrize(
+    ("platform", "place"), [("win32", "LOCALAPPDATA"), ("darwin", "~/Library/Caches"), ("linux", "XDG_CACHE_HOME")]
+)
+def test_the_advice_is_the_platforms(platform: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", platform)
+    assert place in cache.advice()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (SystemExit(1), "llama.cpp did not compile; the compiler's"),
+        (OSError("no space"), "llama.cpp did not compile (OSError: no space); the"),
+    ],
+)
+def test_a_failed_compilation_points_at_the_compiler(
+    error: BaseException,
+    said: str,
+    compiles: list[Call],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import backend
+
+    def fail(*_: object) -> str:
+        raise error
+
+    monkeypatch.setattr(sys.modules["scikit_build_core"].build, "build_wheel", fail)
+    with pytest.raises(SystemExit):
+        backend.build_wheel(str(tmp_path))
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith(f"error: {said}")
 
 
 def test_errors_are_the_last_line(

@@ -6,12 +6,14 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,15 +36,49 @@ def folder() -> Path:
     return Path(base) / "aisp-local"
 
 
-def compiler() -> str | None:
-    """The C++ compiler that CMake will choose, as a command; None if there is none."""
-    for name in (os.environ.get("CXX", "").split(" ")[0], "c++", "g++", "clang++", "cl"):
-        found = shutil.which(name) if name else None
+def advice() -> str:
+    """What to do about a cache folder that cannot be written."""
+    if sys.platform == "win32":
+        return "set LOCALAPPDATA to a writable folder"
+    if sys.platform == "darwin":
+        return "make ~/Library/Caches writable"
+    return "set XDG_CACHE_HOME to a writable folder"
+
+
+def writable() -> bool:
+    """Whether wheels and sdists can be kept; a sentence on stderr if not."""
+    try:
+        for part in ("wheels", "sdists"):
+            place = folder() / part
+            place.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=place).close()
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
+        print(f"warning: building without the cache, which cannot be written ({error}); {advice()}", file=sys.stderr)
+        return False
+    return True
+
+
+_CC = ("cc", "gcc", "clang", "cl")
+_CXX = ("c++", "g++", "clang++", "cl")
+
+
+def compiler(variable: str = "CXX", names: Sequence[str] = _CXX) -> list[str] | None:
+    """The command of the compiler that CMake will choose: the variable's, else the first found. None without one."""
+    value = os.environ.get(variable, "").strip()
+    named = [value] if shutil.which(value) else shlex.split(value, posix=os.name == "posix")
+    for name, *arguments in [named] if named else [[name] for name in names]:
+        found = shutil.which(name)
         if found:
-            return found
-        if name and name == os.environ.get("CXX"):
-            return None
+            return [found, *arguments]
     return None
+
+
+def cuda_compiler() -> list[str] | None:
+    """nvcc where CMake looks for it."""
+    toolkits = [os.environ.get(name) for name in ("CUDA_PATH", "CUDA_HOME", "CUDAToolkit_ROOT")]
+    folders = [str(Path(toolkit) / "bin") for toolkit in [*toolkits, "/usr/local/cuda"] if toolkit]
+    found = shutil.which("nvcc", path=os.pathsep.join([os.environ.get("PATH", os.defpath), *folders]))
+    return compiler("CUDACXX", [found] if found else [])
 
 
 def require_compiler() -> None:
@@ -56,12 +92,12 @@ def require_compiler() -> None:
         )
 
 
-def _compiler_version() -> str:
-    command = compiler()
+def _identity(command: list[str] | None) -> str:
+    """Where a compiler lies and which version it says it is."""
     if command is None:
         return "none"
-    result = subprocess.run([command, "--version"], capture_output=True, text=True, check=False)
-    return f"{command} {result.stdout or result.stderr}"
+    result = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
+    return f"{os.path.realpath(command[0])} {result.stdout or result.stderr}"
 
 
 def _cpu() -> str:
@@ -84,6 +120,7 @@ def wheel_key(patches: Path, sdist_sha256: str, settings: Mapping[str, Any]) -> 
         if (name in _ENVIRONMENT or name.startswith(_PREFIXES)) and name not in _NO_PART
     }
     native = "GGML_NATIVE=OFF" not in os.environ.get("CMAKE_ARGS", "").replace(":BOOL", "").upper()
+    cuda = "CUDA" in f"{environment} {dict(settings)}".upper()
     sources = sorted([*patches.glob("series/*.patch"), *patches.glob("*.toml"), *patches.rglob("*.py")])
     parts = {
         "sdist": sdist_sha256,
@@ -94,7 +131,8 @@ def wheel_key(patches: Path, sdist_sha256: str, settings: Mapping[str, Any]) -> 
         "settings": dict(settings),
         "python": [sys.implementation.cache_tag, sysconfig.get_platform()],
         "libc": list(platform.libc_ver()),
-        "compiler": _compiler_version(),
+        "compilers": [_identity(compiler("CC", _CC)), _identity(compiler())],
+        "nvcc": _identity(cuda_compiler()) if cuda else "",
         "cpu": _cpu() if native else "",
     }
     data = json.dumps(parts, sort_keys=True).encode()
@@ -109,7 +147,7 @@ def lock(store: Path, *, timeout: float = 3600.0) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+b")
     except OSError as error:
-        raise BuildError(f"the cache {path.parent} cannot be written ({error}); set XDG_CACHE_HOME") from error
+        raise BuildError(f"the cache {path.parent} cannot be written ({error}); {advice()}") from error
     deadline = time.monotonic() + timeout
     with file:
         while not _try_lock(file.fileno()):
