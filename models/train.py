@@ -1,6 +1,6 @@
 """Train the shipped storyteller from scratch and write it as a GGUF file.
 
-Example: python models/train.py --data DIR --minutes 60 --out models/storyteller
+Example: python models/train.py --data DIR --minutes 55 --out models/storyteller
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder that holds lm/")
     parser.add_argument("--out", type=Path, default=Path("models/storyteller"))
     parser.add_argument("--work", type=Path, help="folder for checkpoints (default: OUT/work)")
-    parser.add_argument("--minutes", type=float, default=60.0, help="time limit of the training")
+    parser.add_argument("--minutes", type=float, default=55.0, help="time limit of the training")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")

@@ -31,7 +31,7 @@ class Plan:
     rare, and at a weight of one a short training learns to ignore requests.
     """
 
-    minutes: float = 60.0
+    minutes: float = 55.0
     max_steps: int = 100_000
     batch_tokens: int = 8192
     limit: int = 416
