@@ -66,9 +66,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sample-count", type=int, default=6000, help="answers that it writes")
     parser.add_argument("--out", type=Path, default=ROOT / "reward_models" / "story-reward")
     parser.add_argument("--work", type=Path, help="folder for checkpoints (default: build/NAME)")
-    parser.add_argument("--pairs", type=int, default=12_000, help="pairs in one pass")
+    parser.add_argument("--pairs", type=int, default=40_000, help="pairs drawn; the time ends the pass over them")
     parser.add_argument("--minutes", type=float, default=45.0, help="time limit of the training")
-    parser.add_argument("--frozen-layers", type=int, default=3, help="lowest layers kept as they are")
+    parser.add_argument("--frozen-layers", type=int, default=Plan.frozen_layers, help="lowest layers kept as they are")
     parser.add_argument("--rate", type=float, default=Plan.rate, help="learning rate of the encoder")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, help="of PyTorch (default: all cores)")
@@ -158,11 +158,20 @@ def main() -> None:
         seed=options.seed,
         limit=64 if options.smoke else Plan.limit,
     )
-    minutes = train(network, tokenizer, pairs, plan, work, device=options.device, resume=options.resume)
+    held_out = training_pairs(held_out_material(options.data, []), 40 if options.smoke else 240, options.seed + 1)
+    minutes = train(
+        network,
+        tokenizer,
+        pairs,
+        plan,
+        work,
+        held_out=held_out,
+        device=options.device,
+        resume=options.resume,
+    )
     print(f"trained for {minutes:.1f} minutes")
     network.cpu()
-    held_out = training_pairs(held_out_material(options.data, []), 40, options.seed + 1)
-    check_export(network, tokenizer, held_out)
+    check_export(network, tokenizer, held_out[:40])
     write_folder(work / "float", network, tokenizer, GOLDEN, quantised=False)
     write_folder(options.out, network, tokenizer, GOLDEN)
     size = (options.out / "model.onnx").stat().st_size

@@ -88,13 +88,15 @@ def accuracy_table(pairs: Sequence[Pair], shipped: Array, exact: Array | None, b
     return lines
 
 
-def matched_own(samples: Sequence[Story], n_words: int) -> list[Pair]:
-    """Corpus and own answers to the same prompt, both cut after n words."""
-    return [
-        Pair(s.prompt, cut_words(s.answer, n_words), cut_words(s.sample, n_words), "own sample")
-        for s in samples
-        if min(len(s.answer.split()), len(s.sample.split())) >= n_words
-    ]
+def matched_own(samples: Sequence[Story], n_words: int | None) -> list[Pair]:
+    """Corpus and own answers to the same prompt, both cut after n words (None: after the shorter's)."""
+    pairs = []
+    for s in samples:
+        shorter = min(len(s.answer.split()), len(s.sample.split()))
+        n = shorter if n_words is None else n_words
+        if n <= shorter:
+            pairs.append(Pair(s.prompt, cut_words(s.answer, n), cut_words(s.sample, n), "own sample"))
+    return pairs
 
 
 def kindness_lines(reward: OnnxReward, labelled: Sequence[Labelled], limit: int) -> list[str]:
@@ -114,21 +116,25 @@ def kindness_lines(reward: OnnxReward, labelled: Sequence[Labelled], limit: int)
 
 
 def length_lines(reward: OnnxReward, samples: Sequence[Story]) -> list[str]:
-    """Correlation of score and number of words."""
+    """Mean scores of texts cut at several lengths, and the correlation of score and number of words."""
     whole = [(len(s.sample.split()), reward.score(s.prompt, [s.sample])[0]) for s in samples]
-    cuts = [
-        np.corrcoef(sizes, reward.score(s.prompt, [cut_words(s.answer, n) for n in sizes]))[0, 1]
-        for s in samples[:100]
-        if len(s.answer.split()) >= 100 and (sizes := [20, 40, 60, 80, 100])
-    ]
     lengths, scores = np.array(whole, np.float64).T
-    return [
-        f"- own samples: correlation of score and number of words {np.corrcoef(lengths, scores)[0, 1]:.2f} "
+    sizes = (10, 20, 40, 80, 120, 160)
+    long = [s for s in samples if min(len(s.answer.split()), len(s.sample.split())) >= sizes[-1]]
+    lines = [f"| mean score after so many words (n = {len(long)}) | " + " | ".join(map(str, sizes)) + " |"]
+    lines.append("|---" * (len(sizes) + 1) + "|")
+    for name, texts in (("corpus", [s.answer for s in long]), ("own samples", [s.sample for s in long])):
+        rows = [
+            reward.score(s.prompt, [cut_words(text, n) for n in sizes]) for s, text in zip(long, texts, strict=True)
+        ]
+        lines.append(f"| {name} | " + " | ".join(f"{mean:.2f}" for mean in np.mean(rows, axis=0)) + " |")
+    lines += [
+        "",
+        f"Whole own samples: correlation of score and number of words {np.corrcoef(lengths, scores)[0, 1]:.2f} "
         f"(n = {len(whole)}, {lengths.min():.0f} to {lengths.max():.0f} words); "
-        f"scores have mean {scores.mean():.2f} and standard deviation {scores.std():.2f}",
-        "- one corpus story cut after 20, 40, 60, 80 and 100 words: mean correlation "
-        f"{np.nanmean(cuts):.2f} (n = {len(cuts)})",
+        f"scores have mean {scores.mean():.2f} and standard deviation {scores.std():.2f}.",
     ]
+    return lines
 
 
 def report(options: argparse.Namespace) -> str:
@@ -158,7 +164,7 @@ def report(options: argparse.Namespace) -> str:
 
     lines += ["", "### The storyteller's own answers against the corpus (valid split)", ""]
     lines += ["| words kept of both | pairs | AUC | pair accuracy (95%) |", "|---|---|---|---|"]
-    for n_words in (40, 80):
+    for n_words in (40, 80, None):
         pairs = matched_own(samples, n_words)[:limit]
         if not pairs:
             continue
@@ -166,7 +172,7 @@ def report(options: argparse.Namespace) -> str:
         right = share_right(scores)
         low, high = wilson(right * len(pairs), len(pairs))
         lines.append(
-            f"| {n_words} | {len(pairs)} | {auc(scores[:, 0], scores[:, 1]):.3f} | "
+            f"| {n_words or 'as many as the shorter has'} | {len(pairs)} | {auc(scores[:, 0], scores[:, 1]):.3f} | "
             f"{right:.3f} ({low:.3f} to {high:.3f}) |"
         )
 

@@ -22,7 +22,7 @@ from reward_models.training.sources import (
     read_stories,
 )
 
-SHARES = {"general": 0.25, "own": 0.29, "damaged story": 0.19, "damaged sample": 0.09, "kind": 0.18}
+SHARES = {"general": 0.25, "own": 0.28, "damaged story": 0.21, "damaged sample": 0.11, "kind": 0.15}
 KIND_SHARES = {
     "GoEmotions": 0.35,
     "Davidson": 0.2,
@@ -170,8 +170,7 @@ def training_pairs(material: Material, n: int, seed: int) -> list[Pair]:
     total = sum(shares.values())
     count = {kind: round(n * share / total) for kind, share in shares.items()}
     general = general_pairs(material)
-    # The Helpful and Harmless pairs are the longest and the noisiest: the other sources go first.
-    general.sort(key=lambda pair: (pair.kind.startswith("HH"), rng.random()))
+    rng.shuffle(general)
     pairs = general[: count["general"]]
     pairs += damaged_pairs(material.stories, count["damaged story"], rng, "story")
     pairs += kindness_pairs(material, count["kind"], rng)

@@ -1,0 +1,134 @@
+"""The reward's training script on a tiny data folder, and the damage that its pairs are made of."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from aisp_local.rewards import OnnxReward
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))  # last, so that aisp_local stays the installed one
+
+from reward_models.training.corrupt import DAMAGES, MAX_WORDS  # noqa: E402
+
+PROMPT = "Write a short story that uses the words garden, kite and river."
+STORY = (
+    "Once upon a time, there was a girl named Lily. She had a red kite and loved the garden behind her house. One day "
+    "Lily took the kite to the river, and her friend Ben came with her. He held the string while she ran. The wind "
+    "blew hard, and the kite flew over the trees. Then it fell into the water. Lily was sad, but Ben had an idea. He "
+    "found a long stick and pulled the kite out. She thanked him, and they dried it in the sun. In the evening Lily "
+    "and Ben went home through the garden. They were tired and happy, and her mother gave them warm milk. After that "
+    "day Lily never went to the river without Ben, and he never laughed at her kite again."
+)
+OTHER = (
+    "There was an old bear who lived in a cave. Every morning the bear walked to the hill and looked for honey. He met "
+    "a small bee, and the bee was angry. The bear said that he was sorry. The bee showed him a tree with much honey. "
+    "They shared it and became friends. The bear slept well that night. In winter the bee slept in his cave."
+)
+
+
+@pytest.mark.parametrize("kind", sorted(DAMAGES))
+def test_damage_keeps_the_length_and_changes_the_text(kind: str) -> None:
+    made = [DAMAGES[kind](PROMPT, STORY, OTHER, random.Random(seed)) for seed in range(60)]
+    pairs = [pair for pair in made if pair]
+    assert len(pairs) > 10
+    assert made == [DAMAGES[kind](PROMPT, STORY, OTHER, random.Random(seed)) for seed in range(60)]
+    for better, worse in pairs:
+        assert better != worse
+        assert better.split()[0] == "Once", "the better side is the story itself"
+        long, short = max(map(len, (better.split(), worse.split()))), min(map(len, (better.split(), worse.split())))
+        # A story cut in the middle of a sentence has by its nature another length, as often more as less.
+        assert long <= MAX_WORDS and (short == long or kind in ("cut", "shuffled", "lost name"))
+    assert len({better for better, _ in pairs}) > 1 or kind == "lost words"
+
+
+def test_loops_repeat_and_cuts_do_not_end() -> None:
+    for seed in range(30):
+        looped = DAMAGES["phrase loop"](PROMPT, STORY, OTHER, random.Random(seed))
+        if looped and len(looped[1].split()) > 20:
+            words = looped[1].split()
+            assert any(words[-k:] == words[-2 * k : -k] for k in range(1, 7))
+        cut = DAMAGES["cut"](PROMPT, STORY, OTHER, random.Random(seed))
+        assert cut is None or (cut[0][-1] in ".!?" and cut[1][-1] not in ".!?")
+
+
+def write_rows(path: Path, rows: Iterable[object]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+
+
+def write_data(folder: Path) -> Path:
+    """A data folder in the layout of the real one; returns the file of the storyteller's own answers."""
+    animals = ["fox", "dog", "cat", "owl", "hen", "cow", "pig", "ant"]
+    prompts = {split: [f"Tell me a story about a {a} and {split}." for a in animals] for split in ("train", "valid")}
+    for split, texts in prompts.items():
+        rows = [
+            {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": story}]}
+            for text in texts
+            for story in (STORY, OTHER)
+        ]
+        write_rows(folder / "lm" / f"story_chat.{split}.jsonl.gz", rows)
+    for split in ("train", "test"):
+        rows = [
+            {
+                "prompt": [{"role": "user", "content": f"What does a {animal} eat?"}],
+                "chosen": f"A {animal} eats what it finds, and it drinks water.",
+                "rejected": "Who knows.",
+                "source": source,
+                "license": "MIT",
+            }
+            for animal in animals
+            for source in ("hh-rlhf/helpful-base", "PandaLM")
+        ]
+        write_rows(folder / "preference" / f"{split}.jsonl.gz", rows)
+    labels = {
+        "goemotions": ("positive", "negative"),
+        "davidson_hate": ("neither", "offensive"),
+        "diasafety": ("Safe", "Unsafe"),
+        "openai_moderation": ("ok", "flagged"),
+        "surge_toxicity": ("Not Toxic", "Toxic"),
+    }
+    for name, (good, bad) in labels.items():
+        rows = [
+            {"text": f"{text} {animal} number {i}", "label": label}
+            for i, animal in enumerate(animals * 4)
+            for text, label in (("What a lovely little", good), ("Go away you stupid", bad))
+        ]
+        write_rows(folder / "labelled" / f"{name}.jsonl.gz", rows)
+    samples = folder / "samples.jsonl"
+    own = [
+        {
+            "prompt": [{"role": "user", "content": prompt}],
+            "reference": STORY,
+            "sample": OTHER,
+            "temperature": 0.5,
+        }
+        for prompt in prompts["train"]
+    ]
+    samples.write_text("".join(json.dumps(row) + "\n" for row in own), encoding="utf-8")
+    return samples
+
+
+@pytest.mark.slow
+def test_smoke_run_writes_a_folder_that_loads_and_scores(tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="the training scripts need the extra [train]")
+    data, out = tmp_path / "data", tmp_path / "tiny"
+    samples = write_data(data)
+    command = [sys.executable, str(ROOT / "reward_models" / "train.py"), "--smoke", "--data", str(data)]
+    command += ["--samples", str(samples), "--out", str(out), "--work", str(tmp_path / "work")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "same ranking" in done.stdout and "held out: all" in done.stdout
+    reward = OnnxReward.load(out)  # verifies hashes and golden scores
+    scores = reward.score("Tell me a story.", [STORY, OTHER, ""])
+    assert scores.shape == (3,) and np.isfinite(scores).all()
+    assert len(set(scores.tolist())) == 3
