@@ -286,3 +286,16 @@ def test_the_commands_have_the_defaults_of_python() -> None:
         for name in ("method", "max_tokens", "rows", "seed"):
             assert options[name] == defaults[name], name
         assert options[extra] == {"budget": EFFORT[defaults["effort"]], "effort": defaults["effort"]}[extra]
+
+
+def test_long_lines_are_broken_between_words_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    from aisp_local.cli import chat
+
+    text = "Once upon a time there was a fox.\n\n    indented code stays as it is"
+    assert chat.wrapped(text) == text
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "33")
+    assert chat.wrapped(text) == "Once upon a time there was a fox.\n\n    indented code stays as it is"
+    monkeypatch.setenv("COLUMNS", "20")
+    assert chat.wrapped(text).split("\n")[:2] == ["Once upon a time", "there was a fox."]
+    assert chat.wrapped("x" * 50) == "x" * 50

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,7 +69,7 @@ class Session:
             line.clear()
         self.messages = [*messages, {"role": "assistant", "content": result.answer}]
         self.last = result
-        click.echo(result.answer.strip())
+        click.echo(wrapped(result.answer.strip()))
         note = f"reward {result.reward:.2f}, {result.rollouts} rollouts, {result.seconds:.1f} s"
         if result.status == "interrupted":
             note += ", interrupted: the best so far"
@@ -152,7 +154,7 @@ class Session:
             click.echo("nothing to compare yet: ask something first")
             return
         baseline = self.aligner.baseline(self.messages[:-1], max_tokens=self.settings.max_tokens)
-        click.echo(baseline.text.strip())
+        click.echo(wrapped(baseline.text.strip()))
         click.echo(
             click.style(
                 f"[unaligned: reward {baseline.reward:.2f}; aligned: {self.last.reward:.2f}]",
@@ -226,6 +228,15 @@ def chat(
             raise
         except AispError as error:
             click.echo(f"error: {error}", err=True)
+
+
+def wrapped(text: str) -> str:
+    """The text with its long lines broken between words, where a terminal shows it."""
+    if not sys.stdout.isatty():
+        return text
+    width = min(shutil.get_terminal_size().columns, 100)
+    breaker = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(breaker.fill(line) if len(line) > width else line for line in text.split("\n"))
 
 
 def _read_line() -> str:
