@@ -153,7 +153,7 @@ def main() -> int:
         rows = [prove(path) for path in synthetic.write_models(models).values()]
         if stock is not None:
             compare_with_stock(stock, models, rows, scratch)
-        refused = synthetic.write_deepseek2(scratch / "deepseek2.gguf")
+        refused = synthetic.write_eurobert(scratch / "eurobert.gguf")
         with Raw(refused) as raw:
             refusal = raw.init_control(STEPS)
     columns = [key for key in rows[0] if key != "within_bound"]
@@ -163,7 +163,7 @@ def main() -> int:
         cells = [f"{row[c]:.1e}" if isinstance(row[c], float) else str(row[c]) for c in columns]
         print("| " + " | ".join(cells) + " |")
     ok = all(row["ok"] for row in rows) and refusal == -2
-    print(f"\nllama_init_control on an architecture past the hook (deepseek2): {refusal}, expected -2\n")
+    print(f"\nllama_init_control on an encoder (eurobert): {refusal}, expected -2\n")
     print(json.dumps({"ok": ok, "refusal": refusal, "stock": stock is not None, "models": rows}))
     return 0 if ok else 1
 

@@ -15,6 +15,11 @@ from gguf.quants import dequantize
 
 Array = npt.NDArray[np.float64]
 
+# Which architectures read these keys for their logits, and how.
+CAPPED = {"gemma2", "gemma3", "gemma4", "grok", "muse-glimmer"}
+SCALED = {"command-r", "cohere2", "cohere2moe", "grok", "talkie", "muse-glimmer"}
+DIVIDED = {"granite", "granitemoe", "granitehybrid", "granite_swa", "graniteswitch", "minicpm"}
+
 
 def _field(reader: GGUFReader, name: str, default: Any = None) -> Any:
     arch = reader.fields["general.architecture"].contents()
@@ -27,18 +32,24 @@ def _tensors(reader: GGUFReader) -> dict[str, Array]:
 
 
 class Head:
-    """``softcap(W x)`` with W dequantised from the file."""
+    """``softcap(scale (W x + b))`` with W dequantised from the file."""
 
     def __init__(self, path: Path) -> None:
         reader = GGUFReader(path)
-        by_name = {t.name: t for t in reader.tensors}
+        arch = reader.fields["general.architecture"].contents()
+        by_name = {t.name: t for t in reader.tensors if t.name.startswith(("output", "token_embd"))}
         tensor = by_name.get("output.weight", by_name["token_embd.weight"])
         self.weight: Array = dequantize(tensor.data, tensor.tensor_type).astype(np.float64)
-        self.cap = _field(reader, "final_logit_softcapping")
+        bias = by_name.get("output.bias")
+        self.bias = 0.0 if bias is None else dequantize(bias.data, bias.tensor_type).astype(np.float64)
+        self.cap = _field(reader, "final_logit_softcapping") if arch in CAPPED else None
+        self.cap = 30.0 if arch == "gemma3n" else self.cap
+        scale = _field(reader, "logit_scale") or 1.0
+        self.scale = scale if arch in SCALED else 1 / scale if arch in DIVIDED else 1.0
 
     def __call__(self, x: npt.ArrayLike) -> Array:
-        logits = np.asarray(x, np.float64) @ self.weight.T
-        return logits if self.cap is None else self.cap * np.tanh(logits / self.cap)
+        logits = (np.asarray(x, np.float64) @ self.weight.T + self.bias) * self.scale
+        return self.cap * np.tanh(logits / self.cap) if self.cap else logits
 
 
 class Llama:

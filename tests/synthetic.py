@@ -218,7 +218,7 @@ def write_qwen3moe(path: Path, *, vocab: Vocab = "none", seed: int = 0) -> Path:
 
 
 def write_deepseek2(path: Path, *, vocab: Vocab = "none", seed: int = 0) -> Path:
-    """deepseek2, dense: its graph multiplies by the output matrix past the hook, so control is refused."""
+    """deepseek2, dense, with its latent attention."""
     w = _Weights(seed)
     kv_rank, rope, nope, v_dim, q_rank = 64, 16, 32, 32, 64
     tensors: dict[str, Any] = {
@@ -261,6 +261,11 @@ def write_deepseek2(path: Path, *, vocab: Vocab = "none", seed: int = 0) -> Path
     return _write(path, "deepseek2", tensors, settings, vocab=vocab, kind=Q.F32)
 
 
+def write_eurobert(path: Path, *, vocab: Vocab = "none", seed: int = 0) -> Path:
+    """An encoder: its graph has no output matrix, so control is refused."""
+    return _write(path, "eurobert", _transformer(_Weights(seed), tied=True), _settings(), vocab=vocab, kind=Q.F32)
+
+
 def write_vocab_only(path: Path) -> Path:
     """A tokenizer and a chat template without a single weight."""
     return _write(path, "llama", {}, _settings(), vocab="bpe", kind=Q.F32)
@@ -284,6 +289,7 @@ MODELS: dict[str, Callable[..., Path]] = {
     "qwen3-tied": write_qwen3,
     "gemma2-softcap": write_gemma2,
     "qwen3moe": write_qwen3moe,
+    "deepseek2": write_deepseek2,
 }
 """The models that take a control, by name: each a function of a path (and ``vocab``, ``seed``)."""
 
