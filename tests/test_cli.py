@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import json
 import os
@@ -18,7 +19,8 @@ from onnx_files import write_reward
 from aisp_local import Aligner, shipped
 from aisp_local.api import EFFORT
 from aisp_local.cli.chat import chat
-from aisp_local.cli.generate import generate
+from aisp_local.cli.generate import generate, write_output
+from aisp_local.errors import InputError
 
 pytestmark = pytest.mark.native
 
@@ -171,14 +173,29 @@ def test_an_output_without_permission(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
-def test_a_full_device_is_a_sentence_and_stays_a_device() -> None:
-    out = aisp(*SHORT, "-o", "/dev/full")
-    assert out.returncode == 2
-    assert out.stderr.decode() == (
-        "aisp-local: error: /dev/full cannot be written (No space left on device); choose another path\n"
-    )
-    assert Path("/dev/full").is_char_device()
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+def test_a_pipe_is_written_to_and_stays_a_pipe(tmp_path: Path) -> None:
+    """As /dev/stdout or /dev/null would: root must not replace those by files."""
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        assert aisp(*SHORT, "-o", "pipe", cwd=tmp_path).returncode == 0
+        assert os.read(reader, 1000).strip()
+    finally:
+        os.close(reader)
+    assert (tmp_path / "pipe").is_fifo()
+    assert [p.name for p in tmp_path.iterdir()] == ["pipe"]
+
+
+def test_a_full_disk_is_said_and_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "answer.txt").write_text("old")
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(InputError, match=r"cannot be written \(No space left on device\); choose another path"):
+        write_output(tmp_path / "answer.txt", "new")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("answer.txt", "old")]
 
 
 def test_an_output_that_is_a_link_stays_one(tmp_path: Path) -> None:

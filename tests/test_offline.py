@@ -99,7 +99,7 @@ def without_network() -> list[str]:
     command = ["unshare", "--map-root-user", "--net"]
     if shutil.which("unshare") is None:
         pytest.skip("there is no unshare here")
-    tried = subprocess.run([*command, "true"], capture_output=True, text=True, check=False)
+    tried = subprocess.run([*command, sys.executable, "-c", ""], capture_output=True, text=True, check=False)
     if tried.returncode:
         pytest.skip(f"a network namespace is not permitted here: {tried.stderr.strip()}")
     return command

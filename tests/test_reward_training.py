@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from onnx_files import write_reward
 
 from aisp_local.rewards import OnnxReward
 
@@ -19,6 +20,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # last, so that aisp_local stays the installed one
 
 from reward_models.training.corrupt import DAMAGES, MAX_WORDS  # noqa: E402
+from reward_models.training.evaluate import length_lines, load_reward, nonsense_pairs, score_pairs  # noqa: E402
+from reward_models.training.pairs import Pair  # noqa: E402
+from reward_models.training.sources import Story  # noqa: E402
 
 PROMPT = "Write a short story that uses the words garden, kite and river."
 STORY = (
@@ -59,6 +63,44 @@ def test_loops_repeat_and_cuts_do_not_end() -> None:
             assert any(words[-k:] == words[-2 * k : -k] for k in range(1, 7))
         cut = DAMAGES["cut"](PROMPT, STORY, OTHER, random.Random(seed))
         assert cut is None or (cut[0][-1] in ".!?" and cut[1][-1] not in ".!?")
+
+
+def test_short_nonsense_is_as_long_as_the_opening_and_ends_like_it() -> None:
+    stories = [Story(PROMPT, STORY), Story("Tell me a story about a bear.", OTHER)]
+    pairs = nonsense_pairs(stories, 40, random.Random(0))
+    assert pairs == nonsense_pairs(stories, 40, random.Random(0))
+    assert len(pairs) == 40 and len({pair.kind for pair in pairs}) == 4
+    for pair in pairs:
+        real, made = pair.chosen.split(), pair.rejected.split()
+        assert 5 <= len(real) == len(made) <= 25
+        assert STORY.startswith(pair.chosen) or OTHER.startswith(pair.chosen)
+        assert (
+            pair.chosen[-1] == pair.rejected[-1] == "." and pair.rejected[0].isupper() and pair.chosen != pair.rejected
+        )
+        if pair.kind == "nonsense: one word":
+            assert len({word.strip(".").lower() for word in made}) == 1
+    assert nonsense_pairs(stories[:1], 5, random.Random(0)) == []
+
+
+def test_evaluation_scores_on_several_threads_as_one_by_one(tmp_path: Path) -> None:
+    reward = load_reward(write_reward(tmp_path / "tiny"))
+    pairs = [Pair("tell a story", "good fox " * n, "the bad " * n, "any") for n in range(1, 30)]
+    expected = [[reward.score(p.prompt, [text])[0] for text in (p.chosen, p.rejected)] for p in pairs]
+    np.testing.assert_allclose(score_pairs(reward, pairs), expected, atol=1e-5)
+    assert len({row[0] for row in expected}) > 5, "the rows must differ for their order to be tested"
+    assert score_pairs(reward, []).shape[0] == 0
+
+
+def test_length_table_has_only_the_lengths_that_enough_answers_reach(tmp_path: Path) -> None:
+    wide = {"kind": "pair", "template": None, "max_length": 128, "truncation": "prompt-left", "bos": "tokenizer"}
+    reward = load_reward(write_reward(tmp_path / "tiny", input=wide))
+    own = ("bad " * 20 + "fox good the story " * 20).split()  # their mix changes with the length
+    samples = [Story("tell a story", "good " * n, " ".join(own[: n + 5])) for n in range(30, 55)]  # 15 reach 40 words
+    lines = length_lines(reward, samples, limit=22)
+    assert lines[0] == "| mean score after so many words (n = 22) | 10 | 20 |"
+    assert "(n = 22, 35 to 56 words)" in lines[-1]
+    short = length_lines(reward, [Story("tell", "good", "bad fox"), Story("tell", "bad", "the good story")], limit=5)
+    assert len(short) == 1 and "(n = 2, 2 to 3 words)" in short[0]
 
 
 def write_rows(path: Path, rows: Iterable[object]) -> None:

@@ -6,10 +6,12 @@ Example: python reward_models/training/evaluate.py --data DIR --samples samples.
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,7 +27,7 @@ from reward_models.training.baselines import (  # noqa: E402
     longer_wins,
     wilson,
 )
-from reward_models.training.corrupt import cut_words  # noqa: E402
+from reward_models.training.corrupt import cut_words, sentences  # noqa: E402
 from reward_models.training.pairs import (  # noqa: E402
     Material,
     Pair,
@@ -40,6 +42,7 @@ from reward_models.training.sources import Labelled, Story, read_samples  # noqa
 
 START, END = "<!-- measured -->", "<!-- /measured -->"
 KINDNESS_PROMPT = "What do you think?"
+SIZES = (10, 20, 40, 80, 120, 160)  # words that the length table keeps
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -55,10 +58,21 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def load_reward(folder: Path) -> OnnxReward:
+    """A reward on one core a call: several calls at once wait less than one call spread over the cores."""
+    return OnnxReward.load(folder, providers=["CPUExecutionProvider"], threads=1)
+
+
+def score_rows(reward: OnnxReward, rows: Sequence[tuple[str, Sequence[str]]]) -> Array:
+    """Scores [n, k] of n rows (prompt, k responses), on all cores."""
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        found = list(pool.map(lambda row: reward.score(row[0], row[1]), rows))
+    return np.asarray(found, np.float64).reshape(len(rows), -1 if rows else 0)
+
+
 def score_pairs(reward: OnnxReward, pairs: Sequence[Pair]) -> Array:
     """[len(pairs), 2]: scores of the chosen and of the rejected side."""
-    rows = [reward.score(pair.prompt, [pair.chosen, pair.rejected]) for pair in pairs]
-    return np.asarray(rows, np.float64).reshape(len(rows), 2)
+    return score_rows(reward, [(pair.prompt, (pair.chosen, pair.rejected)) for pair in pairs])
 
 
 def share_right(scores: Array) -> float:
@@ -99,6 +113,37 @@ def matched_own(samples: Sequence[Story], n_words: int | None) -> list[Pair]:
     return pairs
 
 
+def nonsense_pairs(stories: Sequence[Story], n: int, rng: random.Random) -> list[Pair]:
+    """Openings of 5 to 25 words, whole sentences all, against nonsense of as many words.
+
+    The nonsense begins with a capital and ends with a full stop, so that neither gives it away.
+    """
+    kinds = ("one word", "one phrase", "its words in any order", "words of another story")
+    pairs: list[Pair] = []
+    for _ in range(20 * n if len(stories) > 1 else 0):
+        story, other = rng.sample(stories, 2)
+        real = " ".join(sentences(story.answer)[: rng.randint(1, 2)])
+        size = len(real.split())
+        if not 5 <= size <= 25:
+            continue
+        kind = kinds[len(pairs) % len(kinds)]
+        words, others = ([w.strip('.,!?"') for w in text.split()] for text in (real, other.answer))
+        if kind == "its words in any order":
+            made = rng.sample(words, size)
+        elif kind == "words of another story":
+            made = rng.sample(others, min(size, len(others)))
+        else:
+            period = 1 if kind == "one word" else rng.randint(2, 4)
+            start = rng.randrange(max(1, len(others) - period))
+            made = [others[start + i % period] for i in range(size)]
+        text = " ".join(made)
+        if made != words:
+            pairs.append(Pair(story.prompt, real, f"{text[:1].upper()}{text[1:]}.", f"nonsense: {kind}"))
+        if len(pairs) == n:
+            break
+    return sorted(pairs, key=lambda pair: pair.kind)
+
+
 def kindness_lines(reward: OnnxReward, labelled: Sequence[Labelled], limit: int) -> list[str]:
     """AUC of clean against unkind texts, by set."""
     lines = ["| texts | clean | unkind | AUC |", "|---|---|---|---|"]
@@ -108,39 +153,43 @@ def kindness_lines(reward: OnnxReward, labelled: Sequence[Labelled], limit: int)
         for bad in (False, True):
             texts = [t for t in labelled if t.source == source and t.bad == bad]
             texts = rng.sample(texts, min(limit, len(texts)))
-            scores = [reward.score(t.context or KINDNESS_PROMPT, [t.text])[0] for t in texts]
-            found.append(np.asarray(scores, np.float64))
+            rows = [(t.context or KINDNESS_PROMPT, [t.text]) for t in texts]
+            found.append(score_rows(reward, rows)[:, 0])
         good, worse = found
         lines.append(f"| {source} | {len(good)} | {len(worse)} | {auc(good, worse):.3f} |")
     return lines
 
 
-def length_lines(reward: OnnxReward, samples: Sequence[Story]) -> list[str]:
+def length_lines(reward: OnnxReward, samples: Sequence[Story], limit: int) -> list[str]:
     """Mean scores of texts cut at several lengths, and the correlation of score and number of words."""
-    whole = [(len(s.sample.split()), reward.score(s.prompt, [s.sample])[0]) for s in samples]
-    lengths, scores = np.array(whole, np.float64).T
-    sizes = (10, 20, 40, 80, 120, 160)
-    long = [s for s in samples if min(len(s.answer.split()), len(s.sample.split())) >= sizes[-1]]
-    lines = [f"| mean score after so many words (n = {len(long)}) | " + " | ".join(map(str, sizes)) + " |"]
-    lines.append("|---" * (len(sizes) + 1) + "|")
-    for name, texts in (("corpus", [s.answer for s in long]), ("own samples", [s.sample for s in long])):
-        rows = [
-            reward.score(s.prompt, [cut_words(text, n) for n in sizes]) for s, text in zip(long, texts, strict=True)
-        ]
-        lines.append(f"| {name} | " + " | ".join(f"{mean:.2f}" for mean in np.mean(rows, axis=0)) + " |")
-    lines += [
-        "",
+    shorter = [min(len(s.answer.split()), len(s.sample.split())) for s in samples]
+    # Every column shows the same texts; where few are so long, the last columns fall away.
+    enough = [size for size in SIZES if sum(n >= size for n in shorter) >= min(20, len(samples))]
+    lines: list[str] = []
+    if enough:
+        long = [s for s, n in zip(samples, shorter, strict=True) if n >= enough[-1]][:limit]
+        lines.append(f"| mean score after so many words (n = {len(long)}) | " + " | ".join(map(str, enough)) + " |")
+        lines.append("|---" * (len(enough) + 1) + "|")
+        for name, texts in (("corpus", [s.answer for s in long]), ("own samples", [s.sample for s in long])):
+            rows = [(s.prompt, [cut_words(t, n) for n in enough]) for s, t in zip(long, texts, strict=True)]
+            means = score_rows(reward, rows).mean(axis=0)
+            lines.append(f"| {name} | " + " | ".join(f"{mean:.2f}" for mean in means) + " |")
+        lines.append("")
+    whole = samples[:limit]
+    lengths = np.array([len(s.sample.split()) for s in whole])
+    scores = score_rows(reward, [(s.prompt, [s.sample]) for s in whole])[:, 0]
+    lines.append(
         f"Whole own samples: correlation of score and number of words {np.corrcoef(lengths, scores)[0, 1]:.2f} "
-        f"(n = {len(whole)}, {lengths.min():.0f} to {lengths.max():.0f} words); "
-        f"scores have mean {scores.mean():.2f} and standard deviation {scores.std():.2f}.",
-    ]
+        f"(n = {len(whole)}, {lengths.min()} to {lengths.max()} words); "
+        f"scores have mean {scores.mean():.2f} and standard deviation {scores.std():.2f}."
+    )
     return lines
 
 
 def report(options: argparse.Namespace) -> str:
     """All tables."""
-    reward = OnnxReward.load(options.reward, providers=["CPUExecutionProvider"])
-    exact = options.float and OnnxReward.load(options.float, providers=["CPUExecutionProvider"])
+    reward = load_reward(options.reward)
+    exact = options.float and load_reward(options.float)
     samples = read_samples(options.samples)
     material: Material = held_out_material(options.data, samples)
     rng = random.Random(options.seed)
@@ -180,7 +229,9 @@ def report(options: argparse.Namespace) -> str:
     lines += ["", "### Kind against unkind, equally long", "", *table(kind)]
     lines += ["", "### Labelled texts, as they are", ""]
     lines += kindness_lines(reward, material.labelled, half)
-    lines += ["", "### Length", "", *length_lines(reward, samples[:limit])]
+    nonsense = nonsense_pairs(material.stories, half, rng)
+    lines += ["", "### Short nonsense against the opening of a story (valid split)", "", *table(nonsense)]
+    lines += ["", "### Length", "", *length_lines(reward, samples, limit)]
     return "\n".join(lines)
 
 
