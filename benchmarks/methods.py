@@ -23,8 +23,8 @@ from aisp_local import Aligner, Result
 
 KNOBS: dict[str, tuple[str, tuple[float, ...]]] = {
     "best-of-n": ("temperature", (0.4, 0.6, 0.8, 1.0)),
-    "aisp": ("sigma", (0.3, 0.5, 0.7, 1.0)),
-    "aisp-held": ("sigma", (0.3, 0.5, 0.7, 1.0)),
+    "aisp": ("sigma", (0.5, 0.7, 1.0, 1.4)),
+    "aisp-held": ("sigma", (0.5, 0.7, 1.0, 1.4)),
 }
 
 
