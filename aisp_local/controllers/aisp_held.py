@@ -35,7 +35,7 @@ class AispHeld:
         max_tokens: int,
         seed: int,
         prompt_index: int = 0,
-        sigma: float = 1.0,
+        sigma: float = 0.7,
         ess_share: float = 0.25,
         temperature: float = 0.0,
     ) -> None:
