@@ -308,7 +308,9 @@ class Context:
         return self._rows(self._llama.llama_get_embeddings(self.pointer), self.model.d)
 
     def want_prelogits(self, value: bool) -> None:
-        self._llama.llama_set_prelogits(self.pointer, value)
+        kind = self._llama.LLAMA_PRELOGITS_TYPE_BASE if value else self._llama.LLAMA_PRELOGITS_TYPE_NONE
+        if self._llama.llama_set_prelogits(self.pointer, kind) != 0:
+            raise DecodeError(f"llama.cpp gives no pre-logits: {last_log()}")
 
     def clear_controls(self) -> None:
         if self._control_set:

@@ -40,9 +40,13 @@ class Head:
         by_name = {t.name: t for t in reader.tensors if t.name.startswith(("output", "token_embd"))}
         tensor = by_name.get("output.weight", by_name["token_embd.weight"])
         self.weight: Array = dequantize(tensor.data, tensor.tensor_type).astype(np.float64)
-        bias = by_name.get("output.bias")
+        if "output.scale" in by_name:
+            self.weight *= by_name["output.scale"].data[0]
+        self.rounds = tensor.tensor_type.name not in ("F32", "F16")  # llama.cpp rounds the input too
+        bias = None if arch == "qwen2vl" else by_name.get("output.bias")  # read, but not used
         self.bias = 0.0 if bias is None else dequantize(bias.data, bias.tensor_type).astype(np.float64)
-        self.cap = _field(reader, "final_logit_softcapping") if arch in CAPPED else None
+        default = None if arch in ("gemma3", "grok") else 30.0
+        self.cap = _field(reader, "final_logit_softcapping", default) if arch in CAPPED else None
         self.cap = 30.0 if arch == "gemma3n" else self.cap
         scale = _field(reader, "logit_scale") or 1.0
         self.scale = scale if arch in SCALED else 1 / scale if arch in DIVIDED else 1.0

@@ -25,11 +25,11 @@ C.llama_backend_init()
 
 
 class Raw:
-    """A model and one context of ``n_seq`` sequences on the CPU."""
+    """A model and one context of ``n_seq`` sequences on the CPU; with another Raw, a context of its model."""
 
     def __init__(
         self,
-        path: Path,
+        path: Path | Raw,
         *,
         n_seq: int = 4,
         n_ctx: int | None = None,
@@ -38,10 +38,15 @@ class Raw:
         threads: int = 1,
         count_nodes: bool = False,
         exact: bool = False,
+        pooling: int = C.LLAMA_POOLING_TYPE_NONE,
     ) -> None:
-        params = C.llama_model_default_params()
-        params.n_gpu_layers = 0
-        self.model = C.llama_model_load_from_file(str(path).encode(), params)
+        self._owner = not isinstance(path, Raw)
+        if isinstance(path, Raw):
+            self.model = path.model
+        else:
+            params = C.llama_model_default_params()
+            params.n_gpu_layers = 0
+            self.model = C.llama_model_load_from_file(str(path).encode(), params)
         if not self.model:
             raise RuntimeError(f"llama.cpp could not load {path}")
         self.d = int(C.llama_model_n_embd(self.model))
@@ -53,7 +58,7 @@ class Raw:
         options.n_seq_max, options.kv_unified = n_seq, unified
         options.n_batch, options.n_ubatch = max(512, n_ubatch), n_ubatch
         options.n_threads = options.n_threads_batch = threads
-        options.no_perf = False
+        options.no_perf, options.pooling_type = False, pooling
         if exact:  # no rounding of keys and values, no flash attention: as the oracle computes
             options.type_k = options.type_v = 0
             options.flash_attn_type = 0
@@ -63,7 +68,8 @@ class Raw:
         if not self.ctx:
             raise RuntimeError(f"llama.cpp could not make a context for {path}")
         self.memory = C.llama_get_memory(self.ctx)
-        self._batch = C.llama_batch_init(512, 0, 1)
+        self._batch = C.llama_batch_init(512, 0, n_seq)
+        self.encodes = bool(C.llama_model_has_encoder(self.model))
 
     def _on_node(self, _tensor: int, ask: bool, _data: int) -> bool:
         if ask:
@@ -98,8 +104,31 @@ class Raw:
         pointer = C.llama_get_embeddings_ith(self.ctx, i)
         return np.ctypeslib.as_array(pointer, (self.d,)).copy() if pointer else None
 
-    def want_prelogits(self, on: bool) -> None:
-        C.llama_set_prelogits(self.ctx, on)
+    def want_prelogits(self, kind: int) -> int:
+        """0: none, 1: before the control, 2: after it."""
+        return int(C.llama_set_prelogits(self.ctx, kind))
+
+    def _shared(self, tokens: Ints, sequences: Sequence[int]) -> Any:
+        """A batch whose tokens belong to several sequences."""
+        batch = self._batch
+        batch.n_tokens = len(tokens)
+        for i, token in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = int(token), i, len(sequences), 1
+            for j, sequence in enumerate(sequences):
+                batch.seq_id[i][j] = sequence
+        return batch
+
+    def encode(self, tokens: Ints, sequences: Sequence[int]) -> None:
+        """The input of an encoder-decoder model, seen by all the sequences."""
+        status = C.llama_encode(self.ctx, self._shared(tokens, sequences))
+        if status != 0:
+            raise RuntimeError(f"llama_encode returned {status}")
+
+    def decode_shared(self, token: int, sequences: Sequence[int]) -> None:
+        """One token at position 0 of all the sequences."""
+        status = C.llama_decode(self.ctx, self._shared([token], sequences))
+        if status != 0:
+            raise RuntimeError(f"llama_decode returned {status}")
 
     def init_control(self, steps: int) -> int:
         return int(C.llama_init_control(self.ctx, steps))
@@ -132,7 +161,8 @@ class Raw:
     def close(self) -> None:
         C.llama_batch_free(self._batch)
         C.llama_free(self.ctx)
-        C.llama_model_free(self.model)
+        if self._owner:
+            C.llama_model_free(self.model)
 
     def __enter__(self) -> Raw:
         return self
@@ -177,12 +207,17 @@ class Trace:
         return self.logits.tobytes() == other.logits.tobytes()
 
 
-def follow(raw: Raw, schedule: Schedule, *, z: bool = False) -> Trace:
-    """Prefill prompt[:-1] once, fork it, and decode the schedule under whatever control is set."""
+def follow(raw: Raw, schedule: Schedule, *, z: int = 0) -> Trace:
+    """Prefill prompt[:-1] once, fork it, and decode the schedule under whatever control is set.
+
+    ``z``: which pre-logits to read, see Raw.want_prelogits.
+    """
     n, steps = schedule.tokens.shape
     if z:
-        raw.want_prelogits(True)
+        raw.want_prelogits(z)
     raw.reset()
+    if raw.encodes:
+        raw.encode(schedule.prompt, range(n))
     head = schedule.prompt[:-1]
     raw.decode(head, range(len(head)), [0] * len(head), [0] * (len(head) - 1) + [1])
     nodes = [raw.nodes]
@@ -200,5 +235,5 @@ def follow(raw: Raw, schedule: Schedule, *, z: bool = False) -> Trace:
                 assert state is not None
                 states[row, t] = state
     if z:
-        raw.want_prelogits(False)
+        raw.want_prelogits(0)
     return Trace(logits, states, nodes, raw.reused)

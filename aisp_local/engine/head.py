@@ -46,8 +46,8 @@ class OutputHead:
             field = fields.get(f"{architecture}.{key}")
             return float(field.contents()) if field else default
 
-        # Defaults and the one family that divides are as in llama.cpp's model files.
-        caps = {"gemma2": 30.0, "gemma3n": 30.0}
+        # Defaults, and who divides, are as in llama.cpp's model files.
+        caps = {"gemma2": 30.0, "gemma3n": 30.0, "gemma4": 30.0, "muse-glimmer": 30.0}
         scales = {"grok": 3**-0.5, "minicpm": 256 / self.d}
         self.softcap = number("final_logit_softcapping", caps.get(architecture, 0.0))
         if architecture == "gemma3n":
@@ -55,7 +55,8 @@ class OutputHead:
         scale = number("logit_scale", scales.get(architecture, 0.0)) or 1.0
         self.scale = 1 / scale if architecture.startswith("granite") or architecture == "minicpm" else scale
         self.matrix_scale = float(self._values("output.scale")[0]) if "output.scale" in self._tensors else 1.0
-        self.bias = self._values("output.bias") if "output.bias" in self._tensors else None
+        biased = "output.bias" in self._tensors and architecture != "qwen2vl"  # llama.cpp reads it and leaves it out
+        self.bias = self._values("output.bias") if biased else None
 
     def _values(self, name: str) -> FloatArray:
         tensor = self._tensors[name]
