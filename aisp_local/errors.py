@@ -5,7 +5,7 @@ AispError                     anything that goes wrong in aisp-local
 │   ├── ModelError            a model file is missing, broken or of the wrong kind
 │   ├── RewardError           a reward folder is missing, broken or does not match its manifest
 │   └── CapacityError         a prompt or a number of rollouts does not fit
-├── BindingError              the patched llama-cpp-python is missing or does not match
+├── BindingError              llama-cpp-python is missing, too old, or lacks what was asked of it
 ├── DecodeError               llama.cpp failed while decoding
 └── ScoreError                a reward failed, or gave no usable score
 """
@@ -34,7 +34,7 @@ class CapacityError(InputError):
 
 
 class BindingError(AispError):
-    """The patched llama-cpp-python is missing or does not match."""
+    """llama-cpp-python is missing, too old, or lacks what was asked of it."""
 
 
 class DecodeError(AispError):

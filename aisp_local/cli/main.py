@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import traceback
-from typing import NoReturn
+import warnings
+from typing import Any, NoReturn
 
 import click
 
@@ -58,6 +59,12 @@ def main(debug: bool) -> None:
       aisp-local generate "Tell me a story about a fox." --budget 64
       aisp-local generate - --json -m model.gguf -r reward_folder < prompt.txt
     """
+    if not debug:
+        warnings.showwarning = _as_sentence
+
+
+def _as_sentence(message: Warning | str, *_: Any, **__: Any) -> None:
+    click.echo(f"aisp-local: {message}", err=True)
 
 
 def _add_commands() -> None:

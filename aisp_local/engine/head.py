@@ -82,10 +82,15 @@ class OutputHead:
         z: Any = prelogits
         torch = sys.modules.get("torch")
         if torch is not None and isinstance(z, torch.Tensor):
-            library: Any = torch
-            weight, bias = self._on(torch, z.device)
-        else:
-            library, weight, bias = np, self.weight, self.bias
+            return self._logits(torch, z, *self._on(torch, z.device))  # type: ignore[no-any-return]
+        return self._logits(np, z, self.weight, self.bias)  # type: ignore[no-any-return]
+
+    def project_first(self, prelogits: FloatArray, m: int = 256) -> FloatArray:
+        """The first ``m`` logits [..., m] of pre-logits [..., d], without the rest of W."""
+        bias = None if self.bias is None else self.bias[:m]
+        return np.asarray(self._logits(np, prelogits, self.rows(0, m), bias), np.float32)
+
+    def _logits(self, library: Any, z: Any, weight: Any, bias: Any) -> Any:
         logits = z @ weight.T
         if self.matrix_scale != 1.0:
             logits = logits * self.matrix_scale
@@ -95,7 +100,7 @@ class OutputHead:
             logits = logits * self.scale
         if self.softcap:
             logits = library.tanh(logits / self.softcap) * self.softcap
-        return logits  # type: ignore[no-any-return]
+        return logits
 
     def _on(self, torch: Any, device: Any) -> tuple[Any, Any]:
         """W and b as tensors on the device, kept for the next call."""

@@ -21,7 +21,7 @@ from aisp_local.engine.head import OutputHead
 from aisp_local.engine.prompts import prompt_tokens
 from aisp_local.engine.sampling import log_law, log_softmax, pick
 from aisp_local.errors import CapacityError, DecodeError, InputError
-from aisp_local.native import MAX_SEQUENCES, Context, Model
+from aisp_local.native import MAX_SEQUENCES, Context, ControlKind, Model
 from aisp_local.seeds import RowSeeds
 from aisp_local.types import Controls, FinishReason, FloatArray, Prompt, Rollouts
 
@@ -44,6 +44,7 @@ class LlamaEngine:
     """n rollouts of one prompt under controls, on one model. Safe to share between threads: calls queue.
 
     ``memory_limit``: bytes that the KV cache may take (default: what is available on the host).
+    ``control``: inside llama.cpp's graph, or by a callback, which is all that a stock llama-cpp-python can.
     """
 
     def __init__(
@@ -54,8 +55,10 @@ class LlamaEngine:
         threads: int | None = None,
         memory_limit: int | None = None,
         n_ubatch: int = 512,
+        control: ControlKind = "auto",
     ) -> None:
         self.model = Model(model, n_gpu_layers=n_gpu_layers)
+        self._control: ControlKind = control
         self._threads = threads
         self._memory_limit = memory_limit
         self._n_ubatch = n_ubatch
@@ -70,7 +73,7 @@ class LlamaEngine:
 
     @property
     def head(self) -> OutputHead:
-        """The output head on the host, dequantised at first use (V * d * 4 bytes)."""
+        """The output head on the host; ``project`` dequantises it at first use (V * d * 4 bytes)."""
         if self._head is None:
             self._head = OutputHead(self.model.path)
         return self._head
@@ -135,6 +138,8 @@ class LlamaEngine:
         self._check_memory(prompt, n, max_tokens, cells)
         self._context = Context(
             self.model,
+            project=lambda z: self.head.project_first(z),
+            control=self._control,
             n_ctx=cells,
             n_seq_max=rows,
             n_ubatch=self._n_ubatch,

@@ -1,0 +1,169 @@
+"""A llama.cpp context: sequences, batches, controls, read-back."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from aisp_local.errors import BindingError, DecodeError, InputError
+from aisp_local.native.binding import INSTALL, binding, clear_log, is_patched, last_log
+from aisp_local.native.callback import CallbackControl, Project
+from aisp_local.native.control import Control, ControlKind
+from aisp_local.native.graph import GraphControl
+from aisp_local.native.model import Model
+from aisp_local.types import FloatArray
+
+MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
+
+_FLOAT_POINTER = ctypes.POINTER(ctypes.c_float)
+
+
+class Context:
+    """A llama.cpp context with one unified KV cache.
+
+    ``project``: the first logits of pre-logits, against which a stock build's controls are checked.
+    Raises BindingError when ``control="graph"`` is asked of a stock build.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        project: Project,
+        control: ControlKind = "auto",
+        n_ctx: int,
+        n_seq_max: int,
+        n_batch: int = 512,
+        n_ubatch: int = 512,
+        n_threads: int | None = None,
+    ) -> None:
+        self.model = model
+        self._llama = llama = binding()
+        params = llama.llama_context_default_params()
+        params.n_ctx = n_ctx
+        params.n_batch = max(n_batch, n_seq_max)
+        params.n_ubatch = max(n_ubatch, n_seq_max)
+        params.n_seq_max = n_seq_max
+        params.kv_unified = True  # a split cache costs up to twice when one row has finished
+        params.pooling_type = llama.LLAMA_POOLING_TYPE_NONE  # pre-logits are read per row
+        params.no_perf = False
+        if n_threads is not None:
+            params.n_threads = params.n_threads_batch = n_threads
+        if control == "graph" and not is_patched(llama):
+            raise BindingError(f"llama-cpp-python {llama.__version__} lacks the patch of aisp-local; {INSTALL}")
+        in_graph = is_patched(llama) and control != "callback"
+        self._control: Control = GraphControl(model) if in_graph else CallbackControl(model, self.logits, project)
+        self._control.prepare(params)
+        clear_log()
+        self._ctx = llama.llama_init_from_model(model.pointer, params)
+        if not self._ctx:
+            raise DecodeError(
+                f"llama.cpp could not make a context of {n_ctx} tokens "
+                f"({last_log() or 'no reason given'}); ask for fewer rollouts or tokens"
+            )
+        self.n_ctx, self.n_seq_max, self.n_batch = n_ctx, n_seq_max, int(params.n_batch)
+        self.n_threads = int(llama.llama_n_threads(self._ctx))
+        self._memory = llama.llama_get_memory(self._ctx)
+        self._control.attach(self._ctx)
+        self._n_outputs = 0
+        self._make_batch()
+
+    def _make_batch(self) -> None:
+        """One batch over arrays of ours, so that a step is filled by numpy alone."""
+        n = self.n_batch
+        self._token = np.zeros(n, np.int32)
+        self._pos = np.zeros(n, np.int32)
+        self._n_seq = np.ones(n, np.int32)
+        self._logits = np.zeros(n, np.int8)
+        self._seq_table = np.arange(self.n_seq_max, dtype=np.int32)
+        self._seq_pointers = np.zeros(n, np.uintp)
+        self._batch = self._llama.llama_batch(
+            n_tokens=0,
+            token=self._token.ctypes.data_as(ctypes.POINTER(self._llama.llama_token)),
+            embd=None,
+            pos=self._pos.ctypes.data_as(ctypes.POINTER(self._llama.llama_pos)),
+            n_seq_id=self._n_seq.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            seq_id=self._seq_pointers.ctypes.data_as(ctypes.POINTER(ctypes.POINTER(self._llama.llama_seq_id))),
+            logits=self._logits.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
+        )
+
+    @property
+    def pointer(self) -> Any:
+        if not self._ctx:
+            raise InputError("the context is closed")
+        return self._ctx
+
+    def decode(
+        self,
+        tokens: npt.ArrayLike,
+        positions: npt.ArrayLike,
+        sequences: npt.ArrayLike,
+        *,
+        outputs: bool,
+    ) -> None:
+        """Decode one batch: token i of sequence ``sequences[i]`` at ``positions[i]``.
+
+        With ``outputs`` every token is an output row, in the order of the batch; else none is.
+        """
+        n = len(np.atleast_1d(tokens))
+        self._token[:n] = tokens
+        self._pos[:n] = positions
+        self._seq_pointers[:n] = self._seq_table.ctypes.data + 4 * np.asarray(sequences, np.uintp)
+        self._logits[:n] = outputs
+        self._batch.n_tokens = n
+        self._control.before(np.atleast_1d(sequences), np.atleast_1d(positions), outputs=outputs)
+        code = self._llama.llama_decode(self.pointer, self._batch)
+        self._n_outputs = n if outputs and code == 0 else 0
+        if code == 1:
+            raise DecodeError(f"the KV cache of {self.n_ctx} tokens is full; ask for fewer rollouts or tokens")
+        if code != 0:
+            raise DecodeError(f"llama.cpp failed to decode (code {code}): {last_log()}")
+        self._control.after()
+
+    def _rows(self, pointer: Any, width: int) -> FloatArray:
+        if not pointer:
+            raise DecodeError("llama.cpp returned no outputs")
+        return np.ctypeslib.as_array(ctypes.cast(pointer, _FLOAT_POINTER), shape=(self._n_outputs, width))
+
+    def logits(self) -> FloatArray:
+        """View [rows, V] of the last batch's logits; the next decode overwrites it."""
+        return self._rows(self._llama.llama_get_logits(self.pointer), self.model.n_vocab)
+
+    def prelogits(self) -> FloatArray:
+        """View [rows, d] of the last batch's unperturbed pre-logits; see ``want_prelogits``."""
+        return self._control.prelogits(self._n_outputs)
+
+    def want_prelogits(self, value: bool) -> None:
+        self._control.want_prelogits(value)
+
+    def clear_controls(self) -> None:
+        self._control.clear()
+
+    def set_controls(self, vectors: FloatArray, sequences: Sequence[int], position: int, *, held: bool) -> None:
+        """Set ``vectors[i]`` [T, d] for sequence ``sequences[i]`` from ``position`` on; clear the rest."""
+        d = vectors.shape[2]
+        if d != self.model.d:
+            raise InputError(f"control vectors are {d} wide; the model's pre-logits are {self.model.d}")
+        self._control.set(vectors, sequences, position, held=held)
+
+    def remove(self, sequence: int, start: int = -1) -> bool:
+        """Forget a sequence from position ``start`` on; False if the cache cannot do it."""
+        return bool(self._llama.llama_memory_seq_rm(self._memory, sequence, start, -1))
+
+    def fork(self, source: int, target: int) -> None:
+        self._llama.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+
+    def clear(self) -> None:
+        self._llama.llama_memory_clear(self._memory, True)
+
+    def close(self) -> None:
+        if getattr(self, "_ctx", None):
+            self._llama.llama_free(self._ctx)
+            self._ctx = None
+
+    def __del__(self) -> None:
+        self.close()

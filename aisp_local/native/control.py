@@ -1,0 +1,44 @@
+"""How controls reach the pre-logits: inside the graph (patched build) or through a callback (stock build)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from aisp_local.types import FloatArray
+
+ControlKind = Literal["auto", "graph", "callback"]
+"""``auto``: the graph where the build can, else the callback."""
+
+Ints = npt.NDArray[np.integer[Any]]
+
+
+class Control(Protocol):
+    """The controls of one context. ``d`` is the width of the pre-logits."""
+
+    def prepare(self, params: Any) -> None:
+        """Called with the context's parameters before it is made."""
+
+    def attach(self, context: Any) -> None:
+        """Called with the pointer of the context that was made."""
+
+    def set(self, vectors: FloatArray, sequences: Sequence[int], position: int, *, held: bool) -> None:
+        """``vectors[i]`` [T, d] for sequence ``sequences[i]`` from ``position`` on, and none for the rest."""
+
+    def clear(self) -> None:
+        """No controls."""
+
+    def want_prelogits(self, value: bool) -> None:
+        """Whether ``prelogits`` will be asked for after the next decodes."""
+
+    def before(self, sequences: Ints, positions: Ints, *, outputs: bool) -> None:
+        """Called before each decode with what it holds."""
+
+    def after(self) -> None:
+        """Called after each decode that succeeded."""
+
+    def prelogits(self, rows: int) -> FloatArray:
+        """Unperturbed pre-logits [rows, d] of the last decode's outputs; the next decode may overwrite them."""

@@ -1,0 +1,84 @@
+"""Controls inside llama.cpp's graph: the patched build."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from aisp_local.errors import DecodeError, ModelError
+from aisp_local.native.binding import binding, clear_log, last_log
+from aisp_local.native.control import Ints
+from aisp_local.native.model import Model
+from aisp_local.types import FloatArray
+
+_FLOAT_POINTER = ctypes.POINTER(ctypes.c_float)
+
+
+class GraphControl:
+    """The calls that the series in ``patches/`` adds to ``llama.h``."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._llama: Any = binding()
+        self._context: Any = None
+        self._steps = 0  # allocated
+        self._set = False
+
+    def prepare(self, params: Any) -> None:
+        pass
+
+    def attach(self, context: Any) -> None:
+        self._context = context
+
+    def set(self, vectors: FloatArray, sequences: Sequence[int], position: int, *, held: bool) -> None:
+        n, steps, d = vectors.shape
+        if steps > self._steps:
+            self._allocate(n, steps)
+        self.clear()
+        vectors = np.ascontiguousarray(vectors, dtype=np.float32)
+        self._set = True
+        for vector, sequence in zip(vectors, sequences, strict=True):
+            data = vector.ctypes.data_as(_FLOAT_POINTER)
+            if self._llama.llama_set_control(self._context, sequence, data, steps, d, position, held):
+                raise DecodeError(f"llama.cpp refused the control of sequence {sequence}: {last_log()}")
+
+    def _allocate(self, n: int, steps: int) -> None:
+        clear_log()
+        self._steps, self._set = 0, False
+        code = self._llama.llama_init_control(self._context, steps)
+        if code == -2:
+            architecture = self._model.meta("general.architecture")
+            raise ModelError(
+                f"control is not supported for the architecture {architecture!r}; use best-of-n with this model"
+            )
+        if code != 0:
+            raise DecodeError(
+                f"no memory for {n} control trajectories of {steps} steps ({last_log()}); "
+                "use fewer rollouts, a shorter window or a held control"
+            )
+        self._steps = steps
+
+    def clear(self) -> None:
+        if self._set:
+            self._llama.llama_clear_control(self._context)
+            self._set = False
+
+    def want_prelogits(self, value: bool) -> None:
+        kind = self._llama.LLAMA_PRELOGITS_TYPE_BASE if value else self._llama.LLAMA_PRELOGITS_TYPE_NONE
+        if self._llama.llama_set_prelogits(self._context, kind) != 0:
+            raise DecodeError(f"llama.cpp gives no pre-logits: {last_log()}")
+
+    def before(self, sequences: Ints, positions: Ints, *, outputs: bool) -> None:
+        pass
+
+    def after(self) -> None:
+        pass
+
+    def prelogits(self, rows: int) -> FloatArray:
+        pointer = self._llama.llama_get_embeddings(self._context)
+        if not pointer:
+            raise DecodeError("llama.cpp returned no pre-logits")
+        return np.ctypeslib.as_array(ctypes.cast(pointer, _FLOAT_POINTER), shape=(rows, self._model.d))

@@ -1,0 +1,150 @@
+"""A GGUF model and its vocabulary, and the pointers to them."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from aisp_local.errors import InputError, ModelError
+from aisp_local.native.binding import binding, clear_log, last_log
+
+
+def check_model_file(path: Path) -> None:
+    """Refuse what cannot be a model before llama.cpp sees it. Raises ModelError."""
+    if not path.exists():
+        raise ModelError(f"model file {path} does not exist; check the path given with -m")
+    if path.is_dir():
+        raise ModelError(f"{path} is a folder; give the .gguf file inside it")
+    try:
+        with path.open("rb") as file:
+            head = file.read(24)
+    except OSError as error:
+        raise ModelError(f"model file {path} cannot be read ({error.strerror})") from error
+    if head[:4] != b"GGUF":
+        raise ModelError(f"{path} is not a GGUF file; convert the model to GGUF first")
+    if len(head) < 24:
+        raise ModelError(f"{path} is truncated; download or copy it again")
+    if int.from_bytes(head[8:16], "little") == 0:
+        raise ModelError(f"{path} holds a vocabulary only, no weights; give a complete model")
+
+
+class Model:
+    """A loaded GGUF model and its vocabulary. Closed by ``close`` or on deletion."""
+
+    def __init__(self, path: str | os.PathLike[str], *, n_gpu_layers: int | None = None) -> None:
+        self.path = Path(path)
+        check_model_file(self.path)
+        self._llama = binding()
+        params = self._llama.llama_model_default_params()
+        if n_gpu_layers is not None:
+            params.n_gpu_layers = n_gpu_layers
+        clear_log()
+        self._model = self._llama.llama_model_load_from_file(os.fsencode(self.path), params)
+        if not self._model:
+            raise ModelError(
+                f"{self.path} cannot be loaded as a model ({last_log() or 'no reason given'}); "
+                "it may be truncated or of an unsupported kind: download or convert it again"
+            )
+        self.vocab = self._llama.llama_model_get_vocab(self._model)
+        self.d = int(self._llama.llama_model_n_embd(self._model))
+        self.n_vocab = int(self._llama.llama_vocab_n_tokens(self.vocab))
+        self.n_ctx_train = int(self._llama.llama_model_n_ctx_train(self._model))
+        self.has_decoder = bool(self._llama.llama_model_has_decoder(self._model))
+        if not self.has_decoder:
+            self.close()
+            raise ModelError(f"{self.path} is an encoder; it cannot generate text")
+        self._pieces: dict[int, bytes] = {}
+        self.eog: npt.NDArray[np.bool_] = np.fromiter(
+            (self._llama.llama_vocab_is_eog(self.vocab, i) for i in range(self.n_vocab)),
+            dtype=np.bool_,
+            count=self.n_vocab,
+        )
+
+    @property
+    def pointer(self) -> Any:
+        if not self._model:
+            raise InputError("the model is closed")
+        return self._model
+
+    def meta(self, key: str) -> str | None:
+        """The value of a metadata key as text; None if the file lacks it."""
+        size = 256
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            length = self._llama.llama_model_meta_val_str(self.pointer, key.encode(), buffer, size)
+            if length < 0:
+                return None
+            if length < size:
+                return buffer.value.decode("utf-8", "replace")
+            size = length + 1
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes that one token takes in an F16 KV cache; 0 if the file does not say."""
+        architecture = self.meta("general.architecture") or ""
+        layers = int(self._llama.llama_model_n_layer(self.pointer))
+        heads = max(1, int(self._llama.llama_model_n_head(self.pointer)))
+        heads_kv = int(self._llama.llama_model_n_head_kv(self.pointer))
+        key = int(self.meta(f"{architecture}.attention.key_length") or self.d // heads)
+        value = int(self.meta(f"{architecture}.attention.value_length") or self.d // heads)
+        return layers * heads_kv * (key + value) * 2
+
+    def chat_template(self) -> str | None:
+        template = self._llama.llama_model_chat_template(self.pointer, None)
+        return template.decode("utf-8", "replace") if template else None
+
+    def token_text(self, token: int) -> str:
+        """The text of a special token; empty for -1 (the model has none)."""
+        if token < 0:
+            return ""
+        text: bytes = self._llama.llama_vocab_get_text(self.vocab, token)
+        return text.decode("utf-8", "replace")
+
+    @property
+    def bos(self) -> int:
+        return int(self._llama.llama_vocab_bos(self.vocab))
+
+    @property
+    def eos(self) -> int:
+        return int(self._llama.llama_vocab_eos(self.vocab))
+
+    @property
+    def adds_bos(self) -> bool:
+        return bool(self._llama.llama_vocab_get_add_bos(self.vocab))
+
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> npt.NDArray[np.int32]:
+        data = text.encode("utf-8", "replace")
+        size = len(data) + 16
+        while True:
+            tokens = (self._llama.llama_token * size)()
+            n = self._llama.llama_tokenize(self.vocab, data, len(data), tokens, size, add_special, parse_special)
+            if n >= 0:
+                return np.array(tokens[:n], dtype=np.int32)
+            size = -n
+
+    def piece(self, token: int) -> bytes:
+        """The bytes of a token; empty for control tokens."""
+        cached = self._pieces.get(token)
+        if cached is None:
+            size = 64
+            while True:
+                buffer = ctypes.create_string_buffer(size)
+                n = self._llama.llama_token_to_piece(self.vocab, token, buffer, size, 0, False)
+                if n >= 0:
+                    break
+                size = -n
+            cached = self._pieces[token] = buffer.raw[:n]
+        return cached
+
+    def close(self) -> None:
+        if getattr(self, "_model", None):
+            self._llama.llama_model_free(self._model)
+            self._model = None
+
+    def __del__(self) -> None:
+        self.close()
