@@ -431,7 +431,7 @@ def write_large(path: Path, seed: int = 0) -> Path:
         "attention.head_count_kv": 12,
         "rope.dimension_count": 64,
     }
-    return write(path, "llama", settings, kind="Q8_0", seed=seed, leave_out=("bias", "rope_freqs.weight"))
+    return write(path, "llama", settings, kind="Q8_0", vocab="bpe", seed=seed, leave_out=("bias", "rope_freqs.weight"))
 
 
 _KINDS: Sequence[Kind] = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_K", "Q6_K")

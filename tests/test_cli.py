@@ -92,6 +92,7 @@ BAD = {
     "truncated header": (["-m", "header.gguf"], "header.gguf is truncated"),
     "model of a name too long": (["-m", 300 * "x"], "cannot be used (File name too long)"),
     "vocabulary only": (["-m", "vocabulary.gguf"], "holds a vocabulary only"),
+    "no vocabulary": (["-m", "weights.gguf"], "holds no tokenizer"),
     "budget zero": (["--budget", "0"], "the budget is 0"),
     "budget negative": (["--budget", "-4"], "the budget is -4"),
     "unknown method": (["--method", "magic"], "method 'magic' is unknown; use one of aisp, aisp-held, best-of-n"),
@@ -114,6 +115,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(name: str, tmp_path: Path) ->
     (tmp_path / "half.gguf").write_bytes(shipped.model().read_bytes()[:400_000])
     (tmp_path / "header.gguf").write_bytes(shipped.model().read_bytes()[:10])
     synthetic.write_vocab_only(tmp_path / "vocabulary.gguf")
+    synthetic.write_llama(tmp_path / "weights.gguf", vocab="none")
     out = aisp("generate", STORY, *arguments, cwd=tmp_path)
     stderr = out.stderr.decode()
     assert out.returncode == 2, stderr

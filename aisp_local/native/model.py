@@ -51,6 +51,9 @@ class Model:
                 "it may be truncated or of an unsupported kind: download or convert it again"
             )
         self.vocab = self._llama.llama_model_get_vocab(self._model)
+        if self._llama.llama_vocab_type(self.vocab) == self._llama.LLAMA_VOCAB_TYPE_NONE:  # would abort the process
+            self.close()
+            raise ModelError(f"{self.path} holds no tokenizer, so no text can go in or out; convert the model again")
         self.d = int(self._llama.llama_model_n_embd(self._model))
         self.n_vocab = int(self._llama.llama_vocab_n_tokens(self.vocab))
         self.n_ctx_train = int(self._llama.llama_model_n_ctx_train(self._model))
