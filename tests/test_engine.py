@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import synthetic
+from raw import Raw
 
 from aisp_local import shipped
 from aisp_local.engine import LlamaEngine
@@ -187,3 +188,31 @@ def test_too_little_memory_says_what_fits() -> None:
 def test_files_that_are_no_models(tmp_path: Path, make: Any, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         LlamaEngine(make(tmp_path / "model.gguf"))
+
+
+def test_an_encoder_decoder_model_answers_as_llama_cpp_does_step_by_step(tmp_path: Path) -> None:
+    path = synthetic.write(tmp_path / "t5.gguf", "t5", vocab="bpe")
+    prompts = {text: text * 9 for text in ("One.", "Another, ")}  # longer than n_ubatch
+    expected: dict[str, list[int]] = {}
+    with LlamaEngine(path, threads=1, n_ubatch=16) as engine:
+        for name, text in prompts.items():
+            tokens = engine.tokens(text)
+            assert len(tokens) > 16
+            with Raw(path, n_seq=1) as raw:
+                raw.encode(tokens, [0])
+                expected[name] = [engine.model.decoder_start]
+                for t in range(8):
+                    raw.decode([expected[name][-1]], [t], [0])
+                    expected[name].append(int(raw.logits(0).argmax()))
+        for n in (1, 3, 2):  # rows may join, leave and share one encoding
+            for name, text in prompts.items():
+                done = engine.rollout(text, Controls(n), max_tokens=8, seeds=RowSeeds(1))
+                assert {tuple(row.tolist()) for row in done.tokens} == {tuple(expected[name][1:])}
+        moved = np.random.default_rng(0).standard_normal((2, 1, engine.d), np.float32)
+        done = engine.rollout("One.", Controls(2, 3 * moved, held=True), max_tokens=8, seeds=RowSeeds(1))
+        assert not np.array_equal(*done.tokens)
+
+
+def test_a_model_that_does_not_write_from_left_to_right_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="is a diffusion model"):
+        LlamaEngine(synthetic.write(tmp_path / "dream.gguf", "dream", vocab="bpe"))

@@ -27,7 +27,7 @@ NEEDS_THE_PATCH = {
     "minicpm3": "not the input of its output matrix",  # scaled in between
     "plamo3": "no node 'result_norm'",
 }
-ARCHITECTURES = [name for name in synthetic.GENERATORS if name not in NEEDS_THE_PATCH and name != "t5"]
+ARCHITECTURES = [name for name in synthetic.GENERATORS if name not in NEEDS_THE_PATCH]
 
 
 def rollouts(path: Path, control: Any, *, held: bool = False, n: int = N) -> Rollouts:

@@ -2,7 +2,8 @@
 
 The prompt lives in sequence 0, all but its last token; rows are the sequences 1..n. Each row decodes
 the prompt's last token itself, since a token shared by sequences could have one control only.
-Sequence 0 is never written by a row, so later iterations and turns start from it.
+Sequence 0 is never written by a row, so later iterations and turns start from it. The prompt of an
+encoder-decoder model is encoded once instead, for all rows, which start from the decoder's first token.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ class LlamaEngine:
         self._memory_limit = memory_limit
         self._n_ubatch = n_ubatch
         self._context: Context | None = None
-        self._cached: npt.NDArray[np.int32] = np.zeros(0, np.int32)  # what sequence 0 holds
+        self._cached: npt.NDArray[np.int32] = np.zeros(0, np.int32)  # what sequence 0 holds, or what was encoded
+        self._encoded = 0  # for how many rows
         self._head: OutputHead | None = None
         self._lock = threading.Lock()
 
@@ -105,6 +107,8 @@ class LlamaEngine:
         with self._lock:
             tokens = self.tokens(prompt)
             room = self.model.n_ctx_train - len(tokens)
+            if self.model.has_encoder and room >= 0:
+                room = self.model.n_ctx_train - 1
             if room < 1:
                 raise CapacityError(
                     f"the prompt has {len(tokens)} tokens and the model's context {self.model.n_ctx_train}; "
@@ -113,8 +117,17 @@ class LlamaEngine:
             max_tokens = min(max_tokens, room)
             start = time.perf_counter()
             context = self._reserve(len(tokens), controls.n, max_tokens)
-            self._prefill(context, tokens)
-            run = _Run(self, context, tokens, controls, max_tokens, seeds, stop_strings, want)
+            context.clear_controls()
+            context.want_prelogits(False)
+            for row in range(1, context.n_seq_max):
+                context.remove(row)
+            if self.model.has_encoder:
+                self._encode(context, tokens, controls.n)
+                last, position = self.model.decoder_start, 0
+            else:
+                self._prefill(context, tokens)
+                last, position = int(tokens[-1]), len(tokens) - 1
+            run = _Run(self, context, last, position, controls, max_tokens, seeds, stop_strings, want)
             return run.decode(start, should_stop, on_step)
 
     def _reserve(self, prompt: int, n: int, max_tokens: int) -> Context:
@@ -124,10 +137,14 @@ class LlamaEngine:
                 f"{n} rollouts at once were asked for; llama.cpp takes at most {MAX_SEQUENCES - 1}: "
                 "use a smaller n and more iterations"
             )
-        cells = prompt - 1 + n * max_tokens
+        n_ubatch = self._n_ubatch
+        if self.model.has_encoder:  # takes the prompt in one go, and no more than there are cells
+            cells, n_ubatch = max(prompt, n * max_tokens), max(prompt, n_ubatch)
+        else:
+            cells = prompt - 1 + n * max_tokens
         cells = -(-cells // _CTX_STEP) * _CTX_STEP
         old = self._context
-        if old is not None and old.n_ctx >= cells and old.n_seq_max >= n + 1:
+        if old is not None and old.n_ctx >= cells and old.n_seq_max >= n + 1 and old.n_ubatch >= n_ubatch:
             return old
         if old is not None:
             cells, rows = max(cells, old.n_ctx), max(n + 1, old.n_seq_max)
@@ -142,7 +159,7 @@ class LlamaEngine:
             control=self._control,
             n_ctx=cells,
             n_seq_max=rows,
-            n_ubatch=self._n_ubatch,
+            n_ubatch=n_ubatch,
             n_threads=self._threads,
         )
         return self._context
@@ -161,9 +178,6 @@ class LlamaEngine:
 
     def _prefill(self, context: Context, tokens: npt.NDArray[np.int32]) -> None:
         """Bring sequence 0 to ``tokens[:-1]``, keeping the longest prefix that it shares."""
-        for row in range(1, context.n_seq_max):
-            context.remove(row)
-        context.clear_controls()
         wanted = tokens[:-1]
         shared = min(len(wanted), len(self._cached))
         differs = np.flatnonzero(wanted[:shared] != self._cached[:shared])
@@ -177,6 +191,13 @@ class LlamaEngine:
             positions = np.arange(start, start + len(part))
             context.decode(part, positions, np.zeros(len(part), np.int64), outputs=False)
             self._cached = wanted[: start + len(part)]
+
+    def _encode(self, context: Context, tokens: npt.NDArray[np.int32], n: int) -> None:
+        """Let the encoder read the prompt for rows 1..n, unless it has."""
+        if not np.array_equal(tokens, self._cached) or self._encoded < n:
+            self._cached = self._cached[:0]
+            context.encode(tokens, n)
+            self._cached, self._encoded = tokens, n
 
     def close(self) -> None:
         """Free the context and the model."""
@@ -199,7 +220,8 @@ class _Run:
         self,
         engine: LlamaEngine,
         context: Context,
-        tokens: npt.NDArray[np.int32],
+        last: int,
+        position: int,
         controls: Controls,
         max_tokens: int,
         seeds: RowSeeds,
@@ -209,7 +231,7 @@ class _Run:
         n = controls.n
         self.engine, self.context, self.controls = engine, context, controls
         self.max_tokens, self.want = max_tokens, want
-        self.last, self.position = int(tokens[-1]), len(tokens) - 1
+        self.last, self.position = last, position  # of the token that every row decodes first
         self.tokens = np.zeros((n, max_tokens), np.int32)
         self.lengths = np.zeros(n, np.int64)
         self.reasons: list[FinishReason] = ["interrupted"] * n

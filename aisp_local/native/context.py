@@ -45,7 +45,7 @@ class Context:
         self._llama = llama = binding()
         params = llama.llama_context_default_params()
         params.n_ctx = n_ctx
-        params.n_batch = max(n_batch, n_seq_max)
+        params.n_batch = max(n_batch, n_ubatch, n_seq_max)
         params.n_ubatch = max(n_ubatch, n_seq_max)
         params.n_seq_max = n_seq_max
         params.kv_unified = True  # a split cache costs up to twice when one row has finished
@@ -66,6 +66,7 @@ class Context:
                 f"({last_log() or 'no reason given'}); ask for fewer rollouts or tokens"
             )
         self.n_ctx, self.n_seq_max, self.n_batch = n_ctx, n_seq_max, int(params.n_batch)
+        self.n_ubatch = int(params.n_ubatch)
         self.n_threads = int(llama.llama_n_threads(self._ctx))
         self._memory = llama.llama_get_memory(self._ctx)
         self._control.attach(self._ctx)
@@ -123,6 +124,22 @@ class Context:
         if code != 0:
             raise DecodeError(f"llama.cpp failed to decode (code {code}): {last_log()}")
         self._control.after()
+
+    def encode(self, tokens: npt.ArrayLike, sequences: int) -> None:
+        """Run an encoder-decoder model's encoder on at most ``n_ubatch`` tokens; sequences 1.. will see the result."""
+        n = len(np.atleast_1d(tokens))
+        self._token[:n] = tokens
+        self._pos[:n] = np.arange(n)
+        self._n_seq[:n] = sequences
+        self._seq_pointers[:n] = self._seq_table.ctypes.data + 4
+        self._logits[:n] = True
+        self._batch.n_tokens = n
+        none = np.zeros(0, np.int64)
+        self._control.before(none, none, outputs=False)
+        code = self._llama.llama_encode(self.pointer, self._batch)
+        self._n_seq[:n], self._n_outputs = 1, 0
+        if code != 0:
+            raise DecodeError(f"llama.cpp failed to encode the prompt (code {code}): {last_log()}")
 
     def _rows(self, pointer: Any, width: int) -> FloatArray:
         if not pointer:

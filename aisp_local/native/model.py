@@ -61,6 +61,10 @@ class Model:
         if not self.has_decoder:
             self.close()
             raise ModelError(f"{self.path} is an encoder; it cannot generate text")
+        if self._llama.llama_model_is_diffusion(self._model):
+            self.close()
+            raise ModelError(f"{self.path} is a diffusion model; aisp-local needs one that writes from left to right")
+        self.has_encoder = bool(self._llama.llama_model_has_encoder(self._model))
         self._pieces: dict[int, bytes] = {}
         self.eog: npt.NDArray[np.bool_] = np.fromiter(
             (self._llama.llama_vocab_is_eog(self.vocab, i) for i in range(self.n_vocab)),
@@ -115,6 +119,12 @@ class Model:
     @property
     def eos(self) -> int:
         return int(self._llama.llama_vocab_eos(self.vocab))
+
+    @property
+    def decoder_start(self) -> int:
+        """The first token of an encoder-decoder model's response."""
+        token = int(self._llama.llama_model_decoder_start_token(self.pointer))
+        return token if token >= 0 else self.bos
 
     @property
     def adds_bos(self) -> bool:
