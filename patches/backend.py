@@ -89,12 +89,12 @@ def _make(
         tree = source.unpack(sdist, Path(work) / "tree")
         series.apply(HERE / "series", tree)
         source.set_version(tree, pin)
-        name = _compile(tree, target, settings)
+        name = compile_tree(tree, target, settings)
     print(f"built {name} in {time.monotonic() - start:.0f} s", file=sys.stderr)
     return name
 
 
-def _compile(tree: Path, target: Path, settings: dict[str, str | list[str]]) -> str:
+def compile_tree(tree: Path, target: Path, settings: dict[str, str | list[str]]) -> str:
     """Delegate to scikit-build-core in the patched tree; CMAKE_ARGS is read there."""
     from scikit_build_core import build as scikit_build
 

@@ -330,7 +330,7 @@ def test_a_cache_that_cannot_be_written_does_not_stop_the_build(
     (own_cache / blocked).parent.mkdir(parents=True, exist_ok=True)
     (own_cache / blocked).write_text("in the way")
     monkeypatch.delenv("AISP_LLAMA_SDIST")
-    monkeypatch.setattr(source, "_download", lambda pin, folder: shutil.copy(sdist[0], folder))
+    monkeypatch.setattr(source, "download", lambda pin, folder: shutil.copy(sdist[0], folder))
     (tmp_path / "out").mkdir()
     for _ in range(2):
         name = backend.build_wheel(str(tmp_path / "out"))

@@ -216,3 +216,25 @@ def test_an_encoder_decoder_model_answers_as_llama_cpp_does_step_by_step(tmp_pat
 def test_a_model_that_does_not_write_from_left_to_right_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="is a diffusion model"):
         LlamaEngine(synthetic.write(tmp_path / "dream.gguf", "dream", vocab="bpe"))
+
+
+@pytest.mark.parametrize("first", ["model", "context"])
+@pytest.mark.parametrize("control", ["graph", "callback"])
+def test_model_and_context_are_freed_once_in_either_order(first: str, control: Any) -> None:
+    engine = LlamaEngine(shipped.model(), control=control)
+    roll(engine, Controls(1, np.zeros((1, 1, engine.d), np.float32), held=True))
+    model, context = engine.model, engine._context
+    assert context is not None
+    if first == "model":
+        model.close()
+        assert model._model  # the context still needs it
+        context.close()
+    else:
+        context.close()
+        assert model._model
+        model.close()
+    assert not model._model
+    engine.close()
+    for part in (model, context):
+        with pytest.raises(InputError, match="is closed"):
+            part.pointer  # noqa: B018

@@ -27,10 +27,10 @@ _NODE = b"result_norm"
 
 
 class CallbackControl:
-    """``logits(rows)`` gives the logits of the last decode, ``project`` what they should be: see ``after``."""
+    """``project`` says what the logits should be: see ``after``."""
 
-    def __init__(self, model: Model, logits: Callable[[], FloatArray], project: Project) -> None:
-        self._model, self._logits, self._project = model, logits, project
+    def __init__(self, model: Model, project: Project) -> None:
+        self._model, self._project = model, project
         self._library = ggml_library()
         self._name = self._library.ggml_get_name
         self._name.restype, self._name.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
@@ -119,7 +119,7 @@ class CallbackControl:
             f"control of the architecture {architecture!r} needs the patched llama-cpp-python ({why}); {INSTALL}"
         )
 
-    def after(self) -> None:
+    def after(self, logits: Callable[[], FloatArray]) -> None:
         """Raises ModelError where the edit does not do to the logits what a control should do."""
         if not self._active:
             return
@@ -128,12 +128,12 @@ class CallbackControl:
         if sum(self._parts) != self._n:
             raise self._unsupported(f"its graph has no node {_NODE.decode()!r} for every output row")
         if self._add is not None and self._proved != self._parts:
-            self._prove(self._z, self._add)
+            self._prove(self._z, self._add, logits())
 
-    def _prove(self, z: FloatArray, added: FloatArray) -> None:
+    def _prove(self, z: FloatArray, added: FloatArray, logits: FloatArray) -> None:
         """Did every row's logits move as W (z + v) does? Else the node is not the input of the output matrix."""
         base, expected = self._project(z), self._project(z + added)
-        logits = self._logits()[:, : base.shape[1]]
+        logits = logits[:, : base.shape[1]]
         wanted, got = expected - base, logits - base
         size = np.square(wanted).sum(axis=1)
         told = size > 1e-4 * np.square(logits).sum(axis=1)  # below that rounding could decide

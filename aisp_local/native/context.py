@@ -56,7 +56,7 @@ class Context:
         if control == "graph" and not is_patched(llama):
             raise BindingError(f"llama-cpp-python {llama.__version__} lacks the patch of aisp-local; {INSTALL}")
         in_graph = is_patched(llama) and control != "callback"
-        self._control: Control = GraphControl(model) if in_graph else CallbackControl(model, self.logits, project)
+        self._control: Control = GraphControl(model) if in_graph else CallbackControl(model, project)
         self._control.prepare(params)
         clear_log()
         self._ctx = llama.llama_init_from_model(model.pointer, params)
@@ -65,6 +65,7 @@ class Context:
                 f"llama.cpp could not make a context of {n_ctx} tokens "
                 f"({last_log() or 'no reason given'}); ask for fewer rollouts or tokens"
             )
+        model.opened()
         self.n_ctx, self.n_seq_max, self.n_batch = n_ctx, n_seq_max, int(params.n_batch)
         self.n_ubatch = int(params.n_ubatch)
         self.n_threads = int(llama.llama_n_threads(self._ctx))
@@ -123,7 +124,7 @@ class Context:
             raise DecodeError(f"the KV cache of {self.n_ctx} tokens is full; ask for fewer rollouts or tokens")
         if code != 0:
             raise DecodeError(f"llama.cpp failed to decode (code {code}): {last_log()}")
-        self._control.after()
+        self._control.after(self.logits)
 
     def encode(self, tokens: npt.ArrayLike, sequences: int) -> None:
         """Run an encoder-decoder model's encoder on at most ``n_ubatch`` tokens; sequences 1.. will see the result."""
@@ -181,6 +182,7 @@ class Context:
         if getattr(self, "_ctx", None):
             self._llama.llama_free(self._ctx)
             self._ctx = None
+            self.model.released()
 
     def __del__(self) -> None:
         self.close()

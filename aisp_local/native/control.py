@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -37,8 +37,8 @@ class Control(Protocol):
     def before(self, sequences: Ints, positions: Ints, *, outputs: bool) -> None:
         """Called before each decode with what it holds."""
 
-    def after(self) -> None:
-        """Called after each decode that succeeded."""
+    def after(self, logits: Callable[[], FloatArray]) -> None:
+        """Called after each decode that succeeded; ``logits()`` gives its logits [rows, V]."""
 
     def prelogits(self, rows: int) -> FloatArray:
         """Unperturbed pre-logits [rows, d] of the last decode's outputs; the next decode may overwrite them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -74,7 +74,7 @@ class GraphControl:
     def before(self, sequences: Ints, positions: Ints, *, outputs: bool) -> None:
         pass
 
-    def after(self) -> None:
+    def after(self, logits: Callable[[], FloatArray]) -> None:
         pass
 
     def prelogits(self, rows: int) -> FloatArray:

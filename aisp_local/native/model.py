@@ -34,9 +34,11 @@ def check_model_file(path: Path) -> None:
 
 
 class Model:
-    """A loaded GGUF model and its vocabulary. Closed by ``close`` or on deletion."""
+    """A loaded GGUF model and its vocabulary. Closed by ``close`` or on deletion, but not before its contexts."""
 
     def __init__(self, path: str | os.PathLike[str], *, n_gpu_layers: int | None = None) -> None:
+        self._model: Any = None
+        self._contexts, self._closing = 0, False
         self.path = Path(path)
         check_model_file(self.path)
         self._llama = binding()
@@ -74,7 +76,7 @@ class Model:
 
     @property
     def pointer(self) -> Any:
-        if not self._model:
+        if self._closing:
             raise InputError("the model is closed")
         return self._model
 
@@ -154,8 +156,20 @@ class Model:
             cached = self._pieces[token] = buffer.raw[:n]
         return cached
 
+    def opened(self) -> None:
+        """A context is in use."""
+        self._contexts += 1
+
+    def released(self) -> None:
+        """A context was freed."""
+        self._contexts -= 1
+        if self._closing:
+            self.close()
+
     def close(self) -> None:
-        if getattr(self, "_model", None):
+        """Free the model, now or with its last context: the collector may delete both in any order."""
+        self._closing = True
+        if self._model and self._contexts == 0:
             self._llama.llama_model_free(self._model)
             self._model = None
 

@@ -52,7 +52,7 @@ def fetch(pin: Pin, folder: Path, local: str | list[str] | None = None) -> Path:
         return path
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as work:
-        _download(pin, work)
+        download(pin, work)
         found = Path(work) / pin.sdist
         if not found.is_file():
             raise BuildError(f"the package index gave no {pin.sdist}; check pip's configuration")
@@ -67,7 +67,7 @@ def _check(path: Path, pin: Pin, advice: str) -> None:
         raise BuildError(f"{path} has the sha256 {found[:16]}..., not {pin.sha256[:16]}...; {advice}")
 
 
-def _download(pin: Pin, folder: str) -> None:
+def download(pin: Pin, folder: str) -> None:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     command += ["--no-build-isolation", "--no-binary", ":all:", "-d", folder]
     command += [f"{pin.name}=={pin.version}"]
