@@ -3,10 +3,9 @@
     python patches/try_releases.py [0.3.34 0.3.35 0.3.36] [--wheels FOLDER]
 
 For each release: download the sdist through pip, apply every patch with ``git apply``, and say which of them fit as
-they are, which at other lines (then regenerate the series: README.md), and which not, and where. A patch that does not
-fit is left out and the next one tried. With ``--wheels`` every release on which the whole series fits is built too, into
-FOLDER. Needs the build requirements: pip install scikit-build-core patch-ng. Exit code 1 if the series does not fit
-everywhere.
+they are, which at other lines (then regenerate the series: README.md), and which not, and where. A patch that does
+not fit is left out and the next one tried. With ``--wheels`` every release on which the whole series fits is built too.
+Needs the build requirements: pip install scikit-build-core patch-ng. Exit code 1 if the series does not fit everywhere.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ from aisp_local.errors import ModelError
 from aisp_local.types import FloatArray
 
 ArrayOrTensor = TypeVar("ArrayOrTensor")
+Read = Callable[[int, int], FloatArray | None]
 
 _SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})\.gguf")
 _NAMES = ("output.weight", "token_embd.weight", "output.bias", "output.scale")
@@ -23,12 +25,14 @@ _NAMES = ("output.weight", "token_embd.weight", "output.bias", "output.scale")
 class OutputHead:
     """``logits = softcap(scale (s W z + b))``: what llama.cpp does with the input z of its output matrix.
 
-    W [V, d] stays in the file, memory-mapped, until rows of it are asked for; they are dequantised exactly as
-    llama.cpp does it. A model in several files is followed from its first one. The engine itself rounds
-    activations to the matrix' own precision, so quantised models agree to within that.
+    Rows of W [V, d] come from the engine where ``read(start, stop)`` has them (it gives None where it has not), else
+    from the file, memory-mapped; they are dequantised exactly as llama.cpp does it, to the same bits. A model in
+    several files is followed from its first one. The engine itself rounds activations to the matrix' own precision, so
+    quantised models agree to within that.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, read: Read | None = None) -> None:
+        self._read = read
         self._tensors: dict[str, Any] = {}
         readers = [GGUFReader(shard) for shard in shards(path)]
         for reader in readers:
@@ -64,6 +68,12 @@ class OutputHead:
 
     def rows(self, start: int = 0, stop: int | None = None) -> FloatArray:
         """Rows ``start`` to ``stop`` (default: to the end) of W as float32, [stop - start, d]."""
+        start, stop, _ = slice(start, stop).indices(self.n_vocab)
+        if start >= stop:
+            return np.zeros((0, self.d), np.float32)
+        found = self._read(start, stop) if self._read else None
+        if found is not None:
+            return found
         part = np.asarray(self._matrix.data[start:stop])
         return np.asarray(dequantize(part, self._matrix.tensor_type), np.float32)
 

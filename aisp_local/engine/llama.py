@@ -77,7 +77,7 @@ class LlamaEngine:
     def head(self) -> OutputHead:
         """The output head on the host; ``project`` dequantises it at first use (V * d * 4 bytes)."""
         if self._head is None:
-            self._head = OutputHead(self.model.path)
+            self._head = OutputHead(self.model.path, self.model.output_rows)
         return self._head
 
     def tokens(self, prompt: Prompt) -> npt.NDArray[np.int32]:

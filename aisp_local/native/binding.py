@@ -18,7 +18,13 @@ import numpy as np
 from aisp_local.errors import BindingError
 
 INSTALL = "install it with: pip install ./patches (in a checkout of aisp-local)"
-SYMBOLS = ("llama_init_control", "llama_set_control", "llama_clear_control", "llama_set_prelogits")
+SYMBOLS = (
+    "llama_init_control",
+    "llama_set_control",
+    "llama_clear_control",
+    "llama_set_prelogits",
+    "llama_model_get_output_rows",
+)
 OLDEST_STOCK = (0, 3, 30)
 
 _lock = threading.Lock()

@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from aisp_local.errors import InputError, ModelError
-from aisp_local.native.binding import binding, clear_log, last_log
+from aisp_local.native.binding import binding, clear_log, is_patched, last_log
+from aisp_local.types import FloatArray
 
 
 def check_model_file(path: Path) -> None:
@@ -102,6 +103,15 @@ class Model:
         key = int(self.meta(f"{architecture}.attention.key_length") or self.d // heads)
         value = int(self.meta(f"{architecture}.attention.value_length") or self.d // heads)
         return layers * heads_kv * (key + value) * 2
+
+    def output_rows(self, start: int, stop: int) -> FloatArray | None:
+        """Rows of the output matrix [stop - start, d] from where the backend keeps them; None where it cannot."""
+        if self._closing or not is_patched(self._llama):
+            return None
+        rows = np.empty((stop - start, self.d), np.float32)
+        data = rows.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        code = self._llama.llama_model_get_output_rows(self.pointer, start, stop - start, data)
+        return None if code else rows
 
     def chat_template(self) -> str | None:
         template = self._llama.llama_model_chat_template(self.pointer, None)
