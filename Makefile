@@ -19,9 +19,19 @@ lint: $(VENV)/.test
 SOURCES := pyproject.toml $(shell find aisp_local models/storyteller reward_models/story-reward -type f -not -path '*__pycache__*')
 PATCHES := $(wildcard patches/*.toml patches/*.py patches/aisp_build/*.py patches/series/*.patch)
 
+# Other CMAKE_ARGS than those of the installed binding build another one; none at all keeps it.
+ARGS := $(shell cat $(VENV)/.cmake-args 2>/dev/null)
+ifneq ($(strip $(CMAKE_ARGS)),)
+ifneq ($(strip $(CMAKE_ARGS)),$(strip $(ARGS)))
+.PHONY: $(VENV)/.binding
+endif
+ARGS := $(CMAKE_ARGS)
+endif
+
 $(VENV)/.binding: $(PATCHES)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check ./patches
+	CMAKE_ARGS="$(ARGS)" $(BIN)/python -m pip install --quiet --disable-pip-version-check --force-reinstall ./patches
+	echo "$(ARGS)" > $(VENV)/.cmake-args
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.binding $(SOURCES)

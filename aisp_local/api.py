@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -98,10 +99,13 @@ class Aligner:
         ``prompt``: a string, which the model continues as plain text, or messages, which pass through its
         chat template. ``budget`` overrides ``effort`` (low 32, medium 128, high 512). ``time_limit`` is in
         seconds. ``kl`` and ``logprobs`` need a second output product a step; ``baseline`` adds the
-        unaligned greedy answer, which does not count. ``stop()`` true, or Ctrl-C, ends the search with the
-        best answer so far. ``options`` go to the method (sigma, temperature, ...; see its docstring).
+        unaligned greedy answer, which does not count (None if it was interrupted). ``stop()`` true, or
+        Ctrl-C, ends the search with the best answer so far. ``options`` go to the method (sigma,
+        temperature, ...; see its docstring).
         Raises InputError and its kinds, DecodeError, ScoreError.
         """
+        if isinstance(stop_strings, str):
+            stop_strings = (stop_strings,)
         if budget is None:
             if effort not in EFFORT:
                 raise InputError(f"effort {effort!r} is unknown; use one of {', '.join(EFFORT)}")
@@ -129,9 +133,13 @@ class Aligner:
             on_progress=on_progress,
             want=frozenset(want),
         )
+        unaligned = None
+        if baseline:
+            with suppress(KeyboardInterrupt):  # the answer is there already
+                unaligned = self.baseline(prompt, max_tokens=max_tokens, stop_strings=stop_strings)
         return replace(
             result,
-            baseline=self.baseline(prompt, max_tokens=max_tokens, stop_strings=stop_strings) if baseline else None,
+            baseline=unaligned,
             model=self.model_name,
             reward_model=self.reward.name,
             versions=versions(),

@@ -35,6 +35,13 @@ class FakeEngine:
     def d(self) -> int:
         return int(self._z.shape[1])
 
+    @property
+    def n_ctx(self) -> int:
+        return 4096
+
+    def room(self, prompt: Prompt) -> int:
+        return self.n_ctx - sum(len(m) if isinstance(m, str) else len(m["content"]) for m in prompt)
+
     def rollout(
         self,
         prompt: Prompt,

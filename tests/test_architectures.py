@@ -11,6 +11,8 @@ import synthetic
 from proof import layouts_of, prove
 from raw import Raw
 
+from aisp_local import shipped
+
 pytestmark = pytest.mark.native
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "architectures.md"
@@ -32,6 +34,11 @@ def test_the_table_is_true(name: str, table: dict[str, list[str]], tmp_path: Pat
     assert documented[2:4] == ["yes", str(proof.nodes_added_on)]
     # The last digits depend on the processor.
     assert proof.error <= 30 * float(documented[0]) + 1e-6
+
+
+def test_the_shipped_model_is_proved() -> None:
+    proof = prove(shipped.model(), layouts_of("llama"))
+    assert proof.ok and proof.nodes_added_on == 3, proof
 
 
 def test_nothing_else_is_in_the_table(table: dict[str, list[str]]) -> None:

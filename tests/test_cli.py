@@ -6,6 +6,7 @@ import errno
 import inspect
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,13 +15,16 @@ from pathlib import Path
 
 import pytest
 import synthetic
+from click.testing import CliRunner
 from onnx_files import write_reward
 
 from aisp_local import Aligner, shipped
 from aisp_local.api import EFFORT
 from aisp_local.cli.chat import chat
-from aisp_local.cli.generate import generate, write_output
+from aisp_local.cli.generate import finite, generate, write_output
+from aisp_local.cli.live import ProgressLine
 from aisp_local.errors import InputError
+from aisp_local.types import Progress
 
 pytestmark = pytest.mark.native
 
@@ -97,6 +101,8 @@ BAD = {
     "budget negative": (["--budget", "-4"], "the budget is -4"),
     "unknown method": (["--method", "magic"], "method 'magic' is unknown; use one of aisp, aisp-held, best-of-n"),
     "no tokens": (["--max-tokens", "0"], "max_tokens is 0"),
+    "too many threads": (["--threads", "100000"], "llama.cpp takes 1 to 512"),
+    "no threads": (["--threads", "0"], "llama.cpp takes 1 to 512"),
     "negative seed": (["--seed", "-1"], "the seed is -1"),
     "no time": (["--time-limit", "0"], "the time limit is 0.0 seconds"),
     "unwritable output": (["-o", "nowhere/answer.txt"], "nowhere does not exist"),
@@ -162,6 +168,72 @@ def test_a_conversation_that_cannot_begin(arguments: list[str], stdin: bytes, me
 
 
 SHORT = ("generate", STORY, "--budget", "1", "--max-tokens", "4")
+
+
+SHELL = {
+    "closed input": ("generate - <&-", "standard input is closed"),
+    "closed output": (f"generate '{STORY}' >&-", "standard output is closed; use -o FILE"),
+    "full output": (
+        f"generate '{STORY}' --budget 2 --max-tokens 4 >/dev/full",
+        "standard output cannot be written (No space left on device)",
+    ),
+    "chat without input": ("chat <&-", "standard input is closed"),
+}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("name", sorted(SHELL))
+def test_streams_that_cannot_be_used(name: str) -> None:
+    line, message = SHELL[name]
+    command = Path(sys.executable).with_name("aisp-local")
+    out = subprocess.run(["sh", "-c", f"{command} {line}"], stderr=subprocess.PIPE, timeout=300, check=False)
+    stderr = out.stderr.decode()
+    assert out.returncode == 2, stderr
+    assert message in stderr and len(stderr.strip().splitlines()) == 1
+
+
+def test_debug_shows_the_traceback_before_or_after_the_command() -> None:
+    for arguments in (["--debug", "generate", STORY, "--budget", "0"], ["generate", STORY, "--budget", "0", "--debug"]):
+        out = aisp(*arguments)
+        assert out.returncode == 2 and b"Traceback" in out.stderr
+
+
+def test_json_has_no_numbers_that_json_does_not_know() -> None:
+    assert finite({"a": [float("nan"), 1.5, {"b": float("-inf")}], "c": "nan"}) == {
+        "a": [None, 1.5, {"b": None}],
+        "c": "nan",
+    }
+
+
+def test_an_interrupt_of_the_baseline_keeps_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Aligner, "baseline", interrupted)
+    with Aligner.load() as aligner:
+        result = aligner.generate(STORY, budget=2, n=2, max_tokens=4, baseline=True)
+    assert result.answer and result.baseline is None
+    done = CliRunner().invoke(chat, ["--max-tokens", "4"], input=f"{STORY}\n/base\n/effort\n")
+    assert done.exit_code == 0, done.output
+    assert "(interrupted)" in done.output and "effort is low" in done.output.split("(interrupted)")[1]
+
+
+def test_a_long_conversation_forgets_its_oldest_turns_before_answers_are_cut() -> None:
+    lines = "".join(f"{STORY} {'It is red. ' * 12}\n" for _ in range(6))
+    out = aisp("chat", "--max-tokens", "128", "--method", "best-of-n", "--time-limit", "0.4", stdin=lines.encode())
+    assert out.returncode == 0, out.stderr.decode()
+    shown = out.stdout.decode()
+    assert shown.count("[reward ") == 6 and "the oldest turn was forgotten" in shown
+    assert "error" not in out.stderr.decode()
+
+
+def test_the_time_left_counts_down_within_an_iteration(capsys: pytest.CaptureFixture[str]) -> None:
+    line = ProgressLine(enabled=True)
+    for done, seconds in ((0, 1.0), (16, 2.0), (16, 3.0), (16, 9.0)):
+        line._shown = 0.0
+        line(Progress(1, 4, done, 64, step=1, rows_active=16, n_tokens=10, seconds=seconds, best=None, stats=None))
+    shown = re.findall(r"(\d+) s left", capsys.readouterr().err)
+    assert shown == ["6", "5", "0"]
 
 
 def test_an_output_without_permission(tmp_path: Path) -> None:

@@ -83,6 +83,11 @@ class Session:
         settings: Settings,
     ) -> Result:
         while True:
+            engine = self.aligner.engine
+            # An answer cut short by a full context is worse than a forgotten turn.
+            if len(messages) > 2 and engine.room(messages) < min(settings.max_tokens, engine.n_ctx // 2):
+                self._forget(messages, line)
+                continue
             try:
                 return self.aligner.chat(
                     messages,
@@ -96,12 +101,15 @@ class Session:
                     on_progress=line,
                 )
             except CapacityError:
-                # A long conversation outgrows a small context: forget its oldest turns.
                 if len(messages) <= 2:
                     raise
-                del messages[:2]
-                line.clear()
-                click.echo(click.style("[the oldest turn was forgotten: context is full]", dim=True))
+                self._forget(messages, line)
+
+    def _forget(self, messages: list[Message], line: ProgressLine) -> None:
+        start = 1 if messages[0]["role"] == "system" else 0
+        del messages[start : start + 2]
+        line.clear()
+        click.echo(click.style("[the oldest turn was forgotten: context is full]", dim=True))
 
     def command(self, text: str) -> bool:
         """Run a /command; False ends the conversation."""
@@ -224,6 +232,8 @@ def chat(
                     return
             else:
                 session.ask(text)
+        except KeyboardInterrupt:
+            click.echo("(interrupted)")
         except BindingError:
             raise
         except AispError as error:
@@ -241,10 +251,16 @@ def wrapped(text: str) -> str:
 
 def _read_line() -> str:
     """One line from the user; raises EOFError at the end and InputError for bytes that are not UTF-8."""
+    if sys.stdin is None:
+        raise InputError("standard input is closed; a chat needs it")
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (history and editing in input())
-        return input("> ").strip()
+        try:
+            return input("> ").strip()
+        except UnicodeDecodeError:
+            click.echo("error: that line is not valid UTF-8; set the terminal to UTF-8", err=True)
+            return ""
     data = sys.stdin.buffer.readline()
     if not data:
         raise EOFError

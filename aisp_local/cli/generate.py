@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 def read_prompt(prompt: str) -> str:
     """The prompt itself, or standard input for ``-``. Raises InputError if it is empty or not UTF-8."""
     if prompt == "-":
+        if sys.stdin is None:
+            raise InputError("standard input is closed; give the prompt as an argument")
         try:
             prompt = sys.stdin.buffer.read().decode("utf-8")
         except UnicodeDecodeError as error:
@@ -85,6 +88,26 @@ def as_json(result: Result) -> dict[str, Any]:
         "reward_model": result.reward_model,
         "versions": dict(result.versions),
     }
+
+
+def finite(value: Any) -> Any:
+    """The same with None for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def print_answer(text: str) -> None:
+    """Print to standard output. Raises InputError when that is full; a closed pipe is click's to handle."""
+    try:
+        click.echo(text)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails again when it exits
+        raise InputError(f"standard output cannot be written ({error.strerror}); use -o FILE") from error
 
 
 def write_output(path: Path, text: str) -> None:
@@ -153,6 +176,8 @@ def generate(
     text = read_prompt(prompt)
     if output is not None:
         check_output(output)
+    elif sys.stdout is None:
+        raise InputError("standard output is closed; use -o FILE")
     check_search(method=method, budget=budget, n=rows, max_tokens=max_tokens, seed=seed)
     aligner = load(model, reward, n_gpu_layers, threads)
     line = ProgressLine()
@@ -173,8 +198,8 @@ def generate(
     line.clear()
     if result.status == "interrupted":
         click.echo("interrupted: this is the best answer so far", err=True)
-    shown = json.dumps(as_json(result), ensure_ascii=False, indent=2) if json_ else result.answer
+    shown = json.dumps(finite(as_json(result)), ensure_ascii=False, indent=2) if json_ else result.answer
     if output is not None:
         write_output(output, shown + "\n")
     else:
-        click.echo(shown)
+        print_answer(shown)

@@ -20,6 +20,7 @@ class ProgressLine:
         self.enabled = sys.stderr.isatty() if enabled is None else enabled
         self._shown = 0.0
         self._stats = ""
+        self._done, self._done_at = 0, 0.0  # rollouts of whole iterations, and the seconds that they took
 
     def __call__(self, progress: Progress) -> None:
         if not self.enabled:
@@ -29,6 +30,8 @@ class ProgressLine:
             self._stats = f"  mean {stats.mean:.2f}"
             if stats.ess is not None:
                 self._stats += f"  ESS {stats.ess:.1f}"
+        if progress.rollouts_done != self._done:
+            self._done, self._done_at = progress.rollouts_done, progress.seconds
         now = time.monotonic()
         if progress.stats is None and now - self._shown < 0.1:
             return
@@ -39,9 +42,9 @@ class ProgressLine:
         line += self._stats
         if progress.seconds > 0:
             line += f"  {progress.n_tokens / progress.seconds:.0f} tokens/s"
-        if progress.rollouts_done:
-            left = (progress.budget - progress.rollouts_done) * (progress.seconds / progress.rollouts_done)
-            line += f"  {left:.0f} s left"
+        if self._done:
+            end = self._done_at * progress.budget / self._done
+            line += f"  {max(0.0, end - progress.seconds):.0f} s left"
         line += "  (Ctrl-C: best so far)"
         width = shutil.get_terminal_size().columns - 1
         sys.stderr.write("\r\x1b[2K" + line[:width])

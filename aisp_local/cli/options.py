@@ -17,10 +17,18 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+def _debug(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
+    if value:
+        context.find_root().params["debug"] = True
+
+
 def model_options(command: F) -> F:
-    """-m, -r, --n-gpu-layers, --threads"""
+    """-m, -r, --n-gpu-layers, --threads, --debug"""
     for option in (
-        click.option("--threads", type=click.IntRange(min=1), help="CPU threads for decoding."),
+        click.option(
+            "--debug", is_flag=True, expose_value=False, callback=_debug, help="Show the traceback of an error."
+        ),
+        click.option("--threads", type=int, help="CPU threads for decoding."),
         click.option(
             "--n-gpu-layers",
             type=int,

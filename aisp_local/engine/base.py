@@ -19,6 +19,13 @@ class Engine(Protocol):
     def d(self) -> int:
         """Width of the pre-logits."""
 
+    @property
+    def n_ctx(self) -> int:
+        """The model's context in tokens."""
+
+    def room(self, prompt: Prompt) -> int:
+        """How many tokens a response to the prompt may have; less than 1 if the prompt alone is too long."""
+
     def rollout(
         self,
         prompt: Prompt,

@@ -22,7 +22,7 @@ from aisp_local.engine.head import OutputHead
 from aisp_local.engine.prompts import prompt_tokens
 from aisp_local.engine.sampling import log_law, log_softmax, pick
 from aisp_local.errors import CapacityError, DecodeError, InputError
-from aisp_local.native import MAX_SEQUENCES, Context, ControlKind, Model
+from aisp_local.native import MAX_SEQUENCES, MAX_THREADS, Context, ControlKind, Model
 from aisp_local.seeds import RowSeeds
 from aisp_local.types import Controls, FinishReason, FloatArray, Prompt, Rollouts
 
@@ -58,6 +58,8 @@ class LlamaEngine:
         n_ubatch: int = 512,
         control: ControlKind = "auto",
     ) -> None:
+        if threads is not None and not 1 <= threads <= MAX_THREADS:
+            raise InputError(f"{threads} threads were asked for; llama.cpp takes 1 to {MAX_THREADS}")
         self.model = Model(model, n_gpu_layers=n_gpu_layers)
         self._control: ControlKind = control
         self._threads = threads
@@ -79,6 +81,18 @@ class LlamaEngine:
         if self._head is None:
             self._head = OutputHead(self.model.path, self.model.output_rows)
         return self._head
+
+    @property
+    def n_ctx(self) -> int:
+        return self.model.n_ctx_train
+
+    def room(self, prompt: Prompt) -> int:
+        """How many tokens a response to the prompt may have; less than 1 if the prompt alone is too long."""
+        return self._room(self.tokens(prompt))
+
+    def _room(self, tokens: npt.NDArray[np.int32]) -> int:
+        left = self.n_ctx - len(tokens)
+        return self.n_ctx - 1 if self.model.has_encoder and left >= 0 else left
 
     def tokens(self, prompt: Prompt) -> npt.NDArray[np.int32]:
         """The prompt's tokens [P]."""
@@ -106,9 +120,7 @@ class LlamaEngine:
             raise InputError("a stop string is empty")
         with self._lock:
             tokens = self.tokens(prompt)
-            room = self.model.n_ctx_train - len(tokens)
-            if self.model.has_encoder and room >= 0:
-                room = self.model.n_ctx_train - 1
+            room = self._room(tokens)
             if room < 1:
                 raise CapacityError(
                     f"the prompt has {len(tokens)} tokens and the model's context {self.model.n_ctx_train}; "

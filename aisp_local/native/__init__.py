@@ -1,8 +1,17 @@
 """llama.cpp through llama-cpp-python: patched, or stock with a callback in its place."""
 
 from aisp_local.native.binding import FallbackWarning, versions
-from aisp_local.native.context import MAX_SEQUENCES, Context
+from aisp_local.native.context import MAX_SEQUENCES, MAX_THREADS, Context
 from aisp_local.native.control import ControlKind
 from aisp_local.native.model import Model, check_model_file
 
-__all__ = ["MAX_SEQUENCES", "Context", "ControlKind", "FallbackWarning", "Model", "check_model_file", "versions"]
+__all__ = [
+    "MAX_SEQUENCES",
+    "MAX_THREADS",
+    "Context",
+    "ControlKind",
+    "FallbackWarning",
+    "Model",
+    "check_model_file",
+    "versions",
+]

@@ -49,6 +49,11 @@ def last_log() -> str:
     return _log_lines[-1] if _log_lines else ""
 
 
+def first_log() -> str:
+    """The first one, which names the cause where llama.cpp gives up step by step."""
+    return _log_lines[0] if _log_lines else ""
+
+
 def clear_log() -> None:
     _log_lines.clear()
 

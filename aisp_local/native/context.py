@@ -18,6 +18,7 @@ from aisp_local.native.model import Model
 from aisp_local.types import FloatArray
 
 MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
+MAX_THREADS = 512  # GGML_MAX_N_THREADS
 
 _FLOAT_POINTER = ctypes.POINTER(ctypes.c_float)
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from aisp_local.errors import InputError, ModelError
-from aisp_local.native.binding import binding, clear_log, is_patched, last_log
+from aisp_local.native.binding import binding, clear_log, first_log, is_patched
 from aisp_local.types import FloatArray
 
 
@@ -50,7 +50,7 @@ class Model:
         self._model = self._llama.llama_model_load_from_file(os.fsencode(self.path), params)
         if not self._model:
             raise ModelError(
-                f"{self.path} cannot be loaded as a model ({last_log() or 'no reason given'}); "
+                f"{self.path} cannot be loaded as a model ({first_log() or 'no reason given'}); "
                 "it may be truncated or of an unsupported kind: download or convert it again"
             )
         self.vocab = self._llama.llama_model_get_vocab(self._model)
