@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+if find_spec("torch") is None:
+    raise SystemExit("this needs torch, which is not installed: pip install '.[train]'")
 
 from tokenizers import Tokenizer  # noqa: E402
 from training.batches import encode  # noqa: E402

@@ -8,10 +8,13 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+if find_spec("torch") is None:
+    raise SystemExit("this needs torch, which is not installed: pip install '.[train]'")
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402

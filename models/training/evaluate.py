@@ -13,9 +13,12 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if find_spec("torch") is None:
+    raise SystemExit("this needs torch, which is not installed: pip install '.[train]'")
 
 import torch  # noqa: E402
 from llama_cpp import Llama  # noqa: E402

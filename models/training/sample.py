@@ -13,11 +13,14 @@ import random
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if find_spec("torch") is None:
+    raise SystemExit("this needs torch, which is not installed: pip install '.[train]'")
+
+import torch  # noqa: E402
 
 from training.corpus import read_chat  # noqa: E402
 from training.export import read_model  # noqa: E402
