@@ -94,8 +94,8 @@ class Rollouts:
 
     ``base_logprobs[i]`` has the shape ``[len(tokens[i])]``: log-probability (nats) of each token under the
     base model at temperature 1, without truncation; None when it was not asked for, as is ``kl``:
-    sum over the tokens of KL(law sampled from || base law at the same temperature and truncation) in nats,
-    for greedy decoding under control KL(softmax(W(z + v)) || softmax(W z)).
+    sum over the tokens of KL(law sampled from || base law at the same temperature) in nats, for greedy decoding
+    under control KL(softmax(W(z + v)) || softmax(W z)). The base law is not truncated, else it could be infinite.
     ``prelogits[i]`` has the shape ``[len(tokens[i]), d]`` (before the control); None when not asked for.
     """
 
