@@ -4,24 +4,38 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from aisp_local.controllers.base import Controller
-from aisp_local.engine.base import Engine, Want
+from aisp_local.engine.base import Engine, Job, Want
 from aisp_local.errors import InputError, ScoreError
-from aisp_local.rewards.base import Reward, call
+from aisp_local.rewards.base import Reward
+from aisp_local.scoring import Scorer, Worker
 from aisp_local.seeds import RowSeeds
+from aisp_local.timeline import OFF, Timeline
 from aisp_local.types import (
     Candidate,
     ControllerInfo,
-    Controls,
     IterationStats,
     Progress,
     Prompt,
     Result,
     Rollouts,
 )
+
+_PATIENCE = 4
+"""Decode steps that other searches go on for before one of them waits for its rewards; see ``_Searches.next``."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A prompt to search an answer for, with a controller of its own. ``index`` names its random numbers."""
+
+    prompt: Prompt
+    controller: Controller
+    index: int = 0
 
 
 def search(
@@ -50,113 +64,254 @@ def search(
     Raises ScoreError when no reward is finite or the reward is broken; when the search ends before its first
     token, KeyboardInterrupt, or InputError for the time limit.
     """
+    (result,) = search_many(
+        engine,
+        [Task(prompt, controller, prompt_index)],
+        reward,
+        method=method,
+        budget=budget,
+        n=n,
+        max_tokens=max_tokens,
+        seed=seed,
+        stop_strings=stop_strings,
+        time_limit=time_limit,
+        stop=stop,
+        on_progress=None if on_progress is None else lambda _, progress: on_progress(progress),
+        want=want,
+        clock=clock,
+    )
+    if isinstance(result, BaseException):
+        raise result
+    return result
+
+
+def search_many(
+    engine: Engine,
+    tasks: Sequence[Task],
+    reward: Reward,
+    *,
+    method: str,
+    budget: int,
+    n: int,
+    max_tokens: int,
+    seed: int,
+    at_once: int | None = None,
+    stop_strings: Sequence[str] = (),
+    time_limit: float | None = None,
+    stop: Callable[[], bool] | None = None,
+    on_progress: Callable[[int, Progress], None] | None = None,
+    want: frozenset[Want] = frozenset(),
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[Result | BaseException]:
+    """``search`` for many prompts in one batch of rows, each with ``budget`` rollouts in iterations of ``n``.
+
+    ``at_once`` searches share the rows (default: all); those that waited longest go first. What a search draws
+    depends on its own seeds alone. ``time_limit`` and ``stop`` are for all of them together;
+    ``on_progress(i, progress)`` is of the i-th. Gives for each its result, or the error with which ``search`` would
+    have ended.
+    """
     if budget < 1 or n < 1:
         raise InputError(f"budget {budget} and n {n} must both be at least 1")
     if time_limit is not None and not time_limit > 0:
         raise InputError(f"the time limit is {time_limit} seconds; it must be greater than 0")
-    run = _Search(engine, controller, reward, prompt, budget, n, clock, on_progress)
-    deadline = None if time_limit is None else run.start + time_limit
-
-    def ends() -> str | None:
-        if stop is not None and stop():
-            return "interrupted"
-        if deadline is not None and clock() >= deadline:
-            return "time-limit"
-        return None
-
-    status = "complete"
-    try:
-        for iteration in range(1, run.iterations + 1):
-            size = min(n, budget - (iteration - 1) * n)
-            rollouts = run.decode(
-                iteration,
-                controller.ask(size),
-                ends,
+    if not tasks:
+        return []
+    together = max(1, min(at_once or len(tasks), len(tasks)))
+    start = clock()
+    timeline: Timeline = getattr(engine, "timeline", OFF)
+    with Worker.of(reward, timeline) as worker:
+        searches = [
+            _Search(
+                task,
+                Scorer(reward, task.prompt, worker),
+                budget=budget,
+                n=n,
                 max_tokens=max_tokens,
-                seeds=RowSeeds(seed, prompt_index, iteration),
+                seed=seed,
                 stop_strings=stop_strings,
                 want=want,
+                clock=clock,
+                start=start,
+                timeline=timeline,
+                on_progress=None if on_progress is None else _numbered(on_progress, i),
             )
-            cut = "interrupted" in rollouts.finish_reasons
-            run.score(iteration, rollouts, learn=not cut)
-            ended = ends()
-            if cut or (ended is not None and iteration < run.iterations):
-                status = ended or "interrupted"
-                break
-    except KeyboardInterrupt:
-        if run.best is None:
+            for i, task in enumerate(tasks)
+        ]
+        feed = _Searches(searches, together, stop, None if time_limit is None else start + time_limit, clock)
+        try:
+            engine.run(
+                feed,
+                prompts=[task.prompt for task in tasks],
+                n=min(n, budget) * together,
+                max_tokens=max_tokens,
+            )
+            feed.close()
+        except KeyboardInterrupt:
+            if all(one.best is None for one in searches):
+                raise
+            feed.why = "interrupted"
+        except ScoreError as error:
+            if len(tasks) == 1:
+                return [error]
             raise
-        status = "interrupted"
-    if not run.candidates:
-        if status == "time-limit":
-            raise InputError(f"the time limit of {time_limit} seconds passed before the first token; allow more time")
-        raise KeyboardInterrupt
-    return run.result(status, method=method, budget=budget, seed=seed)
+    return [one.outcome(feed.why, time_limit, method=method, budget=budget, seed=seed) for one in searches]
 
 
-class _Search:
-    """The state of one call of ``search``."""
+def _numbered(on_progress: Callable[[int, Progress], None], i: int) -> Callable[[Progress], None]:
+    return lambda progress: on_progress(i, progress)
+
+
+class _Searches:
+    """The feed: asks the searches for jobs and settles their iterations, in an order that no clock decides."""
 
     def __init__(
         self,
-        engine: Engine,
-        controller: Controller,
-        reward: Reward,
-        prompt: Prompt,
+        searches: Sequence[_Search],
+        together: int,
+        stop: Callable[[], bool] | None,
+        deadline: float | None,
+        clock: Callable[[], float],
+    ) -> None:
+        self._not_begun = list(searches)
+        self._together = together
+        self._running: list[_Search] = []
+        self._waiting: list[tuple[int, _Search]] = []  # for rewards, since which step
+        self._of: dict[int, _Search] = {}  # by the id of its job, which ``_Search.job`` keeps alive
+        self._stop, self._deadline, self._clock = stop, deadline, clock
+        self._step = 0
+        self.why: str | None = None  # the run ends before its budget is spent
+
+    def next(self, idle: bool) -> Job | None:
+        """The next iteration of whoever has waited for rows longest.
+
+        While others decode, an iteration is settled only some steps after its last rollout, so that its rewards are
+        there by then and no step waits for them.
+        """
+        while self._waiting and (idle or self._step - self._waiting[0][0] >= _PATIENCE):
+            search = self._waiting.pop(0)[1]
+            search.settle()
+            self._running.remove(search)
+            if self.why is None and search.more:
+                self.why = self._ended()
+                if self.why is None:
+                    self._running.append(search)
+                    return self._ask(search)
+        if self.why is None and self._not_begun and len(self._running) < self._together:
+            search = self._not_begun.pop(0)
+            self._running.append(search)
+            return self._ask(search)
+        return None
+
+    def _ask(self, search: _Search) -> Job:
+        job = search.ask()
+        self._of[id(job)] = search
+        return job
+
+    def _ended(self) -> str | None:
+        if self._stop is not None and self._stop():
+            return "interrupted"
+        if self._deadline is not None and self._clock() >= self._deadline:
+            return "time-limit"
+        return None
+
+    def close(self) -> None:
+        """Settle what had no turn."""
+        while self._waiting:
+            self._waiting.pop(0)[1].settle()
+
+    def stop(self) -> bool:
+        self._step += 1
+        self.why = self.why or self._ended()
+        return self.why is not None
+
+    def stepped(self, job: Job, step: int, rows: int, n_tokens: int) -> None:
+        self._of[id(job)].report(step, rows, n_tokens)
+
+    def ended(self, job: Job, row: int, text: str) -> None:
+        self._of[id(job)].scorer.add(row, text)
+
+    def finished(self, job: Job, rollouts: Rollouts) -> None:
+        search = self._of.pop(id(job))
+        search.decoded(rollouts)
+        if "interrupted" in rollouts.finish_reasons:
+            search.settle()
+            self._running.remove(search)
+        else:
+            self._waiting.append((self._step, search))
+
+
+class _Search:
+    """One search: its controller, its budget and the best that it has seen."""
+
+    def __init__(
+        self,
+        task: Task,
+        scorer: Scorer,
+        *,
         budget: int,
         n: int,
+        max_tokens: int,
+        seed: int,
+        stop_strings: Sequence[str],
+        want: frozenset[Want],
         clock: Callable[[], float],
+        start: float,
+        timeline: Timeline,
         on_progress: Callable[[Progress], None] | None,
     ) -> None:
-        self.engine, self.controller, self.reward, self.prompt = engine, controller, reward, prompt
-        self.budget, self.iterations = budget, -(-budget // n)
-        self.clock, self.on_progress = clock, on_progress
-        self.start = clock()
+        self.task, self.scorer = task, scorer
+        self.budget, self.n, self.max_tokens, self.seed = budget, n, max_tokens, seed
+        self.stop_strings, self.want = stop_strings, want
+        self.iterations = -(-budget // n)
+        self.iteration = 0  # the one that runs, from 1
+        self.clock, self.start, self.timeline, self.on_progress = clock, start, timeline, on_progress
+        self.seconds = 0.0  # when its last iteration was settled
+        self.job: Job | None = None
+        self.rollouts: Rollouts | None = None
         self.candidates: list[Candidate] = []
         self.stats: list[IterationStats] = []
         self.best: Candidate | None = None
         self.n_tokens = 0
 
-    def decode(
-        self,
-        iteration: int,
-        controls: Controls,
-        ends: Callable[[], str | None],
-        *,
-        max_tokens: int,
-        seeds: RowSeeds,
-        stop_strings: Sequence[str],
-        want: frozenset[Want],
-    ) -> Rollouts:
-        self.report(iteration, 0, controls.n, 0)
-        rollouts = self.engine.rollout(
-            self.prompt,
-            controls,
-            max_tokens=max_tokens,
-            seeds=seeds,
-            stop_strings=stop_strings,
-            want=want,
-            should_stop=lambda: ends() is not None,
-            on_step=lambda step, rows, tokens: self.report(iteration, step, rows, tokens),
-        )
-        self.n_tokens += rollouts.n_tokens
-        return rollouts
+    @property
+    def more(self) -> bool:
+        return self.iteration < self.iterations
 
-    def score(self, iteration: int, rollouts: Rollouts, *, learn: bool) -> None:
-        """Score what may count, remember the best, and let the controller learn from a whole iteration."""
+    def ask(self) -> Job:
+        """The job of the next iteration."""
+        self.iteration += 1
+        size = min(self.n, self.budget - (self.iteration - 1) * self.n)
+        with self.timeline.span("draw noise"):
+            controls = self.task.controller.ask(size)
+        seeds = RowSeeds(self.seed, self.task.index, self.iteration)
+        self.job = Job(self.task.prompt, controls, self.max_tokens, seeds, self.stop_strings, self.want)
+        self.scorer.begin(size)
+        self.report(0, size, 0)
+        return self.job
+
+    def decoded(self, rollouts: Rollouts) -> None:
+        self.rollouts = rollouts
+        self.n_tokens += rollouts.n_tokens
+        self.scorer.flush()
+
+    def settle(self) -> None:
+        """Wait for the rewards, remember the best, and let the controller learn from a whole iteration."""
+        rollouts, self.rollouts = self.rollouts, None
+        assert rollouts is not None
         rows = [i for i, reason in enumerate(rollouts.finish_reasons) if reason != "interrupted"]
+        whole = len(rows) == len(rollouts)
         if not rows and not self.candidates:
             rows = [i for i, tokens in enumerate(rollouts.tokens) if len(tokens)]
+            for i in rows:
+                self.scorer.add(i, rollouts.texts[i])
         if not rows:
             return
-        began = self.clock()
-        rewards = call(self.reward.name, self.reward.score, self.prompt, [rollouts.texts[i] for i in rows])
-        scored = self.clock()
+        rewards = self.scorer.rewards(rows)
         for i, value in zip(rows, rewards, strict=True):
             candidate = Candidate(
                 text=rollouts.texts[i],
                 reward=float(value),
-                iteration=iteration,
+                iteration=self.iteration,
                 row=i + 1,
                 n_tokens=len(rollouts.tokens[i]),
                 finish_reason=rollouts.finish_reasons[i],
@@ -168,41 +323,38 @@ class _Search:
             self.candidates.append(candidate)
             if np.isfinite(value) and (self.best is None or value > self.best.reward):
                 self.best = candidate
-        info = self.controller.tell(rollouts, rewards) if learn else ControllerInfo()
+        began = self.clock()
+        with self.timeline.span("update"):
+            info = self.task.controller.tell(rollouts, rewards) if whole else ControllerInfo()
+        now = self.clock()
         finite = rewards[np.isfinite(rewards)]
-        kl = None if rollouts.kl is None else float(rollouts.kl[rows].mean())
         stats = IterationStats(
-            iteration=iteration,
+            iteration=self.iteration,
             n=len(rows),
             best=float(finite.max()) if len(finite) else float("nan"),
             mean=float(finite.mean()) if len(finite) else float("nan"),
             std=float(finite.std()) if len(finite) else float("nan"),
             best_so_far=self.best.reward if self.best else float("nan"),
             n_tokens=rollouts.n_tokens,
+            seconds=now - self.start - self.seconds,
             decode_seconds=rollouts.decode_seconds,
-            reward_seconds=scored - began,
-            update_seconds=self.clock() - scored,
+            reward_seconds=self.scorer.seconds,
+            update_seconds=now - began,
             ess=info.ess,
             control_norm=info.control_norm,
             lambda_=info.lambda_,
-            kl=kl,
+            kl=None if rollouts.kl is None else float(rollouts.kl[rows].mean()),
             n_nonfinite=len(rewards) - len(finite),
         )
+        self.seconds = now - self.start
         self.stats.append(stats)
-        self.report(iteration, 0, 0, 0, stats)
+        self.report(0, 0, 0, stats)
 
-    def report(
-        self,
-        iteration: int,
-        step: int,
-        rows: int,
-        tokens: int,
-        stats: IterationStats | None = None,
-    ) -> None:
+    def report(self, step: int, rows: int, tokens: int, stats: IterationStats | None = None) -> None:
         if self.on_progress is not None:
             self.on_progress(
                 Progress(
-                    iteration=iteration,
+                    iteration=self.iteration,
                     iterations=self.iterations,
                     rollouts_done=len(self.candidates),
                     budget=self.budget,
@@ -215,14 +367,25 @@ class _Search:
                 )
             )
 
-    def result(self, status: str, *, method: str, budget: int, seed: int) -> Result:
+    def outcome(
+        self, why: str | None, time_limit: float | None, *, method: str, budget: int, seed: int
+    ) -> Result | BaseException:
+        """The result, or the error that stands for it. ``why``: what ended the run, None if nothing did."""
+        if not self.candidates:
+            if why == "time-limit":
+                return InputError(
+                    f"the time limit of {time_limit} seconds passed before the first token; allow more time"
+                )
+            return KeyboardInterrupt()
         if self.best is None:
-            raise ScoreError(f"the reward {self.reward.name!r} gave no finite score in {len(self.candidates)} rollouts")
+            name, n = self.scorer.name, len(self.candidates)
+            return ScoreError(f"the reward {name!r} gave no finite score in {n} rollouts")
         # Finite first, best first, earlier first on ties.
         ranked = sorted(
             self.candidates,
             key=lambda c: -c.reward if np.isfinite(c.reward) else float("inf"),
         )
+        complete = len(self.candidates) == self.budget
         return Result(
             answer=self.best.text,
             reward=self.best.reward,
@@ -231,7 +394,7 @@ class _Search:
             seed=seed,
             candidates=tuple(ranked),
             iterations=tuple(self.stats),
-            status=status,
-            seconds=self.clock() - self.start,
+            status="complete" if complete else why or "interrupted",
+            seconds=self.seconds,
             n_tokens=self.n_tokens,
         )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
-from aisp_local.engine.base import Want
+from aisp_local.engine.base import Feed, Job, Want
 from aisp_local.engine.sampling import log_law, log_softmax, pick
-from aisp_local.errors import InputError
 from aisp_local.rewards.function import CallableReward
 from aisp_local.seeds import RowSeeds
 from aisp_local.types import Controls, FinishReason, Prompt, Rollouts
@@ -42,6 +42,24 @@ class FakeEngine:
     def room(self, prompt: Prompt) -> int:
         return self.n_ctx - sum(len(m) if isinstance(m, str) else len(m["content"]) for m in prompt)
 
+    def run(self, feed: Feed, *, prompts: Sequence[Prompt], n: int, max_tokens: int) -> None:
+        """See engine.base.Engine. One job after the other: it has no rows to share."""
+        while (job := feed.next(idle=True)) is not None:
+            out = self.rollout(
+                job.prompt,
+                job.controls,
+                max_tokens=job.max_tokens,
+                seeds=job.seeds,
+                stop_strings=job.stop_strings,
+                want=job.want,
+                should_stop=feed.stop,
+                on_step=partial(feed.stepped, job),
+            )
+            for row, reason in enumerate(out.finish_reasons):
+                if reason != "interrupted":
+                    feed.ended(job, row, out.texts[row])
+            feed.finished(job, out)
+
     def rollout(
         self,
         prompt: Prompt,
@@ -55,7 +73,7 @@ class FakeEngine:
         on_step: Callable[[int, int, int], None] | None = None,
     ) -> Rollouts:
         """See engine.base.Engine. Raises InputError for what no engine can do."""
-        self._check(controls, max_tokens, stop_strings)
+        Job(prompt, controls, max_tokens, seeds, stop_strings, want).check(self.d)
         n = controls.n
         tokens: list[list[int]] = [[] for _ in range(n)]
         reasons: list[FinishReason] = ["interrupted"] * n
@@ -99,15 +117,6 @@ class FakeEngine:
             if "prelogits" in want
             else None,
         )
-
-    def _check(self, controls: Controls, max_tokens: int, stop_strings: Sequence[str]) -> None:
-        if max_tokens < 1:
-            raise InputError(f"max_tokens is {max_tokens}; it must be at least 1")
-        if any(not stop for stop in stop_strings):
-            raise InputError("a stop string is empty")
-        v = controls.vectors
-        if v is not None and v.shape[2] != self.d:
-            raise InputError(f"control vectors are {v.shape[2]} wide; the model's pre-logits are {self.d}")
 
     def _control(self, controls: Controls, row: int, step: int) -> npt.NDArray[np.float32]:
         v = controls.vectors

@@ -145,6 +145,7 @@ class IterationStats:
     std: float
     best_so_far: float
     n_tokens: int
+    seconds: float  # since the iteration before; rewards are computed while rows decode, so it is not their sum
     decode_seconds: float
     reward_seconds: float
     update_seconds: float

@@ -44,7 +44,7 @@ def best_at(result: Result, budget: int, n: int) -> float:
 def seconds_at(result: Result, budget: int, n: int) -> float:
     """Seconds of the iterations that hold a run's first ``budget`` rollouts."""
     stats = result.iterations[: -(-budget // n)]
-    return sum(s.decode_seconds + s.reward_seconds + s.update_seconds for s in stats)
+    return sum(s.seconds for s in stats)
 
 
 def run(aligner: Aligner, prompt: str, index: int, options: argparse.Namespace, **settings: Any) -> Result:

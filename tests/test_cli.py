@@ -110,7 +110,6 @@ BAD = {
     "output of a name too long": (["-o", 300 * "x"], "cannot be written (File name too long)"),
     "reward without manifest": (["-r", "."], "holds no reward.json"),
     "missing reward": (["-r", "nowhere"], "reward folder nowhere does not exist"),
-    "too many rows": (["--rows", "300", "--budget", "300"], "at most 255"),
 }
 
 

@@ -17,7 +17,7 @@ from aisp_local import shipped
 from aisp_local.controllers.aisp import Aisp
 from aisp_local.engine import LlamaEngine
 from aisp_local.loop import search
-from aisp_local.types import Controls, Prompt, Rollouts
+from aisp_local.types import Prompt, Rollouts
 
 pytestmark = pytest.mark.native
 
@@ -49,9 +49,10 @@ class Recorder:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.engine, name)
 
-    def rollout(self, prompt: Prompt, controls: Controls, **options: Any) -> Rollouts:
-        self.rollouts.append(self.engine.rollout(prompt, controls, **options))
-        return self.rollouts[-1]
+    def run(self, feed: Any, **options: Any) -> None:
+        finished = feed.finished
+        feed.finished = lambda job, rollouts: (self.rollouts.append(rollouts), finished(job, rollouts))
+        self.engine.run(feed, **options)
 
 
 def logit_error(path: Path, prompt: npt.NDArray[np.int32], run: AispRun) -> float:

@@ -149,7 +149,7 @@ class Session:
         for s in self.last.iterations:
             ess = "    -" if s.ess is None else f"{s.ess:5.1f}"
             norm = "   -" if s.control_norm is None else f"{s.control_norm:4.1f}"
-            seconds = s.decode_seconds + s.reward_seconds + s.update_seconds
+            seconds = s.seconds
             click.echo(f"{s.iteration:9d}  {s.n:8d}  {s.best:5.2f}  {s.mean:5.2f}  {ess}  {norm}  {seconds:7.2f}")
         click.echo("best candidates:")
         for candidate in self.last.candidates[:5]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from aisp_local.errors import InputError
 from aisp_local.seeds import RowSeeds
 from aisp_local.types import Controls, Prompt, Rollouts
 
@@ -12,8 +14,52 @@ Want = Literal["kl", "logprobs", "prelogits"]
 """What a rollout reports only when asked, because it costs: see types.Rollouts."""
 
 
+@dataclass(frozen=True, eq=False)
+class Job:
+    """``controls.n`` rollouts of one prompt: one iteration of one search."""
+
+    prompt: Prompt
+    controls: Controls
+    max_tokens: int
+    seeds: RowSeeds
+    stop_strings: Sequence[str] = ()
+    want: frozenset[Want] = frozenset()
+
+    def check(self, d: int) -> None:
+        """Raises InputError for what no engine with pre-logits of width ``d`` can do."""
+        if self.max_tokens < 1:
+            raise InputError(f"max_tokens is {self.max_tokens}; it must be at least 1")
+        if any(not stop for stop in self.stop_strings):
+            raise InputError("a stop string is empty")
+        vectors = self.controls.vectors
+        if vectors is not None and vectors.shape[2] != d:
+            raise InputError(f"control vectors are {vectors.shape[2]} wide; the model's pre-logits are {d}")
+
+
+class Feed(Protocol):
+    """Gives an engine its jobs and takes what comes of them, in the thread that runs the engine.
+
+    What it answers may depend on the calls before, never on a clock, or the same run would not be the same twice.
+    """
+
+    def next(self, idle: bool) -> Job | None:
+        """A job for rows that are free, if there is one now. With ``idle`` none decodes: None ends the run."""
+
+    def stop(self) -> bool:
+        """Asked before every decode step: cut all rollouts short?"""
+
+    def stepped(self, job: Job, step: int, rows: int, n_tokens: int) -> None:
+        """The job took part in its ``step``-th decode step; ``rows`` of it go on, ``n_tokens`` were decoded so far."""
+
+    def ended(self, job: Job, row: int, text: str) -> None:
+        """A rollout (from 0) ended by itself."""
+
+    def finished(self, job: Job, rollouts: Rollouts) -> None:
+        """All rollouts of the job ended, or were cut short."""
+
+
 class Engine(Protocol):
-    """Decodes n responses to one prompt under controls."""
+    """Decodes responses under controls."""
 
     @property
     def d(self) -> int:
@@ -25,6 +71,13 @@ class Engine(Protocol):
 
     def room(self, prompt: Prompt) -> int:
         """How many tokens a response to the prompt may have; less than 1 if the prompt alone is too long."""
+
+    def run(self, feed: Feed, *, prompts: Sequence[Prompt], n: int, max_tokens: int) -> None:
+        """Decode the feed's jobs until it has no more.
+
+        Of them is known: each has one of the ``prompts`` and at most ``max_tokens``, and no more than ``n`` rollouts
+        wait at a time.
+        """
 
     def rollout(
         self,
@@ -38,7 +91,39 @@ class Engine(Protocol):
         should_stop: Callable[[], bool] | None = None,
         on_step: Callable[[int, int, int], None] | None = None,
     ) -> Rollouts:
-        """Decode. ``should_stop()`` is asked before every step; rows cut short so are "interrupted".
+        """``run`` with one job.
 
+        ``should_stop()`` is asked before every step; rows cut short so are "interrupted".
         ``on_step(step, rows_active, n_tokens)`` is called after each, counts are of this call.
         """
+
+
+class OneJob:
+    """A feed of a single job."""
+
+    def __init__(
+        self,
+        job: Job,
+        should_stop: Callable[[], bool] | None = None,
+        on_step: Callable[[int, int, int], None] | None = None,
+    ) -> None:
+        self._waiting: Job | None = job
+        self._should_stop, self._on_step = should_stop, on_step
+        self.rollouts: Rollouts | None = None
+
+    def next(self, idle: bool) -> Job | None:
+        job, self._waiting = self._waiting, None
+        return job
+
+    def stop(self) -> bool:
+        return self._should_stop is not None and self._should_stop()
+
+    def stepped(self, job: Job, step: int, rows: int, n_tokens: int) -> None:
+        if self._on_step is not None:
+            self._on_step(step, rows, n_tokens)
+
+    def ended(self, job: Job, row: int, text: str) -> None:
+        pass
+
+    def finished(self, job: Job, rollouts: Rollouts) -> None:
+        self.rollouts = rollouts

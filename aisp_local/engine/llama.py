@@ -1,32 +1,56 @@
-"""The rollout engine: prefill once, fork to n rows, decode a column of tokens a step.
+"""The rollout engine: prompts are prefilled once, rows fork from them and decode a column of tokens a step.
 
-The prompt lives in sequence 0, all but its last token; rows are the sequences 1..n. Each row decodes
-the prompt's last token itself, since a token shared by sequences could have one control only.
-Sequence 0 is never written by a row, so later iterations and turns start from it. The prompt of an
+The prompts live in the sequences 0 to P - 1, all but their last token; rows are the sequences after them. Each row
+decodes its prompt's last token itself, since a token shared by sequences could have one control only. A prompt's
+sequence is never written by a row, so later iterations, turns and prompts start from it. The prompt of an
 encoder-decoder model is encoded once instead, for all rows, which start from the decoder's first token.
 """
 
 from __future__ import annotations
 
-import codecs
 import os
 import threading
-import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from aisp_local.engine.base import Want
+from aisp_local.engine.base import Feed, Job, OneJob, Want
+from aisp_local.engine.cache import PromptCache
+from aisp_local.engine.decode import Decoder, Start
 from aisp_local.engine.head import OutputHead
 from aisp_local.engine.prompts import prompt_tokens
-from aisp_local.engine.sampling import log_law, log_softmax, pick
-from aisp_local.errors import CapacityError, DecodeError, InputError
-from aisp_local.native import MAX_SEQUENCES, MAX_THREADS, Context, ControlKind, Model
+from aisp_local.errors import CapacityError, InputError
+from aisp_local.native import MAX_SEQUENCES, MAX_THREADS, Context, ControlKind, Model, cpu_has
 from aisp_local.seeds import RowSeeds
-from aisp_local.types import Controls, FinishReason, FloatArray, Prompt, Rollouts
+from aisp_local.timeline import OFF, Timeline
+from aisp_local.types import Controls, Prompt, Rollouts
 
 _CTX_STEP = 256  # llama.cpp pads the cache to this
+_SCORES_BYTES = 2**28  # of attention scores in a batch, where they are written out
+
+
+def available_cores() -> int:
+    """Cores that this process may use, those of hyper-threads counted once where the system tells them apart."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    cores = set()
+    for cpu in allowed:
+        try:
+            with open(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list", encoding="ascii") as file:
+                cores.add(file.read())
+        except OSError:
+            cores.add(str(cpu))
+    return max(1, min(len(cores), _quota(), MAX_THREADS))
+
+
+def _quota() -> int:
+    """Whole processors that a container's limit leaves, at least one; many without a limit."""
+    try:
+        with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
+            quota, period = file.read().split()
+        return MAX_THREADS if quota == "max" else max(1, int(quota) // int(period))
+    except (OSError, ValueError):
+        return MAX_THREADS
 
 
 def available_memory() -> int | None:
@@ -42,10 +66,12 @@ def available_memory() -> int | None:
 
 
 class LlamaEngine:
-    """n rollouts of one prompt under controls, on one model. Safe to share between threads: calls queue.
+    """Rollouts under controls, on one model. Safe to share between threads: calls queue.
 
-    ``memory_limit``: bytes that the KV cache may take (default: what is available on the host).
-    ``control``: inside llama.cpp's graph, or by a callback, which is all that a stock llama-cpp-python can.
+    ``threads``: that decode (default: one a core). ``parallel``: at most so many rollouts decode at once; others wait
+    for a free row (default: all, up to 255). ``memory_limit``: bytes that the KV cache may take (default: what is
+    available on the host). ``flash_attention``: default by the processor. ``control``: inside llama.cpp's graph, or by
+    a callback, which is all that a stock llama-cpp-python can.
     """
 
     def __init__(
@@ -54,20 +80,28 @@ class LlamaEngine:
         *,
         n_gpu_layers: int | None = None,
         threads: int | None = None,
+        parallel: int | None = None,
         memory_limit: int | None = None,
         n_ubatch: int = 512,
+        flash_attention: bool | None = None,
         control: ControlKind = "auto",
     ) -> None:
         if threads is not None and not 1 <= threads <= MAX_THREADS:
             raise InputError(f"{threads} threads were asked for; llama.cpp takes 1 to {MAX_THREADS}")
+        if parallel is not None and not 1 <= parallel < MAX_SEQUENCES:
+            raise InputError(f"parallel is {parallel} rollouts at once; llama.cpp takes 1 to {MAX_SEQUENCES - 1}")
         self.model = Model(model, n_gpu_layers=n_gpu_layers)
+        self.timeline: Timeline = OFF
         self._control: ControlKind = control
-        self._threads = threads
+        self._threads = available_cores() if threads is None else threads
+        self._parallel = parallel
         self._memory_limit = memory_limit
         self._n_ubatch = n_ubatch
+        self._flash_attention = flash_attention
         self._context: Context | None = None
-        self._cached: npt.NDArray[np.int32] = np.zeros(0, np.int32)  # what sequence 0 holds, or what was encoded
-        self._encoded = 0  # for how many rows
+        self._cache: PromptCache | None = None
+        self._slots = 1  # prompts that the context can hold; its other sequences are rows
+        self._encoded: tuple[npt.NDArray[np.int32], int] | None = None  # what the encoder read, for how many rows
         self._head: OutputHead | None = None
         self._lock = threading.Lock()
 
@@ -94,6 +128,15 @@ class LlamaEngine:
         left = self.n_ctx - len(tokens)
         return self.n_ctx - 1 if self.model.has_encoder and left >= 0 else left
 
+    def _checked_room(self, tokens: npt.NDArray[np.int32]) -> int:
+        room = self._room(tokens)
+        if room < 1:
+            raise CapacityError(
+                f"the prompt has {len(tokens)} tokens and the model's context {self.model.n_ctx_train}; "
+                "shorten the prompt"
+            )
+        return room
+
     def tokens(self, prompt: Prompt) -> npt.NDArray[np.int32]:
         """The prompt's tokens [P]."""
         return prompt_tokens(self.model, prompt)
@@ -114,108 +157,136 @@ class LlamaEngine:
 
         Raises CapacityError when prompt or rows do not fit, DecodeError when llama.cpp fails.
         """
-        if max_tokens < 1:
-            raise InputError(f"max_tokens is {max_tokens}; it must be at least 1")
-        if any(not stop for stop in stop_strings):
-            raise InputError("a stop string is empty")
-        with self._lock:
-            tokens = self.tokens(prompt)
-            room = self._room(tokens)
-            if room < 1:
-                raise CapacityError(
-                    f"the prompt has {len(tokens)} tokens and the model's context {self.model.n_ctx_train}; "
-                    "shorten the prompt"
-                )
-            max_tokens = min(max_tokens, room)
-            start = time.perf_counter()
-            context = self._reserve(len(tokens), controls.n, max_tokens)
-            context.clear_controls()
-            context.want_prelogits(False)
-            for row in range(1, context.n_seq_max):
-                context.remove(row)
-            if self.model.has_encoder:
-                self._encode(context, tokens, controls.n)
-                last, position = self.model.decoder_start, 0
-            else:
-                self._prefill(context, tokens)
-                last, position = int(tokens[-1]), len(tokens) - 1
-            run = _Run(self, context, last, position, controls, max_tokens, seeds, stop_strings, want)
-            return run.decode(start, should_stop, on_step)
+        job = Job(prompt, controls, max_tokens, seeds, stop_strings, want)
+        job.check(self.d)
+        feed = OneJob(job, should_stop, on_step)
+        self.run(feed, prompts=[prompt], n=controls.n, max_tokens=max_tokens)
+        assert feed.rollouts is not None
+        return feed.rollouts
 
-    def _reserve(self, prompt: int, n: int, max_tokens: int) -> Context:
-        """A context with room for the prompt and n rows; the one at hand if it is large enough."""
-        if n + 1 > MAX_SEQUENCES:
-            raise CapacityError(
-                f"{n} rollouts at once were asked for; llama.cpp takes at most {MAX_SEQUENCES - 1}: "
-                "use a smaller n and more iterations"
-            )
-        n_ubatch = self._n_ubatch
+    def run(self, feed: Feed, *, prompts: Sequence[Prompt], n: int, max_tokens: int) -> None:
+        """Decode the feed's jobs until it has no more; see engine.base.Engine.
+
+        Raises CapacityError when prompts or rows do not fit, DecodeError when llama.cpp fails.
+        """
+        with self._lock:
+            tokens = [self.tokens(prompt) for prompt in prompts]
+            max_tokens = min(max_tokens, max(self._checked_room(each) for each in tokens))
+            slots = 1 if self.model.has_encoder else min(len(prompts), MAX_SEQUENCES // 2)
+            rows = min(n, self._parallel or n, MAX_SEQUENCES - slots)
+            context, cache = self._reserve(tokens, slots, rows, max_tokens)
+            context.clear_controls()
+            for sequence in range(self._slots, context.n_seq_max):
+                context.remove(sequence)
+
+            def open_prompt(job: Job, idle: bool) -> tuple[Start, int] | None:
+                prompt = self.tokens(job.prompt)
+                limit = min(job.max_tokens, max_tokens, self._checked_room(prompt))
+                if self.model.has_encoder:
+                    if not self._encode(context, prompt, rows, idle):
+                        return None
+                    return Start(self.model.decoder_start, 0, None), limit
+                sequence = cache.take(prompt[:-1], lambda *part: self._prefill(context, *part))
+                if sequence is None:
+                    return None
+                return Start(int(prompt[-1]), len(prompt) - 1, sequence), limit
+
+            def close_prompt(start: Start) -> None:
+                if start.sequence is not None:
+                    cache.give_back(start.sequence)
+
+            Decoder(
+                self.model,
+                context,
+                lambda: self.head,
+                feed,
+                first=self._slots,
+                rows=rows,
+                max_tokens=max_tokens,
+                open_prompt=open_prompt,
+                close_prompt=close_prompt,
+                timeline=self.timeline,
+            ).run()
+
+    def _reserve(
+        self, prompts: list[npt.NDArray[np.int32]], slots: int, rows: int, max_tokens: int
+    ) -> tuple[Context, PromptCache]:
+        """A context with room for ``slots`` prompts and the rows; the one at hand if it is large enough."""
+        longest, n_ubatch = max(map(len, prompts)), self._n_ubatch
         if self.model.has_encoder:  # takes the prompt in one go, and no more than there are cells
-            cells, n_ubatch = max(prompt, n * max_tokens), max(prompt, n_ubatch)
+            cells, n_ubatch = max(longest, rows * max_tokens), max(longest, n_ubatch)
         else:
-            cells = prompt - 1 + n * max_tokens
-        cells = -(-cells // _CTX_STEP) * _CTX_STEP
+            cells = slots * (longest - 1) + rows * max_tokens
+        needed = cells = -(-cells // _CTX_STEP) * _CTX_STEP
         old = self._context
-        if old is not None and old.n_ctx >= cells and old.n_seq_max >= n + 1 and old.n_ubatch >= n_ubatch:
-            return old
-        if old is not None:
-            cells, rows = max(cells, old.n_ctx), max(n + 1, old.n_seq_max)
+        if old is not None and self._cache is not None:
+            fits = old.n_ctx >= cells and self._slots >= slots and old.n_seq_max >= self._slots + rows
+            if fits and (old.n_ubatch >= n_ubatch or not self.model.has_encoder):
+                self._cache.fit(prompts, old.n_ctx - rows * max_tokens)
+                return old, self._cache
+            cells, slots = max(cells, old.n_ctx), max(slots, self._slots)
+            rows = max(rows, old.n_seq_max - self._slots)
+            if slots + rows > MAX_SEQUENCES:
+                slots, rows = MAX_SEQUENCES - rows, rows
             old.close()
-            self._context, self._cached = None, self._cached[:0]
-        else:
-            rows = n + 1
-        self._check_memory(prompt, n, max_tokens, cells)
-        self._context = Context(
+            self._context = self._cache = self._encoded = None
+        cells = self._check_memory(longest, rows, max_tokens, needed, cells)
+        flash = self._flash_attention
+        if flash is None and not self.model.on_gpu and rows >= 4 and cpu_has("AVX512"):
+            flash = False  # llama.cpp's kernel for it is slower there than its matrix products (benchmarks/RESULTS.md)
+        if flash is False and not self.model.has_encoder:
+            n_ubatch = min(n_ubatch, max(32, _SCORES_BYTES // (4 * cells * self.model.n_head)))
+        context = Context(
             self.model,
             project=lambda z: self.head.project_first(z),
             control=self._control,
             n_ctx=cells,
-            n_seq_max=rows,
+            n_seq_max=slots + rows,
             n_ubatch=n_ubatch,
             n_threads=self._threads,
+            flash_attention=flash,
         )
-        return self._context
+        self._context, self._slots = context, slots
+        self._cache = PromptCache(context, slots, self.model.n_swa)
+        return context, self._cache
 
-    def _check_memory(self, prompt: int, n: int, max_tokens: int, cells: int) -> None:
+    def _check_memory(self, prompt: int, n: int, max_tokens: int, needed: int, cells: int) -> int:
+        """How many cells to have: ``cells`` if there is memory for them, else ``needed``."""
         each = self.model.kv_bytes_per_token
         limit = self._memory_limit if self._memory_limit is not None else available_memory()
         if limit is None or each == 0 or cells * each <= limit:
-            return
+            return cells
+        if needed * each <= limit:
+            return needed
         fits = max(0, (limit // each // _CTX_STEP * _CTX_STEP - (prompt - 1)) // max_tokens)
         advice = f"n = {fits} would fit" if fits else "not even one does: use fewer tokens"
         raise CapacityError(
-            f"{n} rollouts of {max_tokens} tokens need {cells * each / 2**20:.0f} MiB of KV cache and "
+            f"{n} rollouts of {max_tokens} tokens need {needed * each / 2**20:.0f} MiB of KV cache and "
             f"{limit / 2**20:.0f} MiB are available; {advice}"
         )
 
-    def _prefill(self, context: Context, tokens: npt.NDArray[np.int32]) -> None:
-        """Bring sequence 0 to ``tokens[:-1]``, keeping the longest prefix that it shares."""
-        wanted = tokens[:-1]
-        shared = min(len(wanted), len(self._cached))
-        differs = np.flatnonzero(wanted[:shared] != self._cached[:shared])
-        keep = int(differs[0]) if len(differs) else shared
-        if keep < len(self._cached) and not (keep and context.remove(0, keep)):
-            context.clear()
-            keep = 0
-        self._cached = wanted[:keep]
-        for start in range(keep, len(wanted), context.n_batch):
-            part = wanted[start : start + context.n_batch]
-            positions = np.arange(start, start + len(part))
-            context.decode(part, positions, np.zeros(len(part), np.int64), outputs=False)
-            self._cached = wanted[: start + len(part)]
+    def _prefill(self, context: Context, sequence: int, tokens: npt.NDArray[np.int32], position: int) -> None:
+        for start in range(0, len(tokens), context.n_batch):
+            part = tokens[start : start + context.n_batch]
+            positions = np.arange(position + start, position + start + len(part))
+            context.decode(part, positions, np.full(len(part), sequence), outputs=False)
 
-    def _encode(self, context: Context, tokens: npt.NDArray[np.int32], n: int) -> None:
-        """Let the encoder read the prompt for rows 1..n, unless it has."""
-        if not np.array_equal(tokens, self._cached) or self._encoded < n:
-            self._cached = self._cached[:0]
-            context.encode(tokens, n)
-            self._cached, self._encoded = tokens, n
+    def _encode(self, context: Context, tokens: npt.NDArray[np.int32], rows: int, idle: bool) -> bool:
+        """Let the encoder read the prompt for all rows, unless it has; False while rows need another prompt."""
+        if self._encoded is not None and self._encoded[1] >= rows and np.array_equal(tokens, self._encoded[0]):
+            return True
+        if not idle:
+            return False
+        self._encoded = None
+        context.encode(tokens, rows)
+        self._encoded = tokens, rows
+        return True
 
     def close(self) -> None:
         """Free the context and the model."""
         if self._context is not None:
             self._context.close()
-            self._context = None
+            self._context = self._cache = None
         self.model.close()
 
     def __enter__(self) -> LlamaEngine:
@@ -223,151 +294,3 @@ class LlamaEngine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-class _Run:
-    """The state of one call of ``rollout``."""
-
-    def __init__(
-        self,
-        engine: LlamaEngine,
-        context: Context,
-        last: int,
-        position: int,
-        controls: Controls,
-        max_tokens: int,
-        seeds: RowSeeds,
-        stop_strings: Sequence[str],
-        want: frozenset[Want],
-    ) -> None:
-        n = controls.n
-        self.engine, self.context, self.controls = engine, context, controls
-        self.max_tokens, self.want = max_tokens, want
-        self.last, self.position = last, position  # of the token that every row decodes first
-        self.tokens = np.zeros((n, max_tokens), np.int32)
-        self.lengths = np.zeros(n, np.int64)
-        self.reasons: list[FinishReason] = ["interrupted"] * n
-        self.stops = [stop.encode() for stop in stop_strings]
-        self.bytes = [bytearray() for _ in range(n)]
-        self.uniforms = np.zeros((n, max_tokens))
-        if not controls.sampling.greedy:
-            for row in range(n):
-                self.uniforms[row] = seeds.generator(row, "sampling").random(max_tokens)
-        controlled = controls.vectors is not None
-        self.needs_head = controlled and bool(want & {"kl", "logprobs"})
-        self.needs_z = self.needs_head or "prelogits" in want
-        self.logprobs = np.zeros((n, max_tokens), np.float32) if "logprobs" in want else None
-        self.kl = np.zeros(n) if "kl" in want else None
-        self.z = np.zeros((n, max_tokens, engine.d), np.float32) if "prelogits" in want else None
-
-    def decode(
-        self,
-        start: float,
-        should_stop: Callable[[], bool] | None,
-        on_step: Callable[[int, int, int], None] | None,
-    ) -> Rollouts:
-        context, n = self.context, self.controls.n
-        for row in range(n):
-            context.fork(0, row + 1)
-        vectors = self.controls.vectors
-        if vectors is not None:
-            context.set_controls(
-                vectors[:, : self.max_tokens],
-                range(1, n + 1),
-                self.position,
-                held=self.controls.held,
-            )
-        context.want_prelogits(self.needs_z)
-        active = np.arange(n)
-        current = np.full(n, self.last, np.int32)
-        total = 0
-        for step in range(self.max_tokens):
-            if should_stop is not None and should_stop():
-                break
-            context.decode(
-                current,
-                np.full(len(active), self.position + step),
-                active + 1,
-                outputs=True,
-            )
-            logits = context.logits()
-            current = pick(logits, self.controls.sampling, self.uniforms[active, step])
-            if not np.isfinite(logits[np.arange(len(active)), current]).all():
-                raise DecodeError(
-                    f"the model gave logits that are not finite at step {step + 1}; "
-                    "the file may be damaged, or the control far too strong"
-                )
-            if self.want:
-                self._record(step, active, logits, current)
-            self.tokens[active, step] = current
-            self.lengths[active] = step + 1
-            total += len(active)
-            ended = self.engine.model.eog[current]
-            if self.stops:
-                ended |= self._stopped(active, current)
-            if ended.any():
-                for done in active[ended]:
-                    self.reasons[int(done)] = "stop"
-                    context.remove(int(done) + 1)
-                active, current = active[~ended], current[~ended]
-            if on_step is not None:
-                on_step(step + 1, len(active), total)
-            if len(active) == 0:
-                break
-        else:
-            for left in active:
-                self.reasons[int(left)] = "length"
-        return self._rollouts(time.perf_counter() - start, total)
-
-    def _stopped(self, active: npt.NDArray[np.intp], current: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
-        """Which rows hold a stop string after their new token."""
-        found = np.zeros(len(active), np.bool_)
-        for i, (row, token) in enumerate(zip(active, current, strict=True)):
-            piece = self.engine.model.piece(int(token))
-            text = self.bytes[row]
-            text += piece
-            found[i] = any(text.find(stop, max(0, len(text) - len(piece) - len(stop))) >= 0 for stop in self.stops)
-        return found
-
-    def _record(
-        self,
-        step: int,
-        active: npt.NDArray[np.intp],
-        logits: FloatArray,
-        current: npt.NDArray[np.int32],
-    ) -> None:
-        z = self.context.prelogits() if self.needs_z else None
-        if self.z is not None and z is not None:
-            self.z[active, step] = z
-        base = self.engine.head.project(z) if self.needs_head and z is not None else logits
-        if self.logprobs is not None:
-            law = log_softmax(base.astype(np.float64))
-            self.logprobs[active, step] = law[np.arange(len(active)), current]
-        if self.kl is not None and self.needs_head:
-            sampling = self.controls.sampling
-            p = log_law(logits, sampling)
-            q = log_softmax(base.astype(np.float64) / (sampling.temperature or 1.0))
-            terms = np.exp(p) * np.where(np.isneginf(p), 0.0, p - q)
-            self.kl[active] += terms.sum(axis=1)
-
-    def _text(self, row: int) -> str:
-        tokens = self.tokens[row, : self.lengths[row]]
-        data = b"".join(self.engine.model.piece(int(token)) for token in tokens)
-        for stop in self.stops:
-            data = data.split(stop, 1)[0]
-        # An incremental decoder leaves out a character that the token limit cut in two.
-        return codecs.getincrementaldecoder("utf-8")("replace").decode(data)
-
-    def _rollouts(self, seconds: float, total: int) -> Rollouts:
-        rows = range(self.controls.n)
-        lengths = self.lengths
-        return Rollouts(
-            tokens=[self.tokens[i, : lengths[i]].copy() for i in rows],
-            texts=[self._text(i) for i in rows],
-            finish_reasons=self.reasons,
-            decode_seconds=seconds,
-            n_tokens=total,
-            base_logprobs=None if self.logprobs is None else [self.logprobs[i, : lengths[i]].copy() for i in rows],
-            kl=None if self.kl is None else self.kl.astype(np.float32),
-            prelogits=None if self.z is None else [self.z[i, : lengths[i]].copy() for i in rows],
-        )

@@ -9,6 +9,8 @@ import sys
 import threading
 import warnings
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -72,10 +74,9 @@ def binding() -> ModuleType:
     global _llama, _log_callback
     with _lock:
         if _llama is None:
-            # Threads that spin between graph nodes starve each other on a busy host.
-            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
             try:
-                import llama_cpp
+                with _short_spin():
+                    import llama_cpp
             except ImportError as error:
                 raise BindingError(f"llama-cpp-python is not installed ({error}); {INSTALL}") from error
             except Exception as error:
@@ -89,6 +90,23 @@ def binding() -> ModuleType:
     return _llama  # type: ignore[no-any-return]
 
 
+@contextmanager
+def _short_spin() -> Iterator[None]:
+    """GNU OpenMP, when it loads, takes from the environment how long a thread spins before it sleeps.
+
+    Its default, milliseconds, makes a step up to a hundred times slower where other processes compete for the cores;
+    not to spin at all makes it twice as slow where none does. This is neither (benchmarks/RESULTS.md).
+    """
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}.isdisjoint(os.environ):  # the user's own choice
+        yield
+        return
+    os.environ["GOMP_SPINCOUNT"] = "3000"
+    try:
+        yield
+    finally:
+        del os.environ["GOMP_SPINCOUNT"]
+
+
 def _check_stock(version: str) -> None:
     numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
     if numbers < OLDEST_STOCK:
@@ -100,6 +118,11 @@ def _check_stock(version: str) -> None:
         FallbackWarning,
         stacklevel=3,
     )
+
+
+def cpu_has(feature: str) -> bool:
+    """Whether llama.cpp's CPU code was built for, and runs on, an instruction set by its name there ("AVX512")."""
+    return f"{feature} = 1 " in binding().llama_print_system_info().decode()
 
 
 def ggml_library() -> Any:

@@ -8,7 +8,7 @@ multiplies; where it is not, the first controlled step is refused.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -39,9 +39,7 @@ class CallbackControl:
         for copy in (self._library.ggml_backend_tensor_get, self._library.ggml_backend_tensor_set):
             copy.restype, copy.argtypes = None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
         self._eval = _EVAL(self._on_node)  # llama.cpp keeps the pointer
-        self._vectors: FloatArray | None = None
-        self._row_of = np.zeros(0, np.int64)  # by sequence, -1 where there is no control
-        self._position, self._held = 0, False
+        self._set: dict[int, tuple[FloatArray, int, bool]] = {}  # vectors, position and held by sequence
         self._wanted = False
         self._active = False  # the running decode has something to edit or to read
         self._n = 0  # its output rows
@@ -57,31 +55,31 @@ class CallbackControl:
     def attach(self, context: Any) -> None:
         pass
 
-    def set(self, vectors: FloatArray, sequences: Sequence[int], position: int, *, held: bool) -> None:
-        self._vectors = np.ascontiguousarray(vectors, dtype=np.float32)
-        self._row_of = np.full(max(sequences) + 1, -1, np.int64)
-        self._row_of[list(sequences)] = np.arange(len(vectors))
-        self._position, self._held = position, held
+    def set(self, sequence: int, vectors: FloatArray, position: int, *, held: bool) -> None:
+        self._set[sequence] = vectors, position, held
+
+    def unset(self, sequence: int) -> None:
+        self._set.pop(sequence, None)
 
     def clear(self) -> None:
-        self._vectors = None
+        self._set = {}
 
     def want_prelogits(self, value: bool) -> None:
         self._wanted = value
 
     def _controls(self, sequences: Ints, positions: Ints) -> FloatArray | None:
         """What to add to each row [n, d]; None if nothing is."""
-        if self._vectors is None:
-            return None
-        steps = self._vectors.shape[1]
-        known = sequences < len(self._row_of)
-        row = np.where(known, self._row_of[np.where(known, sequences, 0)], -1)
-        t = np.asarray(positions) - self._position
-        inside = (row >= 0) & (t >= 0) & ((t < steps) | self._held)
-        if not inside.any():
-            return None
-        added = np.zeros((len(row), self._model.d), np.float32)
-        added[inside] = self._vectors[row[inside], np.minimum(t[inside], steps - 1)]
+        added = None
+        for row, sequence in enumerate(sequences.tolist() if self._set else ()):
+            if sequence not in self._set:
+                continue
+            vectors, start, held = self._set[sequence]
+            step = int(positions[row]) - start
+            if step < 0 or (step >= len(vectors) and not held):
+                continue
+            if added is None:
+                added = np.zeros((len(sequences), self._model.d), np.float32)
+            added[row] = vectors[min(step, len(vectors) - 1)]
         return added
 
     def before(self, sequences: Ints, positions: Ints, *, outputs: bool) -> None:

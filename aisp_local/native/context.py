@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ class Context:
     """A llama.cpp context with one unified KV cache.
 
     ``project``: the first logits of pre-logits, against which a stock build's controls are checked.
+    ``flash_attention``: None leaves the choice to llama.cpp.
     Raises BindingError when ``control="graph"`` is asked of a stock build.
     """
 
@@ -41,6 +41,7 @@ class Context:
         n_batch: int = 512,
         n_ubatch: int = 512,
         n_threads: int | None = None,
+        flash_attention: bool | None = None,
     ) -> None:
         self.model = model
         self._llama = llama = binding()
@@ -52,6 +53,8 @@ class Context:
         params.kv_unified = True  # a split cache costs up to twice when one row has finished
         params.pooling_type = llama.LLAMA_POOLING_TYPE_NONE  # pre-logits are read per row
         params.no_perf = False
+        if flash_attention is not None:
+            params.flash_attn_type = int(flash_attention)
         if n_threads is not None:
             params.n_threads = params.n_threads_batch = n_threads
         if control == "graph" and not is_patched(llama):
@@ -162,16 +165,23 @@ class Context:
     def clear_controls(self) -> None:
         self._control.clear()
 
-    def set_controls(self, vectors: FloatArray, sequences: Sequence[int], position: int, *, held: bool) -> None:
-        """Set ``vectors[i]`` [T, d] for sequence ``sequences[i]`` from ``position`` on; clear the rest."""
-        d = vectors.shape[2]
+    def set_control(self, sequence: int, vectors: FloatArray, position: int, *, held: bool) -> None:
+        """Add ``vectors`` [T, d] to a sequence's pre-logits from ``position`` on; ``held``: the last one on and on."""
+        d = vectors.shape[1]
         if d != self.model.d:
             raise InputError(f"control vectors are {d} wide; the model's pre-logits are {self.model.d}")
-        self._control.set(vectors, sequences, position, held=held)
+        self._control.set(sequence, np.ascontiguousarray(vectors, dtype=np.float32), position, held=held)
+
+    def clear_control(self, sequence: int) -> None:
+        self._control.unset(sequence)
 
     def remove(self, sequence: int, start: int = -1) -> bool:
         """Forget a sequence from position ``start`` on; False if the cache cannot do it."""
         return bool(self._llama.llama_memory_seq_rm(self._memory, sequence, start, -1))
+
+    def first_position(self, sequence: int) -> int:
+        """The lowest position of a sequence that the whole cache still holds; -1 for an empty one."""
+        return int(self._llama.llama_memory_seq_pos_min(self._memory, sequence))
 
     def fork(self, source: int, target: int) -> None:
         self._llama.llama_memory_seq_cp(self._memory, source, target, -1, -1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -25,11 +25,14 @@ class Control(Protocol):
     def attach(self, context: Any) -> None:
         """Called with the pointer of the context that was made."""
 
-    def set(self, vectors: FloatArray, sequences: Sequence[int], position: int, *, held: bool) -> None:
-        """``vectors[i]`` [T, d] for sequence ``sequences[i]`` from ``position`` on, and none for the rest."""
+    def set(self, sequence: int, vectors: FloatArray, position: int, *, held: bool) -> None:
+        """``vectors`` [T, d] for a sequence from ``position`` on, in the place of those that it has."""
+
+    def unset(self, sequence: int) -> None:
+        """No control for a sequence."""
 
     def clear(self) -> None:
-        """No controls."""
+        """No controls at all."""
 
     def want_prelogits(self, value: bool) -> None:
         """Whether ``prelogits`` will be asked for after the next decodes."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ class GraphControl:
         self._llama: Any = binding()
         self._context: Any = None
         self._steps = 0  # allocated
-        self._set = False
+        self._set: dict[int, tuple[FloatArray, int, bool]] = {}  # by sequence
 
     def prepare(self, params: Any) -> None:
         pass
@@ -33,21 +33,24 @@ class GraphControl:
     def attach(self, context: Any) -> None:
         self._context = context
 
-    def set(self, vectors: FloatArray, sequences: Sequence[int], position: int, *, held: bool) -> None:
-        n, steps, d = vectors.shape
-        if steps > self._steps:
-            self._allocate(n, steps)
-        self.clear()
-        vectors = np.ascontiguousarray(vectors, dtype=np.float32)
-        self._set = True
-        for vector, sequence in zip(vectors, sequences, strict=True):
-            data = vector.ctypes.data_as(_FLOAT_POINTER)
-            if self._llama.llama_set_control(self._context, sequence, data, steps, d, position, held):
-                raise DecodeError(f"llama.cpp refused the control of sequence {sequence}: {last_log()}")
+    def set(self, sequence: int, vectors: FloatArray, position: int, *, held: bool) -> None:
+        self._set[sequence] = vectors, position, held
+        if len(vectors) > self._steps:
+            self._allocate(len(vectors))  # forgets those of the other sequences
+            for other, control in self._set.items():
+                self._write(other, *control)
+        else:
+            self._write(sequence, vectors, position, held)
 
-    def _allocate(self, n: int, steps: int) -> None:
+    def _write(self, sequence: int, vectors: FloatArray | None, position: int, held: bool) -> None:
+        steps, d = (0, self._model.d) if vectors is None else vectors.shape
+        data = None if vectors is None else vectors.ctypes.data_as(_FLOAT_POINTER)
+        if self._llama.llama_set_control(self._context, sequence, data, steps, d, position, held):
+            raise DecodeError(f"llama.cpp refused the control of sequence {sequence}: {last_log()}")
+
+    def _allocate(self, steps: int) -> None:
         clear_log()
-        self._steps, self._set = 0, False
+        self._steps = 0
         code = self._llama.llama_init_control(self._context, steps)
         if code == -2:
             architecture = self._model.meta("general.architecture")
@@ -56,15 +59,19 @@ class GraphControl:
             )
         if code != 0:
             raise DecodeError(
-                f"no memory for {n} control trajectories of {steps} steps ({last_log()}); "
+                f"no memory for control trajectories of {steps} steps ({last_log()}); "
                 "use fewer rollouts, a shorter window or a held control"
             )
         self._steps = steps
 
+    def unset(self, sequence: int) -> None:
+        if self._set.pop(sequence, None) is not None:
+            self._write(sequence, None, 0, False)
+
     def clear(self) -> None:
         if self._set:
             self._llama.llama_clear_control(self._context)
-            self._set = False
+            self._set = {}
 
     def want_prelogits(self, value: bool) -> None:
         kind = self._llama.LLAMA_PRELOGITS_TYPE_BASE if value else self._llama.LLAMA_PRELOGITS_TYPE_NONE

@@ -67,6 +67,9 @@ class Model:
         if self._llama.llama_model_is_diffusion(self._model):
             self.close()
             raise ModelError(f"{self.path} is a diffusion model; aisp-local needs one that writes from left to right")
+        self.on_gpu = bool(self._llama.llama_supports_gpu_offload()) and n_gpu_layers != 0
+        self.n_swa = max(0, int(self._llama.llama_model_n_swa(self._model)))
+        self.n_head = max(1, int(self._llama.llama_model_n_head(self._model)))
         self.has_encoder = bool(self._llama.llama_model_has_encoder(self._model))
         self._pieces: dict[int, bytes] = {}
         self.eog: npt.NDArray[np.bool_] = np.fromiter(
@@ -98,10 +101,9 @@ class Model:
         """Bytes that one token takes in an F16 KV cache; 0 if the file does not say."""
         architecture = self.meta("general.architecture") or ""
         layers = int(self._llama.llama_model_n_layer(self.pointer))
-        heads = max(1, int(self._llama.llama_model_n_head(self.pointer)))
         heads_kv = int(self._llama.llama_model_n_head_kv(self.pointer))
-        key = int(self.meta(f"{architecture}.attention.key_length") or self.d // heads)
-        value = int(self.meta(f"{architecture}.attention.value_length") or self.d // heads)
+        key = int(self.meta(f"{architecture}.attention.key_length") or self.d // self.n_head)
+        value = int(self.meta(f"{architecture}.attention.value_length") or self.d // self.n_head)
         return layers * heads_kv * (key + value) * 2
 
     def output_rows(self, start: int, stop: int) -> FloatArray | None:

@@ -14,7 +14,11 @@ from aisp_local.types import Prompt
 
 @runtime_checkable
 class Reward(Protocol):
-    """Scores responses to a prompt: higher is better."""
+    """Scores responses to a prompt: higher is better.
+
+    One with an attribute ``background`` that is true is called from another thread and for a few responses at a time,
+    while the rest still decode; else it gets all responses of an iteration at once.
+    """
 
     @property
     def name(self) -> str:

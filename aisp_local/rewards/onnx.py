@@ -29,6 +29,8 @@ _MEMORY = "*/_ORT_"
 class OnnxReward:
     """Scores with the ONNX model of a reward folder. One session, safe to share between threads."""
 
+    background = True  # it leaves Python alone while it runs, so that rows decode meanwhile
+
     def __init__(self, manifest: Manifest, session: Any, tokenizer: Any) -> None:
         self.manifest = manifest
         self._session = session

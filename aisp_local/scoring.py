@@ -1,0 +1,107 @@
+"""Rewards of rollouts that ended, computed while others still decode."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+from aisp_local.rewards.base import Reward, call
+from aisp_local.timeline import Timeline
+from aisp_local.types import Prompt
+
+_BATCH = 8
+"""Responses scored together while others decode. Which ones, no clock decides: a score's last bits may depend on it."""
+
+
+Scored = tuple[npt.NDArray[np.float64], float]
+"""Rewards [n], and the seconds that they took."""
+
+
+class Worker:
+    """Scores in a thread of its own where the reward may be called from one, else when the rewards are asked for."""
+
+    def __init__(self, pool: ThreadPoolExecutor | None, timeline: Timeline) -> None:
+        self._pool, self._timeline = pool, timeline
+
+    @classmethod
+    def of(cls, reward: Reward, timeline: Timeline) -> Worker:
+        """A worker for this reward. One thread: what scores is asked one thing at a time."""
+        background = bool(getattr(reward, "background", False))
+        return cls(ThreadPoolExecutor(1, "aisp-local-reward") if background else None, timeline)
+
+    @property
+    def background(self) -> bool:
+        return self._pool is not None
+
+    def score(self, reward: Reward, prompt: Prompt, responses: list[str]) -> Future[Scored]:
+        if self._pool is not None:
+            return self._pool.submit(self._score, reward, prompt, responses)
+        done: Future[Scored] = Future()
+        done.set_result(self._score(reward, prompt, responses))
+        return done
+
+    def _score(self, reward: Reward, prompt: Prompt, responses: list[str]) -> Scored:
+        began = time.perf_counter()
+        with self._timeline.span("score"):
+            rewards = call(reward.name, reward.score, prompt, responses)
+        return rewards, time.perf_counter() - began
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+class Scorer:
+    """The rewards of one search, iteration by iteration."""
+
+    def __init__(self, reward: Reward, prompt: Prompt, worker: Worker) -> None:
+        self._reward, self._prompt, self._worker = reward, prompt, worker
+        self.begin(0)
+
+    @property
+    def name(self) -> str:
+        return self._reward.name
+
+    def begin(self, n: int) -> None:
+        """A new iteration of n rollouts."""
+        self.seconds = 0.0  # of scoring, of what ``rewards`` gave
+        self._pending: dict[int, str] = {}
+        self._futures: list[tuple[list[int], Future[Scored]]] = []
+
+    def add(self, row: int, text: str) -> None:
+        """A rollout ended."""
+        self._pending[row] = text
+        if self._worker.background and len(self._pending) >= _BATCH:
+            self.flush()
+
+    def flush(self) -> None:
+        """No more will end: score what there is."""
+        if self._worker.background and self._pending:
+            self._submit()
+
+    def _submit(self) -> None:
+        rows = sorted(self._pending)
+        texts = [self._pending[row] for row in rows]
+        self._pending = {}
+        self._futures.append((rows, self._worker.score(self._reward, self._prompt, texts)))
+
+    def rewards(self, rows: Sequence[int]) -> npt.NDArray[np.float64]:
+        """Rewards [n] of these rollouts, all of which were added."""
+        if self._pending:
+            self._submit()
+        found: dict[int, float] = {}
+        for scored, future in self._futures:
+            values, seconds = future.result()
+            self.seconds += seconds
+            found.update(zip(scored, values.tolist(), strict=True))
+        return np.array([found[row] for row in rows], np.float64)
