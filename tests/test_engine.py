@@ -310,7 +310,7 @@ def test_rows_take_the_next_rollout_of_whatever_prompt_waits() -> None:
             assert engine._context is not None and engine._context.n_seq_max == parallel + 4
     for feed in (*runs[20], runs[3][0]):
         # Sums round differently beside other rows, which may turn a near tie: then the rest of a rollout differs.
-        assert np.mean([check_beginning(one, feed.out[i]) for i, one in enumerate(alone)]) > 0.8
+        assert np.mean([check_beginning(one, feed.out[i]) for i, one in enumerate(alone)]) > 0.7
         assert all(out.n_tokens == sum(map(len, out.tokens)) for out in feed.out.values())
     first, again = runs[3]
     assert first.order == again.order

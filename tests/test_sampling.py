@@ -75,3 +75,38 @@ def test_large_vocabularies_without_top_k_are_not_cut_short() -> None:
     logits = np.zeros((1, 5000), np.float32)
     law = np.exp(log_law(logits, Sampling(1.0, top_p=0.5)))
     assert np.count_nonzero(law) == pytest.approx(2500, abs=1)
+
+
+@pytest.mark.parametrize("size", [64, 65, 4000, 4096])
+def test_large_vocabularies_are_sampled_as_small_ones(size: int) -> None:
+    """The token at which the running sum of the law passes the uniform number, up to the sum's rounding."""
+    rng = np.random.default_rng(size)
+    logits = rng.normal(0, 3, (200, size)).astype(np.float32)
+    logits[::7, rng.integers(0, size, size // 3)] = -np.inf
+    uniforms = rng.random(200)
+    uniforms[:4] = [0.0, np.nextafter(1.0, 0.0), 1e-12, 1 - 1e-12]
+    tokens = pick(logits, Sampling(0.9), uniforms)
+    x = logits.astype(np.float64) / 0.9
+    law = np.exp(x - x.max(axis=1, keepdims=True))
+    law /= law.sum(axis=1, keepdims=True)
+    rows = np.arange(200)
+    assert (law[rows, tokens] > 0).all()
+    after = law.cumsum(axis=1)[rows, tokens]
+    assert (after > uniforms - 1e-6).all() and (after - law[rows, tokens] < uniforms + 1e-6).all()
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.1, 2.0])
+@pytest.mark.parametrize("sampling", [Sampling(1.0, top_p=0.9), Sampling(0.7, top_p=0.97, min_p=0.3)])
+def test_a_law_that_is_flat_is_cut_at_the_same_token(spread: float, sampling: Sampling) -> None:
+    """More tokens stay than are ever sorted; where sums tie to rounding, one token more or less."""
+    logits = np.random.default_rng(0).normal(0, spread, (3, 3000)).astype(np.float32)
+    logits[1, 5:900] = -np.inf
+    logits[2, 7] = 30.0  # one row in which a single token stays
+    law = np.exp(log_law(logits, sampling))
+    tokens = pick(logits, sampling, np.array([0.0, 0.5, 0.999]))
+    for row in range(3):
+        expected = reference_law(logits[row], sampling)
+        assert abs(np.count_nonzero(law[row]) - np.count_nonzero(expected)) <= 1
+        np.testing.assert_allclose(law[row], expected, atol=2 * expected.max() if spread == 0 else 1e-3)
+        assert law[row, tokens[row]] > 0
+    assert tokens[2] == 7
