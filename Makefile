@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: chat test lint wheel clean
+.PHONY: chat test lint bench wheel clean
 
 chat: $(VENV)/.installed
 	$(BIN)/aisp-local chat
 
 test: $(VENV)/.test lint
 	$(BIN)/pytest
+
+bench: $(VENV)/.installed
+	$(BIN)/aisp-local bench speed --report benchmarks/RESULTS.md
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

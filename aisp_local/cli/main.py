@@ -68,9 +68,11 @@ def _as_sentence(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def _add_commands() -> None:
+    from aisp_local.cli.bench import bench
     from aisp_local.cli.chat import chat
     from aisp_local.cli.generate import generate
 
+    main.add_command(bench)
     main.add_command(chat)
     main.add_command(generate)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -108,6 +109,16 @@ class LlamaEngine:
     @property
     def d(self) -> int:
         return self.model.d
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How the context is made: ``n_ctx`` (cells), ``threads``, ``flash_attention`` (None: llama.cpp's choice)."""
+        context = self._context
+        return {
+            "n_ctx": 0 if context is None else context.n_ctx,
+            "threads": self._threads,
+            "flash_attention": None if context is None else context.flash_attention,
+        }
 
     @property
     def head(self) -> OutputHead:

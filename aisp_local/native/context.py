@@ -71,6 +71,7 @@ class Context:
             )
         model.opened()
         self.n_ctx, self.n_seq_max, self.n_batch = n_ctx, n_seq_max, int(params.n_batch)
+        self.flash_attention = flash_attention
         self.n_ubatch = int(params.n_ubatch)
         self.n_threads = int(llama.llama_n_threads(self._ctx))
         self._memory = llama.llama_get_memory(self._ctx)

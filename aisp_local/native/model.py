@@ -68,6 +68,7 @@ class Model:
             self.close()
             raise ModelError(f"{self.path} is a diffusion model; aisp-local needs one that writes from left to right")
         self.on_gpu = bool(self._llama.llama_supports_gpu_offload()) and n_gpu_layers != 0
+        self.n_parameters = int(self._llama.llama_model_n_params(self._model))
         self.n_swa = max(0, int(self._llama.llama_model_n_swa(self._model)))
         self.n_head = max(1, int(self._llama.llama_model_n_head(self._model)))
         self.has_encoder = bool(self._llama.llama_model_has_encoder(self._model))

@@ -1,0 +1,1 @@
+"""Measurements of this machine that users run themselves: ``aisp-local bench``."""

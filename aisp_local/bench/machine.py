@@ -1,0 +1,81 @@
+"""What the machine can do at best, measured with numpy, and what it is."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+
+from aisp_local.native import versions
+
+
+def _best(function: object, repeats: int = 5) -> float:
+    """Seconds of the fastest of some calls."""
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()  # type: ignore[operator]
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def memory_bandwidth(threads: int, megabytes: int = 512) -> float:
+    """Bytes a second that ``threads`` threads read together."""
+    parts = np.array_split(np.ones(megabytes * 2**18, np.float32), threads)
+
+    def read() -> None:
+        workers = [threading.Thread(target=part.max) for part in parts]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+
+    return sum(part.nbytes for part in parts) / _best(read)
+
+
+def multiply_adds(size: int = 1536) -> float:
+    """Multiply-adds a second of a float32 matrix product, with as many threads as numpy takes."""
+    a = np.ones((size, size), np.float32)
+    return float(size) ** 3 / _best(lambda: a @ a)
+
+
+def describe() -> dict[str, str]:
+    """Machine and versions."""
+    model = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                model = line.split(":", 1)[1].strip()
+                break
+    except OSError:
+        pass
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "processor": model,
+        "processors": str(cores),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        **versions(),
+    }
+
+
+def sha256(path: Path) -> str:
+    """The first 12 digits of a file's hash."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()[:12]
+
+
+def resident() -> int:
+    """Bytes of memory of this process that no file stands behind."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("the system does not say how much memory a process has")
