@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import mmap
 import resource
 from collections.abc import Iterator
 from dataclasses import replace
@@ -411,3 +412,19 @@ def test_a_hundred_lives_leave_memory_flat(path: Path) -> None:
         one_life(path)
     gc.collect()
     assert resident() - before < 2 * 2**20
+
+
+@pytest.mark.skipif(b"AMX_INT8 = 1" not in C.llama_print_system_info(), reason="needs a build and a processor with AMX")
+def test_another_library_may_release_the_tiles_of_a_thread(tmp_path: Path) -> None:
+    """As PyTorch's does: a tile configuration that was loaded once would be gone, and the next product would die."""
+    code = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+    code.write(b"\xc4\xe2\x78\x49\xc0\xc3")  # tilerelease; ret
+    release = ctypes.CFUNCTYPE(None)(ctypes.addressof(ctypes.c_char.from_buffer(code)))
+    with Raw(synthetic.write_llama(tmp_path / "q8.gguf", kind="Q8_0", vocab="bpe"), n_seq=1) as raw:
+        found = []
+        for _ in range(2):
+            raw.reset()
+            raw.decode([1, 2, 3], [0, 1, 2], [0, 0, 0])
+            found.append(raw.logits(2))
+            release()
+        np.testing.assert_array_equal(*found)
