@@ -42,6 +42,11 @@ class PromptCache:
             else:
                 left -= len(self.tokens[slot])
 
+    def clear(self) -> None:
+        """Forget all."""
+        for slot in range(len(self.tokens)):
+            self._forget(slot)
+
     def take(self, wanted: Tokens, decode: Callable[[int, Tokens, int], None]) -> int | None:
         """A sequence that holds exactly ``wanted``, until ``give_back``; None if all are in use by other prompts.
 

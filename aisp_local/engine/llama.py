@@ -293,6 +293,13 @@ class LlamaEngine:
         self._encoded = tokens, rows
         return True
 
+    def forget(self) -> None:
+        """Drop the prompts that the cache holds."""
+        with self._lock:
+            self._encoded = None
+            if self._cache is not None:
+                self._cache.clear()
+
     def close(self) -> None:
         """Free the context and the model."""
         if self._context is not None:
