@@ -6,7 +6,8 @@ Works on a stock build too, as long as nothing asks it for a control.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,18 @@ _FLOATS = ctypes.POINTER(ctypes.c_float)
 _QUIET = C.llama_log_callback(lambda *_: None)
 C.llama_log_set(_QUIET, ctypes.c_void_p(0))
 C.llama_backend_init()
+
+
+@contextmanager
+def logged() -> Iterator[list[str]]:
+    """What llama.cpp logs meanwhile."""
+    lines: list[str] = []
+    keep = C.llama_log_callback(lambda _level, text, _data: lines.append(text.decode("utf-8", "replace")))
+    C.llama_log_set(keep, ctypes.c_void_p(0))
+    try:
+        yield lines
+    finally:
+        C.llama_log_set(_QUIET, ctypes.c_void_p(0))
 
 
 class Raw:
