@@ -9,7 +9,7 @@ import sys
 import threading
 import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -32,7 +32,16 @@ OLDEST_STOCK = (0, 3, 30)
 _lock = threading.Lock()
 _llama: Any = None
 _log_callback: Any = None  # llama.cpp keeps the pointer: this must outlive it
-_log_lines: deque[str] = deque(maxlen=50)
+
+
+class _Log(threading.local):
+    """What llama.cpp said in this thread."""
+
+    def __init__(self) -> None:
+        self.lines: deque[str] = deque(maxlen=50)
+
+
+_log = _Log()
 
 
 class FallbackWarning(UserWarning):
@@ -40,24 +49,39 @@ class FallbackWarning(UserWarning):
 
 
 def _keep_log(level: int, text: bytes, _user_data: ctypes.c_void_p) -> None:
-    if level >= 4 or (level == 5 and _log_lines):  # 4: error, 5: the line goes on
+    if level >= 4 or (level == 5 and _log.lines):  # 4: error, 5: the line goes on
         line = text.decode("utf-8", "replace").strip()
         if line:
-            _log_lines.append(line)
+            _log.lines.append(line)
 
 
 def last_log() -> str:
-    """The last error that llama.cpp logged since ``clear_log``, on one line; empty if there was none."""
-    return _log_lines[-1] if _log_lines else ""
+    """The last error that llama.cpp logged in this thread since ``clear_log``, on one line; empty without one."""
+    return _log.lines[-1] if _log.lines else ""
 
 
 def first_log() -> str:
     """The first one, which names the cause where llama.cpp gives up step by step."""
-    return _log_lines[0] if _log_lines else ""
+    return _log.lines[0] if _log.lines else ""
 
 
 def clear_log() -> None:
-    _log_lines.clear()
+    _log.lines.clear()
+
+
+def create(make: Callable[..., Any], free: Callable[[Any], Any], *arguments: Any) -> Any:
+    """What ``make(*arguments)`` gives, freed again if Ctrl-C comes before anybody has it.
+
+    An interrupt may strike between the return of a call and the assignment of its result, but not within ``extend``.
+    """
+    made: list[Any] = []
+    try:
+        made.extend(map(make, *([argument] for argument in arguments)))
+        return made[0]
+    except BaseException:
+        if made and made[0]:
+            free(made[0])
+        raise
 
 
 def is_patched(llama: ModuleType) -> bool:

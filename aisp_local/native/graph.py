@@ -65,8 +65,9 @@ class GraphControl:
         self._steps = steps
 
     def unset(self, sequence: int) -> None:
-        if self._set.pop(sequence, None) is not None:
+        if sequence in self._set:
             self._write(sequence, None, 0, False)
+            del self._set[sequence]  # last: what is not in here, llama.cpp must not have
 
     def clear(self) -> None:
         if self._set:
