@@ -116,7 +116,9 @@ class Aligner:
             want.add("kl")
         if logprobs:
             want.add("logprobs")
-        controller = controllers.create(method, d=self.engine.d, max_tokens=max_tokens, seed=seed, **options)
+        # No response is longer than the context, so that no control needs to be.
+        steps = min(max_tokens, self.engine.n_ctx)
+        controller = controllers.create(method, d=self.engine.d, max_tokens=steps, seed=seed, **options)
         result = search(
             self.engine,
             controller,

@@ -5,14 +5,15 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import signal
 import sys
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -69,19 +70,35 @@ def clear_log() -> None:
     _log.lines.clear()
 
 
-def create(make: Callable[..., Any], free: Callable[[Any], Any], *arguments: Any) -> Any:
-    """What ``make(*arguments)`` gives, freed again if Ctrl-C comes before anybody has it.
+class Uninterrupted:
+    """Within the block Ctrl-C waits for its end.
 
-    An interrupt may strike between the return of a call and the assignment of its result, but not within ``extend``.
+    llama.cpp calls back into Python (its log, controls by callback), and there Python would print the interrupt and
+    forget it; and one that struck before the result of a call is assigned would leak it.
     """
-    made: list[Any] = []
-    try:
-        made.extend(map(make, *([argument] for argument in arguments)))
-        return made[0]
-    except BaseException:
-        if made and made[0]:
-            free(made[0])
-        raise
+
+    def __init__(self) -> None:
+        self._previous: Any = None
+        self._noted: list[tuple[int, FrameType | None]] = []
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():  # no other one is interrupted
+            self._previous = signal.getsignal(signal.SIGINT)
+            if self._previous is not None:
+                signal.signal(signal.SIGINT, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._noted.append((number, frame))
+
+    def __exit__(self, *_: object) -> None:
+        if self._previous is None:
+            return
+        signal.signal(signal.SIGINT, self._previous)
+        for number, frame in self._noted:
+            if callable(self._previous):
+                self._previous(number, frame)
+            else:
+                signal.raise_signal(number)
 
 
 def is_patched(llama: ModuleType) -> bool:

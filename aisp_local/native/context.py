@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from aisp_local.errors import BindingError, DecodeError, InputError
-from aisp_local.native.binding import INSTALL, binding, clear_log, create, is_patched, last_log
+from aisp_local.native.binding import INSTALL, Uninterrupted, binding, clear_log, is_patched, last_log
 from aisp_local.native.callback import CallbackControl, Project
 from aisp_local.native.control import Control, ControlKind
 from aisp_local.native.graph import GraphControl
@@ -69,9 +69,10 @@ class Context:
         self._control: Control = GraphControl(model) if in_graph else CallbackControl(model, project)
         self._control.prepare(params)
         clear_log()
-        self._opened = True
-        model.opened()
-        self._ctx = create(llama.llama_init_from_model, llama.llama_free, model.pointer, params)
+        with Uninterrupted():
+            model.opened()
+            self._opened = True
+            self._ctx = llama.llama_init_from_model(model.pointer, params)
         if not self._ctx:
             raise DecodeError(
                 f"llama.cpp could not make a context of {n_ctx} tokens "
@@ -130,7 +131,8 @@ class Context:
         self._logits[:n] = outputs
         self._batch.n_tokens = n
         self._control.before(np.atleast_1d(sequences), np.atleast_1d(positions), outputs=outputs)
-        code = self._llama.llama_decode(self.pointer, self._batch)
+        with Uninterrupted():
+            code = self._llama.llama_decode(self.pointer, self._batch)
         self._n_outputs = n if outputs and code == 0 else 0
         if code == 1:
             raise DecodeError(f"the KV cache of {self.n_ctx} tokens is full; ask for fewer rollouts or tokens")
@@ -149,9 +151,8 @@ class Context:
         self._batch.n_tokens = n
         none = np.zeros(0, np.int64)
         self._control.before(none, none, outputs=False)
-        try:
+        with Uninterrupted():
             code = self._llama.llama_encode(self.pointer, self._batch)
-        finally:
             self._n_seq[:n], self._n_outputs = 1, 0
         if code != 0:
             raise DecodeError(f"llama.cpp failed to encode the prompt (code {code}): {last_log()}")
@@ -200,15 +201,14 @@ class Context:
         self._llama.llama_memory_clear(self._memory, True)
 
     def close(self) -> None:
-        self._memory = None
-        context, self._ctx = self._ctx, None  # first: an interrupt must not let it be freed twice
-        opened, self._opened = self._opened, False
-        try:
-            if context:
-                self._llama.llama_free(context)
-        finally:
-            if opened:
-                self.model.released()
+        if not self._opened:
+            return
+        with Uninterrupted():
+            if self._ctx:
+                self._llama.llama_free(self._ctx)
+                self._ctx = self._memory = None
+            self._opened = False
+            self.model.released()
 
     def __del__(self) -> None:
         self.close()

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from aisp_local.errors import InputError, ModelError
-from aisp_local.native.binding import binding, clear_log, create, first_log, is_patched
+from aisp_local.native.binding import Uninterrupted, binding, clear_log, first_log, is_patched
 from aisp_local.types import FloatArray
 
 
@@ -98,9 +98,8 @@ class Model:
             override.value.val_i64 = value
         params.kv_overrides = overrides
         clear_log()
-        llama = self._llama
-        path = os.fsencode(self.path)
-        self._model = create(llama.llama_model_load_from_file, llama.llama_model_free, path, params)
+        with Uninterrupted():
+            self._model = self._llama.llama_model_load_from_file(os.fsencode(self.path), params)
         if not self._model:
             raise ModelError(
                 f"{self.path} cannot be loaded as a model ({first_log() or 'no reason given'}); "
@@ -116,9 +115,9 @@ class Model:
                 raise InputError(f"{self.path} must be loaded again, and another context of it is open; close that one")
             if self._identity() != self._file:
                 raise ModelError(f"{self.path} has changed since it was loaded; load it again")
-            model, self._model = self.pointer, None
-            self._llama.llama_model_free(model)
-            self.overrides = dict(overrides)
+            with Uninterrupted():
+                self._llama.llama_model_free(self.pointer)
+                self._model, self.overrides = None, dict(overrides)
             self._load()
 
     @property
@@ -225,8 +224,9 @@ class Model:
         with self._lock:
             self._closing = True
             if self._model and self._contexts == 0:
-                model, self._model = self._model, None  # first: an interrupt must not let it be freed twice
-                self._llama.llama_model_free(model)
+                with Uninterrupted():
+                    self._llama.llama_model_free(self._model)
+                    self._model = None
 
     def __del__(self) -> None:
         self.close()
