@@ -59,8 +59,9 @@ def search(
 ) -> Result:
     """Spend ``budget`` rollouts in iterations of ``n`` (the last one smaller); return the best ever seen.
 
-    ``stop()`` true, KeyboardInterrupt or ``time_limit`` seconds end the search with the best so far: rows that
-    finished count; rows that were cut short are scored only if no row of the whole search has finished.
+    ``stop()`` true or ``time_limit`` seconds end the search with the best so far: rows that finished count; rows that
+    were cut short are scored only if no row of the whole search has finished. KeyboardInterrupt ends it at once, with
+    the best of the iterations before.
     Raises ScoreError when no reward is finite or the reward is broken; when the search ends before its first
     token, KeyboardInterrupt, or InputError for the time limit.
     """
@@ -116,7 +117,7 @@ def search_many(
         raise InputError(f"the time limit is {time_limit} seconds; it must be greater than 0")
     if not tasks:
         return []
-    refused = [_refusal(engine, task.prompt) if len(tasks) > 1 else None for task in tasks]
+    refused = [_refusal(engine, task.prompt) for task in tasks]
     usable = [task for task, error in zip(tasks, refused, strict=True) if error is None]
     together = max(1, min(at_once or len(usable), len(usable)))
     start = clock()
@@ -159,16 +160,16 @@ def search_many(
 
 
 def _refusal(engine: Engine, prompt: Prompt) -> InputError | None:
-    """Why the engine would not run this prompt; among others it must not end the run."""
+    """Why the engine would not run this prompt, which must not end the searches of others."""
     try:
-        if engine.room(prompt) >= 1:
-            return None
-        return CapacityError(
-            f"the prompt leaves no room for a response in the model's context of {engine.n_ctx} tokens; "
-            "shorten the prompt"
-        )
+        room = engine.room(prompt)
     except InputError as error:
         return error
+    if room >= 1:
+        return None
+    return CapacityError(
+        f"the prompt has {engine.n_ctx - room} tokens and the model's context {engine.n_ctx}; shorten the prompt"
+    )
 
 
 def _numbered(on_progress: Callable[[int, Progress], None], i: int) -> Callable[[Progress], None]:
