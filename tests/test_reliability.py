@@ -23,6 +23,7 @@ from aisp_local import Aligner
 from aisp_local.engine import Job, LlamaEngine
 from aisp_local.errors import CapacityError, DecodeError, InputError
 from aisp_local.native import Context
+from aisp_local.native.binding import Uninterrupted
 from aisp_local.native.graph import GraphControl
 from aisp_local.rewards import Reward
 from aisp_local.seeds import RowSeeds
@@ -195,6 +196,30 @@ def test_ctrl_c_at_any_time(models: dict[str, Path], control: Any) -> None:
             assert answers(engine) == expected
         model = engine.model
     assert model._contexts == 0 and not model._model
+
+
+def test_an_interrupt_waits_for_the_end_of_a_call() -> None:
+    done: list[str] = []
+
+    def call(name: str) -> None:
+        with Uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            done.append(name)
+
+    with pytest.raises(KeyboardInterrupt):
+        call("raises at the end")
+    previous = signal.signal(signal.SIGINT, lambda *_: done.append("handled"))
+    try:
+        call("with a handler of the user's")
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        call("ignored")
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    with ThreadPoolExecutor(1) as pool:  # where there are no handlers
+        pool.submit(Uninterrupted().__enter__).result()
+    assert done == ["raises at the end", "with a handler of the user's", "handled", "ignored"]
+    assert signal.getsignal(signal.SIGINT) is previous
 
 
 def program(text: str, models: dict[str, Path]) -> subprocess.Popen[str]:
