@@ -2,9 +2,9 @@
 
     python benchmarks/stock_releases.py [0.3.30 0.3.36] [--keep FOLDER]
 
-For each release: a virtual environment of its own, the stock release built into it by pip (some minutes; needs a package
-index), this project beside it, and one `aisp-local generate --json` there and here. Printed: whether every candidate is
-the same to the last word and reward, and what standard error said. Exit code 1 if any differs.
+For each release: a virtual environment of its own, the stock release built into it by pip (some minutes; needs a
+package index), this project beside it, and one `aisp-local generate --json` there and here. Printed: whether every
+candidate is the same to the last word and reward, and what standard error said. Exit code 1 if any differs.
 """
 
 from __future__ import annotations

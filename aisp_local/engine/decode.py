@@ -161,7 +161,8 @@ class Decoder:
         self._bytes[row] = bytearray()
         self._kl[row] = 0.0
         if not job.controls.sampling.greedy:
-            self._uniforms[row, : job.max_tokens] = job.seeds.generator(index, "sampling").random(job.max_tokens)
+            numbers = job.seeds.generator(index, "sampling").random(owner.max_tokens)
+            self._uniforms[row, : owner.max_tokens] = numbers
         sequence = self._first + row
         if start.sequence is not None:
             self._context.fork(start.sequence, sequence)
