@@ -116,8 +116,12 @@ class OutputHead:
         """W and b as tensors on the device, kept for the next call."""
         key = str(device)
         if key not in self._weights:
-            bias = None if self.bias is None else torch.from_numpy(self.bias).to(device)
-            self._weights[key] = torch.from_numpy(self.weight).to(device), bias
+
+            def tensor(values: FloatArray) -> Any:  # torch takes no memory that may not be written: a mapped F32 file
+                return torch.from_numpy(np.require(values, requirements="W")).to(device)
+
+            bias = None if self.bias is None else tensor(self.bias)
+            self._weights[key] = tensor(self.weight), bias
         return self._weights[key]  # type: ignore[no-any-return]
 
 
