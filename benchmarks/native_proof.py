@@ -2,6 +2,7 @@
 
     python benchmarks/native_proof.py [--stock WHEEL_OR_FOLDER | --build-stock] [--only NAME ...] [--write]
 
+With AISP_TEST_GPU_LAYERS=-1 in the environment the models lie on the GPU (docs/gpu.md).
 Prints a markdown table and, as the last line, one JSON object; ``--write`` puts the table into docs/architectures.md.
 Exits with 1 if a proof fails.
 """
@@ -67,7 +68,8 @@ def compare_with_stock(stock: Path, model: Path, output: Path) -> str:
     Where it crashes there is nothing to compare: GCC 12 spoils its AMX code (series, patch 4).
     """
     command = [sys.executable, __file__, "--dump", str(model), str(output)]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(stock)}, capture_output=True, text=True)
+    path = os.pathsep.join([str(stock), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
     if done.returncode < 0:
         return f"stock crashes (signal {-done.returncode})"
     if done.returncode:

@@ -6,7 +6,9 @@ Works on a stock build too, as long as nothing asks it for a control.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,13 +21,36 @@ Array = npt.NDArray[np.float32]
 Ints = Sequence[int] | npt.NDArray[np.integer[Any]]
 _EVAL = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_bool, ctypes.c_void_p)
 _FLOATS = ctypes.POINTER(ctypes.c_float)
-_QUIET = C.llama_log_callback(lambda *_: None)
-C.llama_log_set(_QUIET, ctypes.c_void_p(0))
+GPU_LAYERS = int(os.environ.get("AISP_TEST_GPU_LAYERS", "0"))
+"""How many layers of a model go to the GPU: none, or with -1 all of them."""
+
+_listeners: list[Callable[[str], None]] = []
+
+
+def _on_log(_level: int, text: bytes, _data: ctypes.c_void_p) -> None:
+    for listener in _listeners:
+        listener(text.decode("utf-8", "replace"))
+
+
+_LOG = C.llama_log_callback(_on_log)
+C.llama_log_set(_LOG, ctypes.c_void_p(0))
 C.llama_backend_init()
 
 
+@contextmanager
+def logged() -> Iterator[list[str]]:
+    """What llama.cpp logs meanwhile, debug messages too; otherwise it is quiet."""
+    lines: list[str] = []
+    listener = lines.append
+    _listeners.append(listener)
+    try:
+        yield lines
+    finally:
+        _listeners.remove(listener)
+
+
 class Raw:
-    """A model and one context of ``n_seq`` sequences on the CPU; with another Raw, a context of its model."""
+    """A model and one context of ``n_seq`` sequences; with another Raw, a context of its model."""
 
     def __init__(
         self,
@@ -45,7 +70,7 @@ class Raw:
             self.model = path.model
         else:
             params = C.llama_model_default_params()
-            params.n_gpu_layers = 0
+            params.n_gpu_layers = GPU_LAYERS
             self.model = C.llama_model_load_from_file(str(path).encode(), params)
         if not self.model:
             raise RuntimeError(f"llama.cpp could not load {path}")
