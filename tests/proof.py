@@ -136,7 +136,7 @@ class Replay:
 
 
 def replay(path: Path, rows: int = 4, steps: int = 24) -> Replay:
-    """Greedy decoding is not needed: the tokens are given, so that both loops are the same. Read from the log."""
+    """Decode the same given tokens in both states; what CUDA did with its graphs is read from llama.cpp's log."""
     rng = np.random.default_rng(0)
     head = Head(path)
     with Raw(path, n_seq=rows) as raw:
