@@ -340,7 +340,7 @@ def growth(machine: Machine) -> list[Call]:
 
 def memory(machine: Machine) -> list[Call]:
     """Item 5, of the GPU, the reward on it too."""
-    return [Call(_step(machine, "memory", str(machine.model), *machine.rows))]
+    return [Call(_step(machine, "memory", str(machine.model), n)) for n in machine.rows]
 
 
 STEPS: dict[str, Callable[[Machine], list[Call]]] = {

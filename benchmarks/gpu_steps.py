@@ -11,6 +11,7 @@ import argparse
 import ctypes
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -29,7 +30,7 @@ from aisp_local.bench import machine, synthetic  # noqa: E402
 from aisp_local.bench import speed as bench  # noqa: E402
 from aisp_local.bench.raw import RawLoop  # noqa: E402
 from aisp_local.engine import LlamaEngine  # noqa: E402
-from aisp_local.native.binding import ggml_library  # noqa: E402
+from aisp_local.native.binding import binding, ggml_library  # noqa: E402
 from aisp_local.rewards import load_reward  # noqa: E402
 from aisp_local.seeds import RowSeeds  # noqa: E402
 from aisp_local.types import GREEDY, Controls  # noqa: E402
@@ -255,15 +256,13 @@ def weights_on_gpu(path: Path) -> int:
     return total - tensors["token_embd.weight"] if "output.weight" in tensors else total
 
 
-def planned_memory(engine: LlamaEngine, path: Path, rows: int, tokens: int, reward: Path) -> dict[str, int]:
-    """Bytes on the GPU by the formula of docs/gpu.md, beside what CUDA itself and compute buffers take."""
-    model_, settings = engine.model, engine.settings
+def planned_memory(engine: LlamaEngine, path: Path, rows: int, tokens: int) -> dict[str, int]:
+    """Bytes by the formula of docs/gpu.md, of the buffers as llama.cpp calls them; compute buffers are not planned."""
     return {
-        "weights": weights_on_gpu(path),
-        "KV cache": settings["n_ctx"] * model_.kv_bytes_per_token,
-        # One sequence more than rows: the prompt's; and the shared mean; and the row of zeros.
-        "controls": 4 * engine.d * (1 + (rows + 2) * tokens),
-        "reward": sum(file.stat().st_size for file in reward.glob("*.onnx*")),
+        "model": weights_on_gpu(path),
+        "KV": engine.settings["n_ctx"] * engine.model.kv_bytes_per_token,
+        # A trajectory for each row, for the prompt's sequence and for the shared mean, and a row of zeros.
+        "control trajectory": 4 * engine.d * (1 + (rows + 2) * tokens),
     }
 
 
@@ -277,53 +276,67 @@ class Device:
         size = ctypes.POINTER(ctypes.c_size_t)
         lib.ggml_backend_dev_memory.restype, lib.ggml_backend_dev_memory.argtypes = None, [ctypes.c_void_p, size, size]
         self._lib, self._device = lib, lib.ggml_backend_dev_by_type(1)  # GGML_BACKEND_DEVICE_TYPE_GPU
+        self.found = bool(self._device)
 
     def used(self) -> int:
-        if not self._device:
+        if not self.found:
             return machine.resident()
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
         self._lib.ggml_backend_dev_memory(self._device, ctypes.byref(free), ctypes.byref(total))
         return total.value - free.value
 
 
-def memory(arguments: Sequence[str], cpu: bool) -> bool:
-    """Item 5: what lies on the GPU after each stage, planned and found, the reward on the same GPU."""
-    import llama_cpp
+_BUFFER = re.compile(r"(\S+) +(model|KV|control trajectory|compute) buffer size = +([\d.]+) MiB")
 
-    path, counts = Path(arguments[0]), [int(n) for n in arguments[1:]]
+
+def buffers(lines: Sequence[str], gpu: bool) -> dict[str, float]:
+    """MiB of each kind of buffer on the GPU, or on the host without one, from llama.cpp's log."""
+    found: dict[tuple[str, str], float] = {}
+    for match in filter(None, map(_BUFFER.search, lines)):
+        place, kind, size = match.groups()
+        if place.startswith("CUDA") == gpu and not place.endswith("_Host"):
+            found[place, kind] = float(size)  # what is made anew counts once
+    sums: Counter[str] = Counter()
+    for (_, kind), size in found.items():
+        sums[kind] += size
+    return dict(sums)
+
+
+def memory(arguments: Sequence[str], cpu: bool) -> bool:
+    """Item 5: what n rollouts and the reward take on the same GPU, planned, allocated, and found by the driver."""
+    path, n = Path(arguments[0]), int(arguments[1])
     prompt, tokens = (16, 8) if cpu else (128, 256)
-    folder = shipped.reward()
-    said: list[str] = []
-    log = llama_cpp.llama_log_callback(lambda _level, text, _data: said.append(text.decode("utf-8", "replace").strip()))
-    for n in counts:
-        said.clear()
-        with LlamaEngine(path) as engine:
-            device = Device()
-            used = [device.used()]
-            llama_cpp.llama_log_set(log, ctypes.c_void_p(0))
-            text = bench.prompt_of(engine, prompt)
-            controls = Controls(n, bench.noise(engine, n, tokens))
-            texts = engine.rollout(text, controls, max_tokens=tokens, seeds=RowSeeds(1)).texts
-            used.append(device.used())
-            reward = load_reward(folder)
-            reward.score(text, texts)
-            used.append(device.used())
-            planned = planned_memory(engine, path, n, tokens, folder)
-            provider = getattr(reward, "provider", "none")
-            del reward
-        table = bench.Table(
-            "memory",
-            f"Memory of the {'GPU' if device._device else 'host (no GPU)'}: {path.stem}, {n} rollouts of {tokens} "
-            f"tokens, reward by {provider}",
-            ["part", "MiB planned", "MiB found"],
-        )
-        rollouts = planned["KV cache"] + planned["controls"]
-        table.rows.append(["weights, and what CUDA takes", planned["weights"] / 2**20, used[0] / 2**20])
-        grown = (used[1] - used[0]) / 2**20
-        table.rows.append(["KV cache and controls, and compute buffers", rollouts / 2**20, grown])
-        table.rows.append(["reward, and its arena", planned["reward"] / 2**20, (used[2] - used[1]) / 2**20])
-        say_table(table)
-        say(buffers=[line for line in said if "buffer size" in line])
+    folder, llama, said = shipped.reward(), binding(), []
+    log = llama.llama_log_callback(lambda _level, text, _data: said.append(text.decode("utf-8", "replace")))
+    llama.llama_log_set(log, ctypes.c_void_p(0))
+    device = Device()
+    used = [device.used()]
+    with LlamaEngine(path) as engine:
+        text = bench.prompt_of(engine, prompt)
+        controls = Controls(n, bench.noise(engine, n, tokens))
+        texts = engine.rollout(text, controls, max_tokens=tokens, seeds=RowSeeds(1)).texts
+        used.append(device.used())
+        planned = planned_memory(engine, path, n, tokens)
+        reward = load_reward(folder)
+        reward.score(text, texts)
+        used.append(device.used())
+    where = "the GPU" if device.found else "the host (no GPU)"
+    provider = getattr(reward, "provider", "none")
+    table = bench.Table(
+        "memory",
+        f"Memory of {where}: {path.stem}, {n} rollouts of {tokens} tokens, reward by {provider}",
+        ["part", "MiB planned", "MiB allocated"],
+    )
+    allocated = buffers(said, device.found)
+    table.rows.extend([part, size / 2**20, allocated.get(part, 0.0)] for part, size in planned.items())
+    compute = allocated.get("compute", 0.0)
+    total = sum(planned.values()) / 2**20 + compute
+    table.rows.append(["compute (taken from the log)", compute, compute])
+    table.rows.append(["all of these, and by the driver", total, (used[1] - used[0]) / 2**20])
+    size = sum(file.stat().st_size for file in folder.glob("*.onnx*"))
+    table.rows.append(["reward: its file, and by the driver", size / 2**20, (used[2] - used[1]) / 2**20])
+    table.rows.append(["CUDA itself, by the driver", "", used[0] / 2**20])
+    say_table(table)
     return True
 
 

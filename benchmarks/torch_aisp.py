@@ -104,7 +104,7 @@ def dense_llama(path: Path, dtype: torch.dtype, device: str) -> Any:
         if parts[-2] in ("attn_q", "attn_k"):  # llama.cpp has what is rotated together side by side
             n = heads if parts[-2] == "attn_q" else kv_heads
             data = data.reshape(n, data.shape[0] // n // 2, 2, -1).swapaxes(1, 2).reshape(data.shape)
-        parameters[f"{target}.weight"].data.copy_(torch.from_numpy(np.ascontiguousarray(data)))
+        parameters[f"{target}.weight"].data.copy_(torch.from_numpy(np.array(data)))
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(fill, tensors))
