@@ -149,7 +149,7 @@ class Machine:
 
     @property
     def bench(self) -> Path:
-        return self.work / "tools" / "bin" / "llama-batched-bench"
+        return self.work / "tools" / "bin" / "batched-bench"
 
     @property
     def rows(self) -> list[str]:
@@ -256,7 +256,7 @@ def tools(machine: Machine) -> list[Call]:
     sources += [f"-DSTOCK={PARTS / 'stock'}", "-DCMAKE_BUILD_TYPE=Release"]
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
     for what, folder, target in (
-        ("bench", machine.work / "tools", "llama-batched-bench"),
+        ("bench", machine.work / "tools", "batched-bench"),
         ("stock", machine.work / "stock-build", "llama"),
     ):
         configure = ["cmake", "-S", str(ROOT / "benchmarks" / "gpu_tools"), "-B", str(folder), *generator]
@@ -301,7 +301,7 @@ def _step(machine: Machine, name: str, *arguments: str) -> list[str]:
 def generate(machine: Machine) -> list[Call]:
     layers = "0" if machine.cpu else "-1"
     command = [sys.executable, str(ROOT / "cli.py"), "generate", "Tell me a story about a fox.", "--json"]
-    command += ["--n-gpu-layers", layers, "--budget", "32", "--n", "16", "--max-tokens", "48", "--seed", "1"]
+    command += ["--n-gpu-layers", layers, "--budget", "32", "--rows", "16", "--max-tokens", "48", "--seed", "1"]
     return [Call(command)]
 
 
