@@ -243,9 +243,11 @@ def build(machine: Machine) -> list[Call]:
     )
     parts = [str(ROOT / "patches"), str(PARTS / "source"), str(wheels), str(folder)]
     install = "import glob, subprocess, sys; sys.exit(subprocess.call([*sys.argv[2:], *glob.glob(sys.argv[1])]))"
+    loads = "import sys, llama_cpp as C; gpu = C.llama_supports_gpu_offload(); print('offloads:', gpu);"
     return [
         Call([sys.executable, "-c", code, *parts], changes),
         Call([sys.executable, "-c", install, str(wheels / "*.whl"), *_install(machine)]),
+        Call([sys.executable, "-c", f"{loads} sys.exit(gpu is {machine.cpu})"]),
     ]
 
 
@@ -375,7 +377,7 @@ def execute(name: str, machine: Machine) -> dict[str, Any]:
     if code:
         result["tail"] = log.read_text("utf-8", "replace").strip().splitlines()[-12:]
     if name in ("generate", "chat"):
-        result["said"] = log.read_text("utf-8", "replace").split("\n", 1)[-1].strip()[:3000]
+        result["said"] = log.read_text("utf-8", "replace").split("\n", 1)[-1].strip()[:2000]
     return result | {"found": found}
 
 

@@ -340,7 +340,7 @@ def memory(arguments: Sequence[str], cpu: bool) -> bool:
     table.rows.append(["reward: its file, and by the driver", size / 2**20, (used[2] - used[1]) / 2**20])
     table.rows.append(["CUDA itself, by the driver", "", used[0] / 2**20])
     say_table(table)
-    return True
+    return device.found or cpu
 
 
 STEPS = {step.__name__: step for step in (replay, model, speed, methods, growth, memory)}
