@@ -138,7 +138,9 @@ def batched_bench(program: Path, path: Path, n: int, prompt: int, tokens: int, e
     command += ["-ngl", "99" if engine.model.on_gpu else "0", "--output-format", "jsonl"]
     if settings["flash_attention"] is not None:
         command += ["-fa", "on" if settings["flash_attention"] else "off"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # On the host its threads wait as the engine's do (aisp_local.native.binding).
+    environment = {"GOMP_SPINCOUNT": "3000"} | os.environ
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     lines = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("{")]
     if done.returncode or not lines:
         raise SystemExit(f"llama-batched-bench failed ({done.returncode}): {done.stderr[-2000:]}")
@@ -237,7 +239,7 @@ def methods(arguments: Sequence[str], cpu: bool) -> bool:
     """Item 2: searches against best-of-n with equal samples, reward and update included."""
     path = Path(arguments[0])
     for n in map(int, arguments[1:]):
-        for table in bench.methods(path, n, 2, 8 if cpu else 64, 1 if cpu else 3):
+        for table in bench.methods(path, n, 2, 8 if cpu else 64, 1 if cpu else 2):
             say_table(table)
     return True
 
