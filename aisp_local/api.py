@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,13 @@ from typing import Any
 from aisp_local import controllers, shipped
 from aisp_local.engine import Engine, LlamaEngine, Want
 from aisp_local.errors import InputError
-from aisp_local.loop import search
+from aisp_local.files import check_output
+from aisp_local.loop import Task, search_many
 from aisp_local.native import check_model_file, versions
 from aisp_local.rewards import Reward, load_reward
 from aisp_local.rewards.base import call
 from aisp_local.seeds import RowSeeds
+from aisp_local.timeline import OFF, Timeline
 from aisp_local.types import Baseline, Controls, Message, Progress, Prompt, Result
 
 EFFORT = {"low": 32, "medium": 128, "high": 512}
@@ -85,11 +87,13 @@ class Aligner:
         n: int = DEFAULT_N,
         max_tokens: int = DEFAULT_MAX_TOKENS,
         seed: int = DEFAULT_SEED,
+        prompt_index: int = 0,
         stop_strings: Sequence[str] = (),
         time_limit: float | None = None,
         kl: bool = False,
         logprobs: bool = False,
         baseline: bool = False,
+        timeline: str | os.PathLike[str] | None = None,
         stop: Callable[[], bool] | None = None,
         on_progress: Callable[[Progress], None] | None = None,
         **options: Any,
@@ -97,13 +101,117 @@ class Aligner:
         """The best of ``budget`` rollouts of ``method``, in iterations of ``n``.
 
         ``prompt``: a string, which the model continues as plain text, or messages, which pass through its
-        chat template. ``budget`` overrides ``effort`` (low 32, medium 128, high 512). ``time_limit`` is in
-        seconds. ``kl`` and ``logprobs`` need a second output product a step; ``baseline`` adds the
-        unaligned greedy answer, which does not count (None if it was interrupted). ``stop()`` true, or
+        chat template. ``budget`` overrides ``effort`` (low 32, medium 128, high 512). ``seed`` and ``prompt_index``
+        together name the random numbers. ``time_limit`` is in seconds. ``kl`` and ``logprobs`` need a second output
+        product a step; ``baseline`` adds the unaligned greedy answer, which does not count (None if it was
+        interrupted). ``timeline``: a file for where the time went, which Chrome and Perfetto draw. ``stop()`` true, or
         Ctrl-C, ends the search with the best answer so far. ``options`` go to the method (sigma,
         temperature, ...; see its docstring).
         Raises InputError and its kinds, DecodeError, ScoreError.
         """
+        (result,) = self._generate(
+            [prompt],
+            [prompt_index],
+            None,
+            None if on_progress is None else lambda _, progress: on_progress(progress),
+            method=method,
+            budget=budget,
+            effort=effort,
+            n=n,
+            max_tokens=max_tokens,
+            seed=seed,
+            stop_strings=stop_strings,
+            time_limit=time_limit,
+            kl=kl,
+            logprobs=logprobs,
+            baseline=baseline,
+            timeline=timeline,
+            stop=stop,
+            options=options,
+        )
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+    def generate_many(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        method: str = DEFAULT_METHOD,
+        budget: int | None = None,
+        effort: str = DEFAULT_EFFORT,
+        n: int = DEFAULT_N,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
+        seed: int = DEFAULT_SEED,
+        at_once: int | None = None,
+        stop_strings: Sequence[str] = (),
+        time_limit: float | None = None,
+        kl: bool = False,
+        logprobs: bool = False,
+        baseline: bool = False,
+        timeline: str | os.PathLike[str] | None = None,
+        stop: Callable[[], bool] | None = None,
+        on_progress: Callable[[int, Progress], None] | None = None,
+        **options: Any,
+    ) -> list[Result | BaseException]:
+        """``generate`` for many prompts in one batch of rows, which is faster than one after the other.
+
+        Each prompt has a search of its own, of ``budget`` rollouts in iterations of ``n``; that of ``prompts[i]`` draws
+        the random numbers of ``generate(prompts[i], prompt_index=i)``, whatever the others are, and differs from it by
+        rounding only. ``at_once`` of them share the rows (default: all), and none gets two turns while another waits.
+        ``time_limit`` and ``stop`` are for all together; ``on_progress(i, progress)`` is of ``prompts[i]``.
+
+        Gives for each prompt, in their order, its result, or instead the exception that ``generate`` would have raised:
+        a prompt that does not fit, or that its reward fails on, leaves the others alone; one that was interrupted
+        before it had an answer has KeyboardInterrupt. What is wrong with all of them is raised, as DecodeError is.
+        """
+        return self._generate(
+            prompts,
+            range(len(prompts)),
+            at_once,
+            on_progress,
+            method=method,
+            budget=budget,
+            effort=effort,
+            n=n,
+            max_tokens=max_tokens,
+            seed=seed,
+            stop_strings=stop_strings,
+            time_limit=time_limit,
+            kl=kl,
+            logprobs=logprobs,
+            baseline=baseline,
+            timeline=timeline,
+            stop=stop,
+            options=options,
+        )
+
+    def _generate(
+        self,
+        prompts: Sequence[Prompt],
+        indices: Sequence[int],
+        at_once: int | None,
+        on_progress: Callable[[int, Progress], None] | None,
+        *,
+        method: str,
+        budget: int | None,
+        effort: str,
+        n: int,
+        max_tokens: int,
+        seed: int,
+        stop_strings: Sequence[str],
+        time_limit: float | None,
+        kl: bool,
+        logprobs: bool,
+        baseline: bool,
+        timeline: str | os.PathLike[str] | None,
+        stop: Callable[[], bool] | None,
+        options: dict[str, Any],
+    ) -> list[Result | BaseException]:
+        if isinstance(prompts, str) or any(isinstance(prompt, dict) for prompt in prompts):
+            raise InputError("that is one prompt; give a list of prompts")
+        if at_once is not None and at_once < 1:
+            raise InputError(f"at_once is {at_once} prompts; it must be at least 1")
         if isinstance(stop_strings, str):
             stop_strings = (stop_strings,)
         if budget is None:
@@ -111,39 +219,63 @@ class Aligner:
                 raise InputError(f"effort {effort!r} is unknown; use one of {', '.join(EFFORT)}")
             budget = EFFORT[effort]
         check_search(method=method, budget=budget, n=n, max_tokens=max_tokens, seed=seed, **options)
-        want: set[Want] = set()
-        if kl:
-            want.add("kl")
-        if logprobs:
-            want.add("logprobs")
-        controller = controllers.create(method, d=self.engine.d, max_tokens=max_tokens, seed=seed, **options)
-        result = search(
-            self.engine,
-            controller,
-            self.reward,
-            prompt,
-            method=method,
-            budget=budget,
-            n=min(n, budget),
-            max_tokens=max_tokens,
-            seed=seed,
-            stop_strings=stop_strings,
-            time_limit=time_limit,
-            stop=stop,
-            on_progress=on_progress,
-            want=frozenset(want),
-        )
-        unaligned = None
-        if baseline:
-            with suppress(KeyboardInterrupt):  # the answer is there already
-                unaligned = self.baseline(prompt, max_tokens=max_tokens, stop_strings=stop_strings)
-        return replace(
-            result,
-            baseline=unaligned,
-            model=self.model_name,
-            reward_model=self.reward.name,
-            versions=versions(),
-        )
+        for index in indices:
+            RowSeeds(seed, index)
+        wants: dict[Want, bool] = {"kl": kl, "logprobs": logprobs}
+        # No response is longer than the context, so that no control needs to be.
+        common = {"d": self.engine.d, "max_tokens": min(max_tokens, self.engine.n_ctx), "seed": seed} | options
+        tasks = [
+            Task(prompt, controllers.create(method, prompt_index=index, **common), index)
+            for prompt, index in zip(prompts, indices, strict=True)
+        ]
+        with self._recorded(timeline):
+            results = search_many(
+                self.engine,
+                tasks,
+                self.reward,
+                method=method,
+                budget=budget,
+                n=min(n, budget),
+                max_tokens=max_tokens,
+                seed=seed,
+                at_once=at_once,
+                stop_strings=stop_strings,
+                time_limit=time_limit,
+                stop=stop,
+                on_progress=on_progress,
+                want=frozenset(want for want, asked in wants.items() if asked),
+            )
+            unaligned: list[Baseline | None] = [None] * len(tasks)
+            if baseline:
+                with suppress(KeyboardInterrupt):  # the answers are there already
+                    for i, (prompt, result) in enumerate(zip(prompts, results, strict=True)):
+                        if isinstance(result, Result):
+                            unaligned[i] = self.baseline(prompt, max_tokens=max_tokens, stop_strings=stop_strings)
+        about: dict[str, Any] = {
+            "model": self.model_name,
+            "reward_model": self.reward.name,
+            "versions": versions(),
+        }
+        return [
+            replace(result, baseline=base, **about) if isinstance(result, Result) else result
+            for result, base in zip(results, unaligned, strict=True)
+        ]
+
+    @contextmanager
+    def _recorded(self, path: str | os.PathLike[str] | None) -> Iterator[None]:
+        """Write the timeline of the block to a file, unless it raises."""
+        if path is None:
+            yield
+            return
+        check_output(Path(path))
+        engine: Any = self.engine  # a fake may have none
+        before, timeline = getattr(engine, "timeline", OFF), Timeline()
+        engine.timeline = timeline
+        try:
+            yield
+        finally:
+            engine.timeline = before
+        timeline.write(path)
 
     def chat(self, messages: Sequence[Message], **options: Any) -> Result:
         """``generate`` for a conversation: the aligned next turn of the assistant."""

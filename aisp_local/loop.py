@@ -10,7 +10,7 @@ import numpy as np
 
 from aisp_local.controllers.base import Controller
 from aisp_local.engine.base import Engine, Job, Want
-from aisp_local.errors import InputError, ScoreError
+from aisp_local.errors import AispError, CapacityError, InputError, ScoreError
 from aisp_local.rewards.base import Reward
 from aisp_local.scoring import Scorer, Worker
 from aisp_local.seeds import RowSeeds
@@ -59,8 +59,9 @@ def search(
 ) -> Result:
     """Spend ``budget`` rollouts in iterations of ``n`` (the last one smaller); return the best ever seen.
 
-    ``stop()`` true, KeyboardInterrupt or ``time_limit`` seconds end the search with the best so far: rows that
-    finished count; rows that were cut short are scored only if no row of the whole search has finished.
+    ``stop()`` true or ``time_limit`` seconds end the search with the best so far: rows that finished count; rows that
+    were cut short are scored only if no row of the whole search has finished. KeyboardInterrupt ends it at once, with
+    the best of the iterations before.
     Raises ScoreError when no reward is finite or the reward is broken; when the search ends before its first
     token, KeyboardInterrupt, or InputError for the time limit.
     """
@@ -105,10 +106,10 @@ def search_many(
 ) -> list[Result | BaseException]:
     """``search`` for many prompts in one batch of rows, each with ``budget`` rollouts in iterations of ``n``.
 
-    ``at_once`` searches share the rows (default: all); those that waited longest go first. What a search draws
-    depends on its own seeds alone. ``time_limit`` and ``stop`` are for all of them together;
-    ``on_progress(i, progress)`` is of the i-th. Gives for each its result, or the error with which ``search`` would
-    have ended.
+    ``at_once`` searches share the rows (default: all); those that waited longest go first, so that none gets two turns
+    while another waits for one. What a search draws depends on its own seeds alone. ``time_limit`` and ``stop`` are for
+    all of them together; ``on_progress(i, progress)`` is of the i-th. Gives for each its result, or the error with
+    which ``search`` would have ended: a prompt that does not fit, or that its reward fails on, leaves the others alone.
     """
     if budget < 1 or n < 1:
         raise InputError(f"budget {budget} and n {n} must both be at least 1")
@@ -116,7 +117,9 @@ def search_many(
         raise InputError(f"the time limit is {time_limit} seconds; it must be greater than 0")
     if not tasks:
         return []
-    together = max(1, min(at_once or len(tasks), len(tasks)))
+    refused = [_refusal(engine, task.prompt) for task in tasks]
+    usable = [task for task, error in zip(tasks, refused, strict=True) if error is None]
+    together = max(1, min(at_once or len(usable), len(usable)))
     start = clock()
     timeline: Timeline = getattr(engine, "timeline", OFF)
     with Worker.of(reward, timeline) as worker:
@@ -136,25 +139,37 @@ def search_many(
                 on_progress=None if on_progress is None else _numbered(on_progress, i),
             )
             for i, task in enumerate(tasks)
+            if refused[i] is None
         ]
         feed = _Searches(searches, together, stop, None if time_limit is None else start + time_limit, clock)
         try:
-            engine.run(
-                feed,
-                prompts=[task.prompt for task in tasks],
-                n=min(n, budget) * together,
-                max_tokens=max_tokens,
-            )
+            if usable:
+                engine.run(
+                    feed,
+                    prompts=[task.prompt for task in usable],
+                    n=min(n, budget) * together,
+                    max_tokens=max_tokens,
+                )
             feed.close()
         except KeyboardInterrupt:
             if all(one.best is None for one in searches):
                 raise
             feed.why = "interrupted"
-        except ScoreError as error:
-            if len(tasks) == 1:
-                return [error]
-            raise
-    return [one.outcome(feed.why, time_limit, method=method, budget=budget, seed=seed) for one in searches]
+    outcomes = (one.outcome(feed.why, time_limit, method=method, budget=budget, seed=seed) for one in searches)
+    return [next(outcomes) if error is None else error for error in refused]
+
+
+def _refusal(engine: Engine, prompt: Prompt) -> InputError | None:
+    """Why the engine would not run this prompt, which must not end the searches of others."""
+    try:
+        room = engine.room(prompt)
+    except InputError as error:
+        return error
+    if room >= 1:
+        return None
+    return CapacityError(
+        f"the prompt has {engine.n_ctx - room} tokens and the model's context {engine.n_ctx}; shorten the prompt"
+    )
 
 
 def _numbered(on_progress: Callable[[int, Progress], None], i: int) -> Callable[[Progress], None]:
@@ -182,12 +197,18 @@ class _Searches:
         self.why: str | None = None  # the run ends before its budget is spent
 
     def next(self, idle: bool) -> Job | None:
-        """The next iteration of whoever has waited for rows longest.
+        """The next iteration of whoever has waited for rows longest: a search that has not begun waits from the start.
 
         While others decode, an iteration is settled only some steps after its last rollout, so that its rewards are
         there by then and no step waits for them.
         """
-        while self._waiting and (idle or self._step - self._waiting[0][0] >= _PATIENCE):
+        while True:
+            if self.why is None and self._not_begun and len(self._running) < self._together:
+                search = self._not_begun.pop(0)
+                self._running.append(search)
+                return self._ask(search)
+            if not self._waiting or not (idle or self._step - self._waiting[0][0] >= _PATIENCE):
+                return None
             search = self._waiting.pop(0)[1]
             search.settle()
             self._running.remove(search)
@@ -196,11 +217,6 @@ class _Searches:
                 if self.why is None:
                     self._running.append(search)
                     return self._ask(search)
-        if self.why is None and self._not_begun and len(self._running) < self._together:
-            search = self._not_begun.pop(0)
-            self._running.append(search)
-            return self._ask(search)
-        return None
 
     def _ask(self, search: _Search) -> Job:
         job = search.ask()
@@ -271,18 +287,25 @@ class _Search:
         self.candidates: list[Candidate] = []
         self.stats: list[IterationStats] = []
         self.best: Candidate | None = None
+        self.error: AispError | None = None  # that ended it
         self.n_tokens = 0
 
     @property
     def more(self) -> bool:
-        return self.iteration < self.iterations
+        return self.iteration < self.iterations and self.error is None
 
     def ask(self) -> Job:
         """The job of the next iteration."""
         self.iteration += 1
         size = min(self.n, self.budget - (self.iteration - 1) * self.n)
         with self.timeline.span("draw noise"):
-            controls = self.task.controller.ask(size)
+            try:
+                controls = self.task.controller.ask(size)
+            except MemoryError as error:
+                raise CapacityError(
+                    f"no memory for the controls of {size} rollouts ({error}); "
+                    "use fewer rollouts an iteration, fewer tokens, or a method with a held control"
+                ) from error
         seeds = RowSeeds(self.seed, self.task.index, self.iteration)
         self.job = Job(self.task.prompt, controls, self.max_tokens, seeds, self.stop_strings, self.want)
         self.scorer.begin(size)
@@ -296,6 +319,12 @@ class _Search:
 
     def settle(self) -> None:
         """Wait for the rewards, remember the best, and let the controller learn from a whole iteration."""
+        try:
+            self._settle()
+        except AispError as error:
+            self.error = error
+
+    def _settle(self) -> None:
         rollouts, self.rollouts = self.rollouts, None
         assert rollouts is not None
         rows = [i for i, reason in enumerate(rollouts.finish_reasons) if reason != "interrupted"]
@@ -371,6 +400,8 @@ class _Search:
         self, why: str | None, time_limit: float | None, *, method: str, budget: int, seed: int
     ) -> Result | BaseException:
         """The result, or the error that stands for it. ``why``: what ended the run, None if nothing did."""
+        if self.error is not None:
+            return self.error
         if not self.candidates:
             if why == "time-limit":
                 return InputError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from types import TracebackType
 
 import numpy as np
@@ -40,7 +41,8 @@ class Worker:
 
     def score(self, reward: Reward, prompt: Prompt, responses: list[str]) -> Future[Scored]:
         if self._pool is not None:
-            return self._pool.submit(self._score, reward, prompt, responses)
+            # With its context: an engine must know when its own run waits for the call.
+            return self._pool.submit(copy_context().run, self._score, reward, prompt, responses)
         done: Future[Scored] = Future()
         done.set_result(self._score(reward, prompt, responses))
         return done

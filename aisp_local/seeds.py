@@ -30,6 +30,8 @@ class RowSeeds:
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise InputError(f"the seed is {self.seed}; it must be 0 or greater")
+        if self.prompt_index < 0:
+            raise InputError(f"the prompt index is {self.prompt_index}; it must be 0 or greater")
 
     def generator(self, row: int, stream: Stream) -> np.random.Generator:
         """A fresh generator for one row (from 0) and purpose."""

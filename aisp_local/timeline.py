@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from aisp_local.files import write_output
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Work of a name in a thread; times in nanoseconds since the start."""
+
+    name: str
+    thread: threading.Thread
+    begin: int
+    end: int
 
 
 class Timeline:
@@ -15,8 +30,8 @@ class Timeline:
 
     def __init__(self, enabled: bool = True) -> None:
         self.enabled = enabled
-        self._start = time.perf_counter()
-        self._spans: list[tuple[str, int, float, float]] = []  # name, thread, begin and end in seconds
+        self._start = time.perf_counter_ns()
+        self._spans: list[_Span] = []
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
@@ -24,28 +39,44 @@ class Timeline:
         if not self.enabled:
             yield
             return
-        begin = time.perf_counter()
+        begin = time.perf_counter_ns()
         try:
             yield
         finally:
-            end = time.perf_counter()
-            self._spans.append((name, threading.get_ident(), begin - self._start, end - self._start))
+            end = time.perf_counter_ns()
+            self._spans.append(_Span(name, threading.current_thread(), begin - self._start, end - self._start))
 
     def seconds(self) -> dict[str, float]:
         """Seconds in all, by name."""
         totals: dict[str, float] = {}
-        for name, _, begin, end in self._spans:
-            totals[name] = totals.get(name, 0.0) + end - begin
+        for span in self._spans:
+            totals[span.name] = totals.get(span.name, 0.0) + (span.end - span.begin) / 1e9
         return totals
 
-    def write(self, path: Path) -> None:
-        """The trace event format: complete events, times in microseconds."""
-        threads = {thread: i for i, thread in enumerate(dict.fromkeys(span[1] for span in self._spans))}
-        events = [
-            {"name": name, "ph": "X", "pid": 0, "tid": threads[thread], "ts": begin * 1e6, "dur": (end - begin) * 1e6}
-            for name, thread, begin, end in self._spans
+    def events(self) -> list[dict[str, Any]]:
+        """In the trace event format: the names of process and threads, then complete events, times in microseconds."""
+        spans = sorted(self._spans, key=lambda span: (span.begin, -span.end))
+        threads = {thread: i for i, thread in enumerate(dict.fromkeys(span.thread for span in spans))}
+        named: list[tuple[str, int, str]] = [("process_name", 0, "aisp-local")]
+        named += [("thread_name", i, thread.name) for thread, i in threads.items()]
+        return [
+            *({"name": kind, "ph": "M", "pid": 0, "tid": i, "args": {"name": name}} for kind, i, name in named),
+            *(
+                {
+                    "name": span.name,
+                    "ph": "X",
+                    "pid": 0,
+                    "tid": threads[span.thread],
+                    "ts": span.begin / 1000,
+                    "dur": (span.end - span.begin) / 1000,
+                }
+                for span in spans
+            ),
         ]
-        path.write_text(json.dumps({"traceEvents": events}), encoding="utf-8")
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write the events, whole or not at all. Raises InputError when the file cannot be written."""
+        write_output(Path(path), json.dumps({"traceEvents": self.events(), "displayTimeUnit": "ms"}))
 
 
 OFF = Timeline(enabled=False)

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -60,6 +61,9 @@ def main() -> int:
     parser.add_argument("releases", nargs="*", default=RELEASES, metavar="RELEASE")
     parser.add_argument("--wheels", type=Path, help="build too, into this folder")
     options = parser.parse_args()
+    missing = [name for name in ("scikit_build_core", "patch_ng") if find_spec(name) is None]
+    if missing:
+        parser.error(f"{' and '.join(missing)} missing; pip install scikit-build-core patch-ng")
     pin = source.read_pin(backend.HERE / "pin.toml")
     names = [path.name.split("-")[0] for path in series.patches(backend.HERE / "series")]
     header = ["release", *names, *(["wheel"] if options.wheels else [])]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,32 +21,24 @@ Array = npt.NDArray[np.float32]
 Ints = Sequence[int] | npt.NDArray[np.integer[Any]]
 _EVAL = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_bool, ctypes.c_void_p)
 _FLOATS = ctypes.POINTER(ctypes.c_float)
+_QUIET = C.llama_log_callback(lambda *_: None)
+C.llama_log_set(_QUIET, ctypes.c_void_p(0))
+C.llama_backend_init()
+
 GPU_LAYERS = int(os.environ.get("AISP_TEST_GPU_LAYERS", "0"))
 """How many layers of a model go to the GPU: none, or with -1 all of them."""
-
-_listeners: list[Callable[[str], None]] = []
-
-
-def _on_log(_level: int, text: bytes, _data: ctypes.c_void_p) -> None:
-    for listener in _listeners:
-        listener(text.decode("utf-8", "replace"))
-
-
-_LOG = C.llama_log_callback(_on_log)
-C.llama_log_set(_LOG, ctypes.c_void_p(0))
-C.llama_backend_init()
 
 
 @contextmanager
 def logged() -> Iterator[list[str]]:
-    """What llama.cpp logs meanwhile, debug messages too; otherwise it is quiet."""
+    """What llama.cpp logs meanwhile, debug messages too."""
     lines: list[str] = []
-    listener = lines.append
-    _listeners.append(listener)
+    keep = C.llama_log_callback(lambda _level, text, _data: lines.append(text.decode("utf-8", "replace")))
+    C.llama_log_set(keep, ctypes.c_void_p(0))
     try:
         yield lines
     finally:
-        _listeners.remove(listener)
+        C.llama_log_set(_QUIET, ctypes.c_void_p(0))
 
 
 class Raw:

@@ -374,6 +374,11 @@ def quantize(source: Path, target: Path, kind: Kind) -> Path:
     return target
 
 
+def whole(settings: Settings) -> Settings:
+    """The metadata of an architecture, of which ``settings`` are what differs from most."""
+    return _ANY | settings
+
+
 def write(
     path: Path,
     arch: str,
@@ -389,7 +394,7 @@ def write(
 
     ``tied``: without an output matrix of its own. ``leave_out``: endings of other tensors to leave out.
     """
-    chosen: Settings = {"vocab_size": _VOCAB} | (_ANY | ARCHITECTURES.get(arch, {}) if settings is None else settings)
+    chosen: Settings = {"vocab_size": _VOCAB} | (whole(ARCHITECTURES.get(arch, {})) if settings is None else settings)
     leave_out = [*leave_out, "input_scale", *(["output.weight"] if tied else [])]
     with tempfile.TemporaryDirectory() as folder:
         shapes = tensor_shapes(_write(Path(folder) / f"{arch}.gguf", arch, chosen, vocab, {}))

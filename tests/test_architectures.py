@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import synthetic
 from proof import layouts_of, prove
-from raw import Raw
+from raw import Raw, logged
 
 from aisp_local import shipped
 
@@ -48,6 +48,8 @@ def test_nothing_else_is_in_the_table(table: dict[str, list[str]]) -> None:
 @pytest.mark.parametrize("name", synthetic.REFUSED)
 def test_an_architecture_without_an_output_matrix_is_refused(name: str, tmp_path: Path) -> None:
     with Raw(synthetic.write(tmp_path / f"{name}.gguf", name)) as raw:
-        assert raw.init_control(4) == -2
+        with logged() as lines:
+            assert raw.init_control(4) == -2
+        assert any(f"'{name}'" in line for line in lines)
         assert raw.set_control(0, np.ones((1, raw.d), np.float32)) == -1
         assert raw.init_control(0) == 0

@@ -21,9 +21,10 @@ from onnx_files import write_reward
 from aisp_local import Aligner, shipped
 from aisp_local.api import EFFORT
 from aisp_local.cli.chat import chat
-from aisp_local.cli.generate import finite, generate, write_output
+from aisp_local.cli.generate import finite, generate
 from aisp_local.cli.live import ProgressLine
 from aisp_local.errors import InputError
+from aisp_local.files import write_output
 from aisp_local.types import Progress
 
 pytestmark = pytest.mark.native
@@ -82,6 +83,16 @@ def test_methods_and_own_reward(method: str, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["answer.txt", "reward"]
 
 
+def test_generate_writes_a_timeline(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    out = aisp("generate", STORY, "--budget", "8", "--rows", "4", "--max-tokens", "8", "--timeline", str(path))
+    assert out.returncode == 0 and out.stdout.strip() and out.stderr == b""
+    events = json.loads(path.read_text())["traceEvents"]
+    assert {"decode", "sample", "score", "update"} <= {event["name"] for event in events}
+    assert {"MainThread", "aisp-local-reward_0"} <= {event.get("args", {}).get("name") for event in events}
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_raw_continues_plain_text() -> None:
     out = aisp("generate", "Once upon a time", "--raw", "--budget", "2", "--max-tokens", "8")
     assert out.returncode == 0, out.stderr.decode()
@@ -106,6 +117,7 @@ BAD = {
     "negative seed": (["--seed", "-1"], "the seed is -1"),
     "no time": (["--time-limit", "0"], "the time limit is 0.0 seconds"),
     "unwritable output": (["-o", "nowhere/answer.txt"], "nowhere does not exist"),
+    "unwritable timeline": (["--timeline", "nowhere/trace.json"], "nowhere does not exist"),
     "output is a folder": (["-o", "."], "is a folder"),
     "output of a name too long": (["-o", 300 * "x"], "cannot be written (File name too long)"),
     "reward without manifest": (["-r", "."], "holds no reward.json"),

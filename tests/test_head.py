@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -73,20 +74,32 @@ def test_rows_are_parts_of_the_whole_matrix() -> None:
     np.testing.assert_array_equal(head.rows(head.n_vocab - 2), whole[-2:])
 
 
-def test_a_torch_tensor_gives_the_same_logits_and_a_gradient() -> None:
+@pytest.mark.parametrize("name", sorted(synthetic.MODELS))
+def test_a_torch_tensor_gives_the_same_logits_and_a_gradient(name: str, tmp_path: Path) -> None:
+    """Every kind of head: scales, soft-caps and biases too. Needs torch: pip install '.[train]'."""
     torch = pytest.importorskip("torch")
-    head = OutputHead(shipped.model())
-    z = np.random.default_rng(0).standard_normal((3, head.d), np.float32)
-    tensor = torch.from_numpy(z).requires_grad_()
-    logits = head.project(tensor)
-    np.testing.assert_allclose(logits.detach().numpy(), head.project(z), rtol=0, atol=1e-4)
-    logits[0, 7].backward()
-    np.testing.assert_array_equal(tensor.grad[0].numpy(), head.weight[7])
+    head = OutputHead(synthetic.write_architecture(tmp_path, name))
+    for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
+        z = np.random.default_rng(0).standard_normal((3, head.d), np.float32)
+        tensor = torch.from_numpy(z).to(device).requires_grad_()
+        logits = head.project(tensor)
+        assert logits.device == tensor.device
+        np.testing.assert_allclose(logits.detach().cpu().numpy(), head.project(z), rtol=0, atol=1e-4)
+        (gradient,) = torch.autograd.grad(logits[0, 7], tensor)
+        step = np.zeros_like(z)
+        step[0] = 1e-2 * head.weight[7] / np.abs(head.weight[7]).max()
+        wanted = (head.project(z + step) - head.project(z - step))[0, 7] / 2
+        assert float((gradient.cpu().numpy() * step).sum()) == pytest.approx(float(wanted), rel=2e-2, abs=1e-5)
 
 
 def test_numpy_alone_does_not_import_torch() -> None:
-    assert "torch" not in sys.modules or pytest.importorskip("torch")
-    OutputHead(shipped.model()).project(np.zeros(192, np.float32))
+    code = """if True:
+        import sys, numpy, aisp_local.shipped, aisp_local.engine.head
+        head = aisp_local.engine.head.OutputHead(aisp_local.shipped.model())
+        head.project(numpy.zeros(head.d, numpy.float32))
+        assert "torch" not in sys.modules
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def split(path: Path, folder: Path) -> Path:

@@ -250,7 +250,35 @@ def test_prelogits_need_unpooled_outputs(path: Path) -> None:
         assert raw.want_prelogits(0) == 0
 
 
+@pytest.mark.parametrize("width", [64, 256])
+def test_prelogits_of_a_model_whose_embeddings_have_another_width(width: int, tmp_path: Path) -> None:
+    settings = synthetic.ARCHITECTURES["lfm2"] | {"embedding_length_out": width}
+    plain = synthetic.write(tmp_path / "plain.gguf", "lfm2", synthetic.whole(synthetic.ARCHITECTURES["lfm2"]), seed=0)
+    other = synthetic.write(tmp_path / "other.gguf", "lfm2", synthetic.whole(settings), seed=0)
+    tokens, sequences = [5, 6, 7, 8], range(4)
+    with Raw(plain, n_seq=4) as raw:
+        assert raw.want_prelogits(1) == 0
+        raw.decode(tokens, [0] * 4, sequences)
+        expected = [raw.prelogits(i) for i in range(4)]
+    with Raw(other, n_seq=4) as raw:
+        assert raw.d != width == C.llama_model_n_embd_out(raw.model)
+        assert raw.want_prelogits(1) == 0
+        raw.decode(tokens, [0] * 4, sequences)
+        np.testing.assert_array_equal([raw.prelogits(i) for i in range(4)], expected)
+        assert raw.want_prelogits(0) == 0  # what was decoded stays as it was
+        np.testing.assert_array_equal([raw.prelogits(i) for i in range(4)], expected)
+
+
 # Misuse
+
+
+def test_no_context_and_no_model_are_errors() -> None:
+    vectors = (ctypes.c_float * 8)()
+    assert C.llama_init_control(None, 4) == -1
+    assert C.llama_set_control(None, 0, vectors, 1, 8, 0, False) == -1
+    assert C.llama_set_prelogits(None, 1) == -1
+    assert C.llama_model_get_output_rows(None, 0, 1, vectors) == -1
+    C.llama_clear_control(None)
 
 
 def test_more_steps_than_memory_is_an_error_and_changes_nothing(raw: Raw) -> None:

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import click
 
 from aisp_local.api import DEFAULT_EFFORT, EFFORT, check_search
-from aisp_local.cli.generate import check_output, write_output
 from aisp_local.cli.live import ProgressLine, stop_on_interrupt
 from aisp_local.cli.options import load, model_options, search_options
 from aisp_local.errors import AispError, BindingError, CapacityError, InputError
+from aisp_local.files import check_output, write_output
 from aisp_local.types import Message, Result
 
 if TYPE_CHECKING:

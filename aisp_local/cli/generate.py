@@ -15,6 +15,7 @@ from aisp_local.api import DEFAULT_EFFORT, EFFORT, check_search
 from aisp_local.cli.live import ProgressLine, stop_on_interrupt
 from aisp_local.cli.options import load, model_options, search_options
 from aisp_local.errors import InputError
+from aisp_local.files import check_output, write_output
 
 if TYPE_CHECKING:
     from aisp_local.types import Result
@@ -111,35 +112,6 @@ def print_answer(text: str) -> None:
         raise InputError(f"standard output cannot be written ({error.strerror}); use -o FILE") from error
 
 
-def write_output(path: Path, text: str) -> None:
-    """Write whole or not at all; a device or a pipe is written to, never replaced."""
-    target = path.resolve()
-    temporary = target.with_name(f".aisp-local-{os.getpid()}.tmp")
-    try:
-        if target.exists() and not target.is_file():
-            target.write_text(text, encoding="utf-8")
-            return
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, target)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"{path} cannot be written ({error.strerror}); choose another path") from error
-
-
-def check_output(path: Path) -> None:
-    """Refuse an output that cannot be written before the search is paid for."""
-    folder = path.parent
-    try:
-        if path.is_dir():
-            raise InputError(f"{path} is a folder; give a file to write to")
-        if not folder.is_dir():
-            raise InputError(f"{path} cannot be written: the folder {folder} does not exist; create it")
-        if not os.access(path if path.exists() else folder, os.W_OK):
-            raise InputError(f"{path} cannot be written: no permission; choose another path")
-    except OSError as error:  # a folder that may not be entered, a name that is too long
-        raise InputError(f"{path} cannot be written ({error.strerror}); choose another path") from error
-
-
 @click.command()
 @click.argument("prompt")
 @click.option("--budget", type=int, default=EFFORT[DEFAULT_EFFORT], show_default=True, help="Rollouts in all.")
@@ -147,6 +119,11 @@ def check_output(path: Path) -> None:
 @click.option("--kl", is_flag=True, help="Compute the sequence KL (a second output product a step).")
 @click.option("--raw", is_flag=True, help="Continue PROMPT as plain text, without the chat template.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the answer to a file.")
+@click.option(
+    "--timeline",
+    type=click.Path(path_type=Path),
+    help="Write where the time went to a file, for https://ui.perfetto.dev or chrome://tracing.",
+)
 @model_options
 @search_options
 def generate(
@@ -156,6 +133,7 @@ def generate(
     kl: bool,
     raw: bool,
     output: Path | None,
+    timeline: Path | None,
     model: Path | None,
     reward: Path | None,
     n_gpu_layers: int | None,
@@ -179,6 +157,8 @@ def generate(
         check_output(output)
     elif sys.stdout is None:
         raise InputError("standard output is closed; use -o FILE")
+    if timeline is not None:
+        check_output(timeline)
     check_search(method=method, budget=budget, n=rows, max_tokens=max_tokens, seed=seed)
     aligner = load(model, reward, n_gpu_layers, threads)
     line = ProgressLine()
@@ -193,6 +173,7 @@ def generate(
             time_limit=time_limit,
             kl=kl,
             baseline=json_,
+            timeline=timeline,
             stop=stop,
             on_progress=line,
         )

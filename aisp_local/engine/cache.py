@@ -17,6 +17,8 @@ class PromptCache:
 
     They outlive runs, so that the next iteration, the next turn of a conversation, or another prompt after the same
     system text pays only for what is new. ``n_swa``: the model's attention window, 0 without one.
+
+    A call that is broken off leaves at least the ``tokens`` in the context; ``fit`` removes what is beyond them.
     """
 
     def __init__(self, context: Context, slots: int, n_swa: int) -> None:
@@ -29,6 +31,9 @@ class PromptCache:
     def fit(self, prompts: list[Tokens], cells: int) -> None:
         """Forget what does not fit into ``cells`` beside the prompts, as many of them in use as slots."""
         self._users = [0] * len(self.tokens)  # a run that failed gave nothing back
+        for slot, held in enumerate(self.tokens):
+            if not self._context.remove(slot, len(held)):
+                self._forget(slot)
         longest = max(map(len, prompts))
         common = [max(_common(held, prompt) for prompt in prompts) for held in self.tokens]
         best = sorted(range(len(common)), key=lambda slot: (-common[slot], -self._used[slot]))
@@ -36,7 +41,7 @@ class PromptCache:
         for rank, slot in enumerate(best):
             if rank < len(prompts):
                 if len(self.tokens[slot]) > longest:
-                    self.tokens[slot] = self.tokens[slot][: self._start(slot, slot, common[slot])]
+                    self._start(slot, slot, common[slot])
             elif len(self.tokens[slot]) > left:
                 self._forget(slot)
             else:
@@ -68,7 +73,8 @@ class PromptCache:
         extends = common[best] == common[source] and common[best] == len(self.tokens[best])
         slot = best if extends or best == oldest else oldest
         keep = self._start(slot, source, common[source])
-        self.tokens[slot] = wanted[:keep]  # before it is true: what is missing is removed again by the next ``take``
+        if self._n_swa:  # while it grows, its window loses the beginning
+            self.tokens[slot] = wanted[:0]
         decode(slot, wanted[keep:], keep)
         self.tokens[slot] = wanted
         self._users[slot] += 1
@@ -80,7 +86,8 @@ class PromptCache:
 
     def _start(self, slot: int, source: int, keep: int) -> int:
         """Bring the slot to the first tokens of the source, ``keep`` of them if the cache can do it; how many."""
-        context, held = self._context, len(self.tokens[source])
+        context, beginning = self._context, self.tokens[source][:keep]
+        held = len(self.tokens[source])
         # Of a window's layers only the end is sure to be there: others may have taken the cells before it.
         if keep < held and self._n_swa and context.first_position(source) > max(0, keep - self._n_swa):
             keep = 0
@@ -88,9 +95,13 @@ class PromptCache:
             self._forget(slot)
             if keep:
                 context.fork(source, slot)
+        else:
+            self.tokens[slot] = beginning  # before the rest goes
         if keep and not context.remove(slot, keep):  # a recurrent state cannot be rolled back
             self._forget(slot)
             keep = 0
+        if keep:
+            self.tokens[slot] = beginning
         return keep
 
     def _forget(self, slot: int) -> None:

@@ -6,6 +6,7 @@ import codecs
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -68,6 +69,7 @@ class Decoder:
 
     A row whose rollout ended takes the next one: of the same job, else of the feed's next job. ``open_prompt`` gives a
     job's start and its token limit, or None while there is no place for its prompt; ``close_prompt`` takes it back.
+    ``pool``: threads that may sample rows.
     """
 
     def __init__(
@@ -83,11 +85,12 @@ class Decoder:
         open_prompt: Callable[[Job, bool], tuple[Start, int] | None],
         close_prompt: Callable[[Start], None],
         timeline: Timeline,
+        pool: ThreadPoolExecutor | None = None,
     ) -> None:
         self._model, self._context, self._head, self._feed = model, context, head, feed
         self._first, self._max_tokens = first, max_tokens
         self._open_prompt, self._close_prompt = open_prompt, close_prompt
-        self._timeline = timeline
+        self._timeline, self._pool = timeline, pool
         self._waiting: deque[Job] = deque()  # taken, and no place for its prompt yet
         self._jobs: list[_Open] = []
         # By row.
@@ -158,7 +161,8 @@ class Decoder:
         self._bytes[row] = bytearray()
         self._kl[row] = 0.0
         if not job.controls.sampling.greedy:
-            self._uniforms[row, : job.max_tokens] = job.seeds.generator(index, "sampling").random(job.max_tokens)
+            numbers = job.seeds.generator(index, "sampling").random(owner.max_tokens)
+            self._uniforms[row, : owner.max_tokens] = numbers
         sequence = self._first + row
         if start.sequence is not None:
             self._context.fork(start.sequence, sequence)
@@ -216,11 +220,11 @@ class Decoder:
     def _sample(self, logits: FloatArray, owners: list[_Open], uniforms: npt.NDArray[np.float64]) -> Tokens:
         settings = [owner.job.controls.sampling for owner in owners]
         if all(sampling == settings[0] for sampling in settings):
-            return pick(logits, settings[0], uniforms)
+            return pick(logits, settings[0], uniforms, self._pool)
         tokens = np.zeros(len(owners), np.int32)
         for sampling in dict.fromkeys(settings):
             rows = np.flatnonzero([s == sampling for s in settings])
-            tokens[rows] = pick(logits[rows], sampling, uniforms[rows])
+            tokens[rows] = pick(logits[rows], sampling, uniforms[rows], self._pool)
         return tokens
 
     def _found_stop(self, stops: list[bytes], row: int, token: int) -> bool:

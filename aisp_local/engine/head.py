@@ -121,6 +121,11 @@ class OutputHead:
         return self._weights[key]  # type: ignore[no-any-return]
 
 
+def has_tensor(path: Path, name: str) -> bool:
+    """Whether a model's files hold a tensor of that name."""
+    return any(tensor.name == name for shard in shards(path) for tensor in GGUFReader(shard).tensors)
+
+
 def shards(path: Path) -> list[Path]:
     """The files of a model of which this is the first, in order. Raises ModelError when one is missing."""
     match = _SHARD.fullmatch(path.name)

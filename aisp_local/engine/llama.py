@@ -4,6 +4,11 @@ The prompts live in the sequences 0 to P - 1, all but their last token; rows are
 decodes its prompt's last token itself, since a token shared by sequences could have one control only. A prompt's
 sequence is never written by a row, so later iterations, turns and prompts start from it. The prompt of an
 encoder-decoder model is encoded once instead, for all rows, which start from the decoder's first token.
+
+Models with two sets of rope factors (LongRoPE: Phi-3, Phi-4-mini, MiniCPM): llama.cpp takes the long ones when the
+context is longer than what the model was first trained on, and a unified cache counts as one context, however short its
+sequences are. Which set is right depends on what one sequence of the run can need. Where llama.cpp would take the long
+ones for the sum of short sequences, the model is loaded again with another bound.
 """
 
 from __future__ import annotations
@@ -11,6 +16,9 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,7 +27,7 @@ import numpy.typing as npt
 from aisp_local.engine.base import Feed, Job, OneJob, Want
 from aisp_local.engine.cache import PromptCache
 from aisp_local.engine.decode import Decoder, Start
-from aisp_local.engine.head import OutputHead
+from aisp_local.engine.head import OutputHead, has_tensor
 from aisp_local.engine.prompts import prompt_tokens
 from aisp_local.errors import CapacityError, InputError
 from aisp_local.native import MAX_SEQUENCES, MAX_THREADS, Context, ControlKind, Model, cpu_has
@@ -29,6 +37,10 @@ from aisp_local.types import Controls, Prompt, Rollouts
 
 _CTX_STEP = 256  # llama.cpp pads the cache to this
 _SCORES_BYTES = 2**28  # of attention scores in a batch, where they are written out
+_NO_BOUND = 2**31 - 1  # no context is longer
+
+_runs: ContextVar[tuple[object, ...]] = ContextVar("_runs", default=())
+"""The runs from within which this code was called, in this thread or, with its context, in another."""
 
 
 def available_cores() -> int:
@@ -67,7 +79,10 @@ def available_memory() -> int | None:
 
 
 class LlamaEngine:
-    """Rollouts under controls, on one model. Safe to share between threads: calls queue.
+    """Rollouts under controls, on one model. Safe to share between threads: calls queue, also ``close``.
+
+    Whatever ends a run (an error, a callback that raises, Ctrl-C), the next one is as on a new engine. A callback or a
+    reward cannot use the engine that waits for it: InputError.
 
     ``threads``: that decode (default: one a core). ``parallel``: at most so many rollouts decode at once; others wait
     for a free row (default: all, up to 255). ``memory_limit``: bytes that the KV cache may take (default: what is
@@ -104,7 +119,21 @@ class LlamaEngine:
         self._slots = 1  # prompts that the context can hold; its other sequences are rows
         self._encoded: tuple[npt.NDArray[np.int32], int] | None = None  # what the encoder read, for how many rows
         self._head: OutputHead | None = None
+        self._long = False  # whether the context takes the long rope factors, where there are two sets
         self._lock = threading.Lock()
+        self._run: object | None = None  # names the run that has the lock
+        self._closed = False
+
+    def _check_free(self) -> None:
+        """Refuse to wait for a run that waits for us."""
+        if self._run is not None and self._run in _runs.get():
+            raise InputError(
+                "the engine was called from within its own run, by a callback or by the reward; use another one there"
+            )
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise InputError("the engine is closed; make a new one")
 
     @property
     def d(self) -> int:
@@ -178,34 +207,49 @@ class LlamaEngine:
     def run(self, feed: Feed, *, prompts: Sequence[Prompt], n: int, max_tokens: int) -> None:
         """Decode the feed's jobs until it has no more; see engine.base.Engine.
 
+        With two sets of rope factors the longest prompt decides for all: see the top of this file.
         Raises CapacityError when prompts or rows do not fit, DecodeError when llama.cpp fails.
         """
+        self._check_free()
         with self._lock:
-            tokens = [self.tokens(prompt) for prompt in prompts]
-            max_tokens = min(max_tokens, max(self._checked_room(each) for each in tokens))
-            slots = 1 if self.model.has_encoder else min(len(prompts), MAX_SEQUENCES // 2)
-            rows = min(n, self._parallel or n, MAX_SEQUENCES - slots)
-            context, cache = self._reserve(tokens, slots, rows, max_tokens)
-            context.clear_controls()
-            for sequence in range(self._slots, context.n_seq_max):
-                context.remove(sequence)
+            self._check_open()
+            run, token = object(), None
+            try:
+                self._run = run
+                token = _runs.set((*_runs.get(), run))
+                self._run_alone(feed, prompts, n, max_tokens)
+            finally:
+                self._run = None
+                if token is not None:
+                    _runs.reset(token)
 
-            def open_prompt(job: Job, idle: bool) -> tuple[Start, int] | None:
-                prompt = self.tokens(job.prompt)
-                limit = min(job.max_tokens, max_tokens, self._checked_room(prompt))
-                if self.model.has_encoder:
-                    if not self._encode(context, prompt, rows, idle):
-                        return None
-                    return Start(self.model.decoder_start, 0, None), limit
-                sequence = cache.take(prompt[:-1], lambda *part: self._prefill(context, *part))
-                if sequence is None:
+    def _run_alone(self, feed: Feed, prompts: Sequence[Prompt], n: int, max_tokens: int) -> None:
+        tokens = [self.tokens(prompt) for prompt in prompts]
+        max_tokens = min(max_tokens, max(self._checked_room(each) for each in tokens))
+        slots = 1 if self.model.has_encoder else min(len(prompts), MAX_SEQUENCES // 2)
+        rows = min(n, self._parallel or n, MAX_SEQUENCES - slots)
+        context, cache = self._reserve(tokens, slots, rows, max_tokens)
+        context.clear_controls()
+        for sequence in range(self._slots, context.n_seq_max):
+            context.remove(sequence)
+
+        def open_prompt(job: Job, idle: bool) -> tuple[Start, int] | None:
+            prompt = self.tokens(job.prompt)
+            limit = min(job.max_tokens, max_tokens, self._checked_room(prompt))
+            if self.model.has_encoder:
+                if not self._encode(context, prompt, rows, idle):
                     return None
-                return Start(int(prompt[-1]), len(prompt) - 1, sequence), limit
+                return Start(self.model.decoder_start, 0, None), limit
+            sequence = cache.take(prompt[:-1], lambda *part: self._prefill(context, *part))
+            if sequence is None:
+                return None
+            return Start(int(prompt[-1]), len(prompt) - 1, sequence), limit
 
-            def close_prompt(start: Start) -> None:
-                if start.sequence is not None:
-                    cache.give_back(start.sequence)
+        def close_prompt(start: Start) -> None:
+            if start.sequence is not None:
+                cache.give_back(start.sequence)
 
+        with ThreadPoolExecutor(self._threads, "aisp-local-sampling") as pool:
             Decoder(
                 self.model,
                 context,
@@ -217,6 +261,7 @@ class LlamaEngine:
                 open_prompt=open_prompt,
                 close_prompt=close_prompt,
                 timeline=self.timeline,
+                pool=pool if self._threads > 1 else None,
             ).run()
 
     def _reserve(
@@ -229,9 +274,12 @@ class LlamaEngine:
         else:
             cells = slots * (longest - 1) + rows * max_tokens
         needed = cells = -(-cells // _CTX_STEP) * _CTX_STEP
+        # The last token of a response is never decoded.
+        long = 0 < self._rope_bound[0] < max(len(p) + min(max_tokens, self._room(p)) - 1 for p in prompts)
         old = self._context
         if old is not None and self._cache is not None:
             fits = old.n_ctx >= cells and self._slots >= slots and old.n_seq_max >= self._slots + rows
+            fits &= long == self._long
             if fits and (old.n_ubatch >= n_ubatch or not self.model.has_encoder):
                 self._cache.fit(prompts, old.n_ctx - rows * max_tokens)
                 return old, self._cache
@@ -239,8 +287,7 @@ class LlamaEngine:
             rows = max(rows, old.n_seq_max - self._slots)
             if slots + rows > MAX_SEQUENCES:
                 slots, rows = MAX_SEQUENCES - rows, rows
-            old.close()
-            self._context = self._cache = self._encoded = None
+            self._drop_context()
         cells = self._check_memory(longest, rows, max_tokens, needed, cells)
         flash = self._flash_attention
         if flash is None and not self.model.on_gpu and rows >= 4 and cpu_has("AVX512"):
@@ -256,10 +303,35 @@ class LlamaEngine:
             n_ubatch=n_ubatch,
             n_threads=self._threads,
             flash_attention=flash,
+            n_ctx_orig=self._choose_rope(long, cells),
         )
-        self._context, self._slots = context, slots
+        self._context, self._slots, self._long = context, slots, long
         self._cache = PromptCache(context, slots, self.model.n_swa)
         return context, self._cache
+
+    def _drop_context(self) -> None:
+        context, self._context, self._cache, self._encoded = self._context, None, None, None
+        if context is not None:
+            context.close()
+
+    @cached_property
+    def _rope_bound(self) -> tuple[int, str]:
+        """How many tokens a sequence may have under the short rope factors, 0 without long ones; the metadata's key."""
+        scaling = f"{self.model.meta('general.architecture')}.rope.scaling"
+        key, kind = f"{scaling}.original_context_length", self.model.meta(f"{scaling}.type")
+        bound = int(self.model.meta(key) or (self.n_ctx if kind == "longrope" else 0))
+        if bound == 0 or kind in ("linear", "yarn") or not has_tensor(self.model.path, "rope_factors_long.weight"):
+            return 0, key
+        return bound, key
+
+    def _choose_rope(self, long: bool, cells: int) -> int:
+        """See to it that llama.cpp takes these factors in a context of so many cells; the bound for the context."""
+        bound, key = self._rope_bound
+        if bound and long:
+            self.model.reload({})
+        elif bound and cells > bound:
+            self.model.reload({key: _NO_BOUND})
+        return bound
 
     def _check_memory(self, prompt: int, n: int, max_tokens: int, needed: int, cells: int) -> int:
         """How many cells to have: ``cells`` if there is memory for them, else ``needed``."""
@@ -295,17 +367,19 @@ class LlamaEngine:
 
     def forget(self) -> None:
         """Drop the prompts that the cache holds."""
+        self._check_free()
         with self._lock:
             self._encoded = None
             if self._cache is not None:
                 self._cache.clear()
 
     def close(self) -> None:
-        """Free the context and the model."""
-        if self._context is not None:
-            self._context.close()
-            self._context = self._cache = None
-        self.model.close()
+        """Free the context and the model, after the run of another thread if there is one."""
+        self._check_free()
+        with self._lock:
+            self._closed = True
+            self._drop_context()
+            self.model.close()
 
     def __enter__(self) -> LlamaEngine:
         return self

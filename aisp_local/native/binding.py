@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import signal
 import sys
 import threading
 import warnings
@@ -12,7 +13,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,16 @@ OLDEST_STOCK = (0, 3, 30)
 _lock = threading.Lock()
 _llama: Any = None
 _log_callback: Any = None  # llama.cpp keeps the pointer: this must outlive it
-_log_lines: deque[str] = deque(maxlen=50)
+
+
+class _Log(threading.local):
+    """What llama.cpp said in this thread."""
+
+    def __init__(self) -> None:
+        self.lines: deque[str] = deque(maxlen=50)
+
+
+_log = _Log()
 
 
 class FallbackWarning(UserWarning):
@@ -40,24 +50,55 @@ class FallbackWarning(UserWarning):
 
 
 def _keep_log(level: int, text: bytes, _user_data: ctypes.c_void_p) -> None:
-    if level >= 4 or (level == 5 and _log_lines):  # 4: error, 5: the line goes on
+    if level >= 4 or (level == 5 and _log.lines):  # 4: error, 5: the line goes on
         line = text.decode("utf-8", "replace").strip()
         if line:
-            _log_lines.append(line)
+            _log.lines.append(line)
 
 
 def last_log() -> str:
-    """The last error that llama.cpp logged since ``clear_log``, on one line; empty if there was none."""
-    return _log_lines[-1] if _log_lines else ""
+    """The last error that llama.cpp logged in this thread since ``clear_log``, on one line; empty without one."""
+    return _log.lines[-1] if _log.lines else ""
 
 
 def first_log() -> str:
     """The first one, which names the cause where llama.cpp gives up step by step."""
-    return _log_lines[0] if _log_lines else ""
+    return _log.lines[0] if _log.lines else ""
 
 
 def clear_log() -> None:
-    _log_lines.clear()
+    _log.lines.clear()
+
+
+class Uninterrupted:
+    """Within the block Ctrl-C waits for its end.
+
+    llama.cpp calls back into Python (its log, controls by callback), and there Python would print the interrupt and
+    forget it; and one that struck before the result of a call is assigned would leak it.
+    """
+
+    def __init__(self) -> None:
+        self._previous: Any = None
+        self._noted: list[tuple[int, FrameType | None]] = []
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():  # no other one is interrupted
+            self._previous = signal.getsignal(signal.SIGINT)
+            if self._previous is not None:
+                signal.signal(signal.SIGINT, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._noted.append((number, frame))
+
+    def __exit__(self, *_: object) -> None:
+        if self._previous is None:
+            return
+        signal.signal(signal.SIGINT, self._previous)
+        for number, frame in self._noted:
+            if callable(self._previous):
+                self._previous(number, frame)
+            else:
+                signal.raise_signal(number)
 
 
 def is_patched(llama: ModuleType) -> bool:

@@ -90,13 +90,13 @@ class CallbackControl:
             self._z = np.empty((self._n, self._model.d), np.float32)
 
     def _on_node(self, tensor: int, ask: bool, _data: int) -> bool:
-        if ask:
-            return self._active and self._name(tensor) == _NODE
         try:
+            if ask:
+                return self._active and self._name(tensor) == _NODE
             self._edit(tensor)
         except BaseException as error:  # nothing may pass through llama.cpp
             self._error = error
-        return True
+        return not ask
 
     def _edit(self, tensor: int) -> None:
         """The rows after those already seen: llama.cpp may run a batch in parts, in the batch's order."""
@@ -119,10 +119,10 @@ class CallbackControl:
 
     def after(self, logits: Callable[[], FloatArray]) -> None:
         """Raises ModelError where the edit does not do to the logits what a control should do."""
-        if not self._active:
-            return
         if self._error is not None:
             raise self._error
+        if not self._active:
+            return
         if sum(self._parts) != self._n:
             raise self._unsupported(f"its graph has no node {_NODE.decode()!r} for every output row")
         if self._add is not None and self._proved != self._parts:

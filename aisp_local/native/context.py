@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from aisp_local.errors import BindingError, DecodeError, InputError
-from aisp_local.native.binding import INSTALL, binding, clear_log, is_patched, last_log
+from aisp_local.native.binding import INSTALL, Uninterrupted, binding, clear_log, is_patched, last_log
 from aisp_local.native.callback import CallbackControl, Project
 from aisp_local.native.control import Control, ControlKind
 from aisp_local.native.graph import GraphControl
@@ -26,7 +26,8 @@ class Context:
     """A llama.cpp context with one unified KV cache.
 
     ``project``: the first logits of pre-logits, against which a stock build's controls are checked.
-    ``flash_attention``: None leaves the choice to llama.cpp.
+    ``flash_attention``: None leaves the choice to llama.cpp. ``n_ctx_orig``: that of the model's position embedding
+    before it was stretched; 0 leaves what the model says.
     Raises BindingError when ``control="graph"`` is asked of a stock build.
     """
 
@@ -42,8 +43,12 @@ class Context:
         n_ubatch: int = 512,
         n_threads: int | None = None,
         flash_attention: bool | None = None,
+        n_ctx_orig: int = 0,
     ) -> None:
         self.model = model
+        self._ctx: Any = None
+        self._memory: Any = None
+        self._opened = False  # the model knows of it
         self._llama = llama = binding()
         params = llama.llama_context_default_params()
         params.n_ctx = n_ctx
@@ -53,6 +58,7 @@ class Context:
         params.kv_unified = True  # a split cache costs up to twice when one row has finished
         params.pooling_type = llama.LLAMA_POOLING_TYPE_NONE  # pre-logits are read per row
         params.no_perf = False
+        params.yarn_orig_ctx = n_ctx_orig
         if flash_attention is not None:
             params.flash_attn_type = int(flash_attention)
         if n_threads is not None:
@@ -63,13 +69,15 @@ class Context:
         self._control: Control = GraphControl(model) if in_graph else CallbackControl(model, project)
         self._control.prepare(params)
         clear_log()
-        self._ctx = llama.llama_init_from_model(model.pointer, params)
+        with Uninterrupted():
+            model.opened()
+            self._opened = True
+            self._ctx = llama.llama_init_from_model(model.pointer, params)
         if not self._ctx:
             raise DecodeError(
                 f"llama.cpp could not make a context of {n_ctx} tokens "
                 f"({last_log() or 'no reason given'}); ask for fewer rollouts or tokens"
             )
-        model.opened()
         self.n_ctx, self.n_seq_max, self.n_batch = n_ctx, n_seq_max, int(params.n_batch)
         self.flash_attention = flash_attention
         self.n_ubatch = int(params.n_ubatch)
@@ -123,7 +131,8 @@ class Context:
         self._logits[:n] = outputs
         self._batch.n_tokens = n
         self._control.before(np.atleast_1d(sequences), np.atleast_1d(positions), outputs=outputs)
-        code = self._llama.llama_decode(self.pointer, self._batch)
+        with Uninterrupted():
+            code = self._llama.llama_decode(self.pointer, self._batch)
         self._n_outputs = n if outputs and code == 0 else 0
         if code == 1:
             raise DecodeError(f"the KV cache of {self.n_ctx} tokens is full; ask for fewer rollouts or tokens")
@@ -142,8 +151,9 @@ class Context:
         self._batch.n_tokens = n
         none = np.zeros(0, np.int64)
         self._control.before(none, none, outputs=False)
-        code = self._llama.llama_encode(self.pointer, self._batch)
-        self._n_seq[:n], self._n_outputs = 1, 0
+        with Uninterrupted():
+            code = self._llama.llama_encode(self.pointer, self._batch)
+            self._n_seq[:n], self._n_outputs = 1, 0
         if code != 0:
             raise DecodeError(f"llama.cpp failed to encode the prompt (code {code}): {last_log()}")
 
@@ -191,9 +201,13 @@ class Context:
         self._llama.llama_memory_clear(self._memory, True)
 
     def close(self) -> None:
-        if getattr(self, "_ctx", None):
-            self._llama.llama_free(self._ctx)
-            self._ctx = None
+        if not self._opened:
+            return
+        with Uninterrupted():
+            if self._ctx:
+                self._llama.llama_free(self._ctx)
+                self._ctx = self._memory = None
+            self._opened = False
             self.model.released()
 
     def __del__(self) -> None:

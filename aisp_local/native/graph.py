@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from aisp_local.errors import DecodeError, ModelError
-from aisp_local.native.binding import binding, clear_log, last_log
+from aisp_local.native.binding import Uninterrupted, binding, clear_log, last_log
 from aisp_local.native.control import Ints
 from aisp_local.native.model import Model
 from aisp_local.types import FloatArray
@@ -25,6 +25,7 @@ class GraphControl:
         self._llama: Any = binding()
         self._context: Any = None
         self._steps = 0  # allocated
+        self._wanted: bool | None = None  # pre-logits; None: not known
         self._set: dict[int, tuple[FloatArray, int, bool]] = {}  # by sequence
 
     def prepare(self, params: Any) -> None:
@@ -45,13 +46,16 @@ class GraphControl:
     def _write(self, sequence: int, vectors: FloatArray | None, position: int, held: bool) -> None:
         steps, d = (0, self._model.d) if vectors is None else vectors.shape
         data = None if vectors is None else vectors.ctypes.data_as(_FLOAT_POINTER)
-        if self._llama.llama_set_control(self._context, sequence, data, steps, d, position, held):
+        with Uninterrupted():
+            code = self._llama.llama_set_control(self._context, sequence, data, steps, d, position, held)
+        if code:
             raise DecodeError(f"llama.cpp refused the control of sequence {sequence}: {last_log()}")
 
     def _allocate(self, steps: int) -> None:
         clear_log()
         self._steps = 0
-        code = self._llama.llama_init_control(self._context, steps)
+        with Uninterrupted():
+            code = self._llama.llama_init_control(self._context, steps)
         if code == -2:
             architecture = self._model.meta("general.architecture")
             raise ModelError(
@@ -65,8 +69,9 @@ class GraphControl:
         self._steps = steps
 
     def unset(self, sequence: int) -> None:
-        if self._set.pop(sequence, None) is not None:
+        if sequence in self._set:
             self._write(sequence, None, 0, False)
+            del self._set[sequence]  # last: what is not in here, llama.cpp must not have
 
     def clear(self) -> None:
         if self._set:
@@ -75,7 +80,12 @@ class GraphControl:
 
     def want_prelogits(self, value: bool) -> None:
         kind = self._llama.LLAMA_PRELOGITS_TYPE_BASE if value else self._llama.LLAMA_PRELOGITS_TYPE_NONE
-        if self._llama.llama_set_prelogits(self._context, kind) != 0:
+        if value == self._wanted:
+            return
+        with Uninterrupted():
+            code = self._llama.llama_set_prelogits(self._context, kind)
+            self._wanted = value if code == 0 else None
+        if code:
             raise DecodeError(f"llama.cpp gives no pre-logits: {last_log()}")
 
     def before(self, sequences: Ints, positions: Ints, *, outputs: bool) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from aisp_local.errors import InputError, ModelError
-from aisp_local.native.binding import binding, clear_log, first_log, is_patched
+from aisp_local.native.binding import Uninterrupted, binding, clear_log, first_log, is_patched
 from aisp_local.types import FloatArray
 
 
@@ -35,25 +37,22 @@ def check_model_file(path: Path) -> None:
 
 
 class Model:
-    """A loaded GGUF model and its vocabulary. Closed by ``close`` or on deletion, but not before its contexts."""
+    """A loaded GGUF model and its vocabulary. Closed by ``close`` or on deletion, but not before its contexts.
+
+    Safe to share between threads: none uses a pointer while another frees it.
+    """
 
     def __init__(self, path: str | os.PathLike[str], *, n_gpu_layers: int | None = None) -> None:
         self._model: Any = None
         self._contexts, self._closing = 0, False
+        self._lock = threading.RLock()
         self.path = Path(path)
         check_model_file(self.path)
         self._llama = binding()
-        params = self._llama.llama_model_default_params()
-        if n_gpu_layers is not None:
-            params.n_gpu_layers = n_gpu_layers
-        clear_log()
-        self._model = self._llama.llama_model_load_from_file(os.fsencode(self.path), params)
-        if not self._model:
-            raise ModelError(
-                f"{self.path} cannot be loaded as a model ({first_log() or 'no reason given'}); "
-                "it may be truncated or of an unsupported kind: download or convert it again"
-            )
-        self.vocab = self._llama.llama_model_get_vocab(self._model)
+        self._n_gpu_layers = n_gpu_layers
+        self._file = self._identity()
+        self.overrides: dict[str, int] = {}
+        self._load()
         if self._llama.llama_vocab_type(self.vocab) == self._llama.LLAMA_VOCAB_TYPE_NONE:  # would abort the process
             self.close()
             raise ModelError(f"{self.path} holds no tokenizer, so no text can go in or out; convert the model again")
@@ -69,28 +68,78 @@ class Model:
             raise ModelError(f"{self.path} is a diffusion model; aisp-local needs one that writes from left to right")
         self.on_gpu = bool(self._llama.llama_supports_gpu_offload()) and n_gpu_layers != 0
         self.n_parameters = int(self._llama.llama_model_n_params(self._model))
+        self.bos, self.eos = int(self._llama.llama_vocab_bos(self.vocab)), int(self._llama.llama_vocab_eos(self.vocab))
+        self.adds_bos = bool(self._llama.llama_vocab_get_add_bos(self.vocab))
+        token = int(self._llama.llama_model_decoder_start_token(self._model))
+        self.decoder_start = token if token >= 0 else self.bos  # of an encoder-decoder model's response
         self.n_swa = max(0, int(self._llama.llama_model_n_swa(self._model)))
         self.n_head = max(1, int(self._llama.llama_model_n_head(self._model)))
         self.has_encoder = bool(self._llama.llama_model_has_encoder(self._model))
         self._pieces: dict[int, bytes] = {}
+        vocab = self.vocab
         self.eog: npt.NDArray[np.bool_] = np.fromiter(
-            (self._llama.llama_vocab_is_eog(self.vocab, i) for i in range(self.n_vocab)),
+            (self._llama.llama_vocab_is_eog(vocab, i) for i in range(self.n_vocab)),
             dtype=np.bool_,
             count=self.n_vocab,
         )
 
+    def _identity(self) -> tuple[int, ...]:
+        """What tells a file from another one of the same name."""
+        found = self.path.stat()
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+    def _load(self) -> None:
+        params = self._llama.llama_model_default_params()
+        if self._n_gpu_layers is not None:
+            params.n_gpu_layers = self._n_gpu_layers
+        overrides = (self._llama.llama_model_kv_override * (len(self.overrides) + 1))()  # the last one's key is empty
+        for override, (key, value) in zip(overrides, self.overrides.items(), strict=False):
+            override.tag, override.key = self._llama.LLAMA_KV_OVERRIDE_TYPE_INT, key.encode()
+            override.value.val_i64 = value
+        params.kv_overrides = overrides
+        clear_log()
+        with Uninterrupted():
+            self._model = self._llama.llama_model_load_from_file(os.fsencode(self.path), params)
+        if not self._model:
+            raise ModelError(
+                f"{self.path} cannot be loaded as a model ({first_log() or 'no reason given'}); "
+                "it may be truncated or of an unsupported kind: download or convert it again"
+            )
+
+    def reload(self, overrides: Mapping[str, int]) -> None:
+        """Load it again with other metadata than the file's; no context may be open. A no-op if nothing changes."""
+        with self._lock:
+            if dict(overrides) == self.overrides:
+                return
+            if self._contexts:
+                raise InputError(f"{self.path} must be loaded again, and another context of it is open; close that one")
+            if self._identity() != self._file:
+                raise ModelError(f"{self.path} has changed since it was loaded; load it again")
+            with Uninterrupted():
+                self._llama.llama_model_free(self.pointer)
+                self._model, self.overrides = None, dict(overrides)
+            self._load()
+
     @property
     def pointer(self) -> Any:
-        if self._closing:
-            raise InputError("the model is closed")
-        return self._model
+        with self._lock:
+            if self._closing:
+                raise InputError("the model is closed")
+            if not self._model:  # it could not be loaded again
+                self._load()
+            return self._model
+
+    @property
+    def vocab(self) -> Any:
+        return self._llama.llama_model_get_vocab(self.pointer)
 
     def meta(self, key: str) -> str | None:
         """The value of a metadata key as text; None if the file lacks it."""
         size = 256
         while True:
             buffer = ctypes.create_string_buffer(size)
-            length = self._llama.llama_model_meta_val_str(self.pointer, key.encode(), buffer, size)
+            with self._lock:
+                length = self._llama.llama_model_meta_val_str(self.pointer, key.encode(), buffer, size)
             if length < 0:
                 return None
             if length < size:
@@ -109,48 +158,36 @@ class Model:
 
     def output_rows(self, start: int, stop: int) -> FloatArray | None:
         """Rows of the output matrix [stop - start, d] from where the backend keeps them; None where it cannot."""
-        if self._closing or not is_patched(self._llama):
+        if not is_patched(self._llama):
             return None
         rows = np.empty((stop - start, self.d), np.float32)
         data = rows.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-        code = self._llama.llama_model_get_output_rows(self.pointer, start, stop - start, data)
+        with self._lock:
+            if self._closing:
+                return None
+            code = self._llama.llama_model_get_output_rows(self.pointer, start, stop - start, data)
         return None if code else rows
 
     def chat_template(self) -> str | None:
-        template = self._llama.llama_model_chat_template(self.pointer, None)
+        with self._lock:
+            template = self._llama.llama_model_chat_template(self.pointer, None)
         return template.decode("utf-8", "replace") if template else None
 
     def token_text(self, token: int) -> str:
         """The text of a special token; empty for -1 (the model has none)."""
         if token < 0:
             return ""
-        text: bytes = self._llama.llama_vocab_get_text(self.vocab, token)
+        with self._lock:
+            text: bytes = self._llama.llama_vocab_get_text(self.vocab, token)
         return text.decode("utf-8", "replace")
-
-    @property
-    def bos(self) -> int:
-        return int(self._llama.llama_vocab_bos(self.vocab))
-
-    @property
-    def eos(self) -> int:
-        return int(self._llama.llama_vocab_eos(self.vocab))
-
-    @property
-    def decoder_start(self) -> int:
-        """The first token of an encoder-decoder model's response."""
-        token = int(self._llama.llama_model_decoder_start_token(self.pointer))
-        return token if token >= 0 else self.bos
-
-    @property
-    def adds_bos(self) -> bool:
-        return bool(self._llama.llama_vocab_get_add_bos(self.vocab))
 
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> npt.NDArray[np.int32]:
         data = text.encode("utf-8", "replace")
         size = len(data) + 16
         while True:
             tokens = (self._llama.llama_token * size)()
-            n = self._llama.llama_tokenize(self.vocab, data, len(data), tokens, size, add_special, parse_special)
+            with self._lock:
+                n = self._llama.llama_tokenize(self.vocab, data, len(data), tokens, size, add_special, parse_special)
             if n >= 0:
                 return np.array(tokens[:n], dtype=np.int32)
             size = -n
@@ -162,7 +199,8 @@ class Model:
             size = 64
             while True:
                 buffer = ctypes.create_string_buffer(size)
-                n = self._llama.llama_token_to_piece(self.vocab, token, buffer, size, 0, False)
+                with self._lock:
+                    n = self._llama.llama_token_to_piece(self.vocab, token, buffer, size, 0, False)
                 if n >= 0:
                     break
                 size = -n
@@ -171,20 +209,24 @@ class Model:
 
     def opened(self) -> None:
         """A context is in use."""
-        self._contexts += 1
+        with self._lock:
+            self._contexts += 1
 
     def released(self) -> None:
         """A context was freed."""
-        self._contexts -= 1
-        if self._closing:
-            self.close()
+        with self._lock:
+            self._contexts -= 1
+            if self._closing:
+                self.close()
 
     def close(self) -> None:
         """Free the model, now or with its last context: the collector may delete both in any order."""
-        self._closing = True
-        if self._model and self._contexts == 0:
-            self._llama.llama_model_free(self._model)
-            self._model = None
+        with self._lock:
+            self._closing = True
+            if self._model and self._contexts == 0:
+                with Uninterrupted():
+                    self._llama.llama_model_free(self._model)
+                    self._model = None
 
     def __del__(self) -> None:
         self.close()
