@@ -252,21 +252,17 @@ def test_prelogits_need_unpooled_outputs(path: Path) -> None:
 
 @pytest.mark.parametrize("width", [64, 256])
 def test_prelogits_of_a_model_whose_embeddings_have_another_width(width: int, tmp_path: Path) -> None:
-    settings = synthetic.ARCHITECTURES["lfm2"] | {"embedding_length_out": width}
-    plain = synthetic.write(tmp_path / "plain.gguf", "lfm2", synthetic.whole(synthetic.ARCHITECTURES["lfm2"]), seed=0)
-    other = synthetic.write(tmp_path / "other.gguf", "lfm2", synthetic.whole(settings), seed=0)
-    tokens, sequences = [5, 6, 7, 8], range(4)
-    with Raw(plain, n_seq=4) as raw:
-        assert raw.want_prelogits(1) == 0
-        raw.decode(tokens, [0] * 4, sequences)
-        expected = [raw.prelogits(i) for i in range(4)]
-    with Raw(other, n_seq=4) as raw:
+    settings = synthetic.whole(synthetic.ARCHITECTURES["lfm2"]) | {"embedding_length_out": width}
+    path = synthetic.write(tmp_path / "lfm2.gguf", "lfm2", settings)
+    with Raw(path, n_seq=N) as raw:
         assert raw.d != width == C.llama_model_n_embd_out(raw.model)
         assert raw.want_prelogits(1) == 0
-        raw.decode(tokens, [0] * 4, sequences)
-        np.testing.assert_array_equal([raw.prelogits(i) for i in range(4)], expected)
+        raw.decode([5, 6, 7, 8], [0] * N, range(N))
+        z = np.array([raw.prelogits(i) for i in range(N)])
+        logits = np.array([raw.logits(i) for i in range(N)])
+        np.testing.assert_allclose(logits, Head(path)(z), rtol=0, atol=TOLERANCE)
         assert raw.want_prelogits(0) == 0  # what was decoded stays as it was
-        np.testing.assert_array_equal([raw.prelogits(i) for i in range(4)], expected)
+        np.testing.assert_array_equal([raw.prelogits(i) for i in range(N)], z)
 
 
 # Misuse
