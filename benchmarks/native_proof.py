@@ -2,6 +2,7 @@
 
     python benchmarks/native_proof.py [--stock WHEEL_OR_FOLDER | --build-stock] [--only NAME ...] [--write]
 
+With AISP_TEST_GPU_LAYERS=-1 in the environment the models lie on the GPU (docs/gpu.md).
 Prints a markdown table and, as the last line, one JSON object; ``--write`` puts the table into docs/architectures.md.
 Exits with 1 if a proof fails.
 """
@@ -67,7 +68,8 @@ def compare_with_stock(stock: Path, model: Path, output: Path) -> str:
     Where it crashes there is nothing to compare: GCC 12 spoils its AMX code (series, patch 4).
     """
     command = [sys.executable, __file__, "--dump", str(model), str(output)]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(stock)}, capture_output=True, text=True)
+    path = os.pathsep.join([str(stock), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
     if done.returncode < 0:
         return f"stock crashes (signal {-done.returncode})"
     if done.returncode:
@@ -102,7 +104,9 @@ def main() -> int:
     choice.add_argument("--stock", type=Path, help="a stock wheel of the same source, or its unpacked folder")
     choice.add_argument("--build-stock", action="store_true", help="build that wheel with pip (minutes, once)")
     choice.add_argument("--dump", type=Path, nargs=2, help=argparse.SUPPRESS)
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="prove these models only")
+    some = parser.add_mutually_exclusive_group()
+    some.add_argument("--only", nargs="+", metavar="NAME", help="prove these models only")
+    some.add_argument("--kinds", action="store_true", help="one model of each kind of head and of memory")
     parser.add_argument("--write", action="store_true", help="put the table into docs/architectures.md")
     options = parser.parse_args()
     if options.dump:
@@ -113,7 +117,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         scratch = Path(temporary)
         stock = stock and unpack(stock, scratch)
-        for name in options.only or synthetic.EVERYTHING:
+        for name in options.only or (synthetic.MODELS if options.kinds else synthetic.EVERYTHING):
             model = synthetic.write_architecture(scratch, name)
             result = proof.prove(model, proof.layouts_of(name))
             as_stock = compare_with_stock(stock, model, scratch / "stock.npz") if stock else "not compared"

@@ -6,6 +6,7 @@ Works on a stock build too, as long as nothing asks it for a control.
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,10 +25,13 @@ _QUIET = C.llama_log_callback(lambda *_: None)
 C.llama_log_set(_QUIET, ctypes.c_void_p(0))
 C.llama_backend_init()
 
+GPU_LAYERS = int(os.environ.get("AISP_TEST_GPU_LAYERS", "0"))
+"""How many layers of a model go to the GPU: none, or with -1 all of them."""
+
 
 @contextmanager
 def logged() -> Iterator[list[str]]:
-    """What llama.cpp logs meanwhile."""
+    """What llama.cpp logs meanwhile, debug messages too."""
     lines: list[str] = []
     keep = C.llama_log_callback(lambda _level, text, _data: lines.append(text.decode("utf-8", "replace")))
     C.llama_log_set(keep, ctypes.c_void_p(0))
@@ -38,7 +42,7 @@ def logged() -> Iterator[list[str]]:
 
 
 class Raw:
-    """A model and one context of ``n_seq`` sequences on the CPU; with another Raw, a context of its model."""
+    """A model and one context of ``n_seq`` sequences; with another Raw, a context of its model."""
 
     def __init__(
         self,
@@ -58,7 +62,7 @@ class Raw:
             self.model = path.model
         else:
             params = C.llama_model_default_params()
-            params.n_gpu_layers = 0
+            params.n_gpu_layers = GPU_LAYERS
             self.model = C.llama_model_load_from_file(str(path).encode(), params)
         if not self.model:
             raise RuntimeError(f"llama.cpp could not load {path}")

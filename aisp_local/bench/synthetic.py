@@ -6,17 +6,25 @@ import hashlib
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFWriter
-from gguf.quants import quantize
+from gguf.quants import quant_shape_to_byte_shape, quantize
 
 _END = 256  # the token that ends a response; those before it are the bytes
+_TYPES = GGMLQuantizationType
+Bytes = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a llama. The default has 134 million parameters, 140 MB in Q8_0."""
+    """Sizes of a llama. The default has 134 million parameters, 140 MB in Q8_0.
+
+    ``kv_heads``: as many as heads unless given. ``kind``: Q4_K_M has the mixture of Q4_K and Q6_K that llama.cpp gives
+    a llama under this name; its widths are multiples of 256.
+    """
 
     vocabulary: int = 32_000
     width: int = 768
@@ -24,6 +32,12 @@ class Shape:
     heads: int = 12
     hidden: int = 2048
     context: int = 4096
+    kv_heads: int | None = None
+    kind: Literal["Q8_0", "Q4_K_M"] = "Q8_0"
+
+
+LLAMA_8B = Shape(128_256, 4096, 32, 32, 14_336, 8192, kv_heads=8, kind="Q4_K_M")
+"""The sizes of Llama 3.1 8B: 8.0 billion parameters, 4.9 GB."""
 
 
 def cached(shape: Shape) -> Path:
@@ -40,8 +54,9 @@ def cached(shape: Shape) -> Path:
 
 
 def write(path: Path, shape: Shape, seed: int = 0) -> Path:
-    """A llama in Q8_0 with a tokenizer of bytes."""
+    """A llama with a tokenizer of bytes. One matrix at a time is in memory."""
     rng = np.random.default_rng(seed)
+    kv_heads = shape.kv_heads or shape.heads
     writer = GGUFWriter(str(path), "llama")
     writer.add_vocab_size(shape.vocabulary)
     writer.add_context_length(shape.context)
@@ -49,7 +64,7 @@ def write(path: Path, shape: Shape, seed: int = 0) -> Path:
     writer.add_block_count(shape.layers)
     writer.add_feed_forward_length(shape.hidden)
     writer.add_head_count(shape.heads)
-    writer.add_head_count_kv(shape.heads)
+    writer.add_head_count_kv(kv_heads)
     writer.add_rope_dimension_count(shape.width // shape.heads)
     writer.add_rope_freq_base(10_000.0)
     writer.add_layer_norm_rms_eps(1e-5)
@@ -67,27 +82,59 @@ def write(path: Path, shape: Shape, seed: int = 0) -> Path:
     writer.add_bos_token_id(_END)
     writer.add_add_bos_token(False)
 
-    def matrix(name: str, rows: int, columns: int) -> None:
-        data = rng.standard_normal((rows, columns), np.float32) * np.float32(columns**-0.5)
-        q8 = GGMLQuantizationType.Q8_0
-        writer.add_tensor(f"{name}.weight", quantize(data, q8), raw_dtype=q8)
+    matrices: dict[str, tuple[int, int, GGMLQuantizationType]] = {}
+    norms: list[str] = []
 
-    def norm(name: str) -> None:
-        writer.add_tensor(f"{name}.weight", np.ones(shape.width, np.float32))
+    def matrix(name: str, rows: int, columns: int, more: bool = False) -> None:
+        kind = _TYPES.Q8_0 if shape.kind == "Q8_0" else _TYPES.Q6_K if more else _TYPES.Q4_K
+        matrices[f"{name}.weight"] = rows, columns, kind
 
     matrix("token_embd", shape.vocabulary, shape.width)
-    matrix("output", shape.vocabulary, shape.width)
-    norm("output_norm")
+    matrix("output", shape.vocabulary, shape.width, more=True)
+    norms.append("output_norm.weight")
+    kv_width = shape.width // shape.heads * kv_heads
     for i in range(shape.layers):
-        norm(f"blk.{i}.attn_norm")
-        norm(f"blk.{i}.ffn_norm")
-        for part in ("attn_q", "attn_k", "attn_v", "attn_output"):
-            matrix(f"blk.{i}.{part}", shape.width, shape.width)
+        norms += [f"blk.{i}.attn_norm.weight", f"blk.{i}.ffn_norm.weight"]
+        eighth = shape.layers // 8
+        more = i < eighth or i >= 7 * shape.layers // 8 or (i - eighth) % 3 == 2
+        matrix(f"blk.{i}.attn_q", shape.width, shape.width)
+        matrix(f"blk.{i}.attn_k", kv_width, shape.width)
+        matrix(f"blk.{i}.attn_v", kv_width, shape.width, more)
+        matrix(f"blk.{i}.attn_output", shape.width, shape.width)
         matrix(f"blk.{i}.ffn_gate", shape.hidden, shape.width)
         matrix(f"blk.{i}.ffn_up", shape.hidden, shape.width)
-        matrix(f"blk.{i}.ffn_down", shape.width, shape.hidden)
+        matrix(f"blk.{i}.ffn_down", shape.width, shape.hidden, more)
+    for name, (rows, columns, kind) in matrices.items():
+        size = quant_shape_to_byte_shape((rows, columns), kind)
+        writer.add_tensor_info(name, size, np.dtype(np.uint8), int(np.prod(size)), raw_dtype=kind)
+    for name in norms:
+        writer.add_tensor_info(name, (shape.width,), np.dtype(np.float32), 4 * shape.width)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
+    writer.write_ti_data_to_file()
+    for rows, columns, kind in matrices.values():
+        writer.write_tensor_data(_random(rng, rows, columns, kind))
+    for _ in norms:
+        writer.write_tensor_data(np.ones(shape.width, np.float32))
     writer.close()
     return path
+
+
+def _random(rng: np.random.Generator, rows: int, columns: int, kind: GGMLQuantizationType) -> npt.NDArray[Any]:
+    """A random matrix that keeps the length of what passes through it, quantised.
+
+    In Q4_K and Q6_K the quanta are random bytes as they are, gigabytes a second, and all blocks have one scale.
+    """
+    if kind is _TYPES.Q8_0:
+        data = rng.standard_normal((rows, columns), np.float32) * np.float32(columns**-0.5)
+        return np.asarray(quantize(data, kind))
+    size = rows * quant_shape_to_byte_shape((columns,), kind)[0]
+    blocks: Bytes = rng.bit_generator.random_raw(-(-size // 8)).view(np.uint8)[:size].reshape(rows * columns // 256, -1)
+    if kind is _TYPES.Q4_K:  # d (33 q - 33 * 7.5), q in 0 to 15
+        scale = np.float16(columns**-0.5 / (33 * 21.25**0.5))
+        blocks[:, :4] = np.array([scale, np.float16(7.5) * scale], np.float16).view(np.uint8)
+        blocks[:, 4:16] = [161] * 8 + [17] * 4  # eight scales and eight minima of 33, six bits each
+    else:  # d (+-8) (q - 32), q in 0 to 63
+        blocks[:, 192:208] = np.tile(np.array([8, -8], np.int8), 8).view(np.uint8)
+        blocks[:, 208:] = np.array([columns**-0.5 / (8 * 341.25**0.5)], np.float16).view(np.uint8)
+    return blocks.reshape(rows, -1)
