@@ -38,12 +38,6 @@ def memory_bandwidth(threads: int, megabytes: int = 512) -> float:
     return sum(part.nbytes for part in parts) / _best(read)
 
 
-def multiply_adds(size: int = 1536) -> float:
-    """Multiply-adds a second of a float32 matrix product, with as many threads as numpy takes."""
-    a = np.ones((size, size), np.float32)
-    return float(size) ** 3 / _best(lambda: a @ a)
-
-
 def describe() -> dict[str, str]:
     """Machine and versions."""
     model = platform.processor() or platform.machine()

@@ -47,6 +47,14 @@ class RawLoop:
         if self._llama.llama_decode(self._context, self._batch) != 0:
             raise DecodeError("llama_decode failed")
 
+    def prefill(self, tokens: Tokens) -> float:
+        """Seconds for a batch of at most 512 tokens of one sequence, without logits."""
+        self._llama.llama_memory_clear(self._memory, False)
+        begin = time.perf_counter()
+        self._decode(tokens, np.arange(len(tokens)), [0] * len(tokens), False)
+        self._llama.llama_synchronize(self._context)
+        return time.perf_counter() - begin
+
     def replay(self, prompt: Tokens, rollouts: Sequence[Tokens]) -> float:
         """Seconds from after the prompt's last token but one to the end of all rollouts."""
         self._llama.llama_memory_clear(self._memory, False)
