@@ -28,8 +28,8 @@ class RawLoop:
         params.n_threads = params.n_threads_batch = threads
         if flash_attention is not None:
             params.flash_attn_type = int(flash_attention)
-        self._context = self._llama.llama_init_from_model(model.pointer, params)
-        self._memory = self._llama.llama_get_memory(self._context)
+        self.context = self._llama.llama_init_from_model(model.pointer, params)
+        self._memory = self._llama.llama_get_memory(self.context)
         self._batch = self._llama.llama_batch_init(512, 0, 1)
         view = np.ctypeslib.as_array
         self._token, self._pos = view(self._batch.token, (512,)), view(self._batch.pos, (512,))
@@ -44,25 +44,40 @@ class RawLoop:
         self._token[:n], self._pos[:n], self._logits[:n] = tokens, positions, output
         for i, sequence in enumerate(sequences):
             self._sequence[i][0] = sequence
-        if self._llama.llama_decode(self._context, self._batch) != 0:
+        if self._llama.llama_decode(self.context, self._batch) != 0:
             raise DecodeError("llama_decode failed")
+
+    def start(self, prompt: Tokens, rows: int) -> None:
+        """A prompt, and rows 0 to ``rows`` - 1 after it."""
+        self._llama.llama_memory_clear(self._memory, False)
+        for start in range(0, len(prompt), 512):
+            part = prompt[start : start + 512]
+            self._decode(part, np.arange(start, start + len(part)), [0] * len(part), False)
+        self._llama.llama_synchronize(self.context)
+        for row in range(rows):
+            self._llama.llama_memory_seq_cp(self._memory, 0, row + 1, -1, -1)
+
+    def step(self, tokens: Tokens, position: int) -> None:
+        """A token for every row."""
+        self._decode(tokens, position, [row + 1 for row in range(len(tokens))], True)
+
+    def logits(self, rows: int, size: int) -> npt.NDArray[np.float32]:
+        """View [rows, size] of the last step's logits."""
+        pointer = self._llama.llama_get_logits(self.context)
+        return np.ctypeslib.as_array(ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float)), shape=(rows, size))
 
     def prefill(self, tokens: Tokens) -> float:
         """Seconds for a batch of at most 512 tokens of one sequence, without logits."""
         self._llama.llama_memory_clear(self._memory, False)
         begin = time.perf_counter()
         self._decode(tokens, np.arange(len(tokens)), [0] * len(tokens), False)
-        self._llama.llama_synchronize(self._context)
+        self._llama.llama_synchronize(self.context)
         return time.perf_counter() - begin
 
     def replay(self, prompt: Tokens, rollouts: Sequence[Tokens]) -> float:
         """Seconds from after the prompt's last token but one to the end of all rollouts."""
-        self._llama.llama_memory_clear(self._memory, False)
         position = len(prompt) - 1
-        for start in range(0, position, 512):
-            part = prompt[:-1][start : start + 512]
-            self._decode(part, np.arange(start, start + len(part)), [0] * len(part), False)
-        self._llama.llama_synchronize(self._context)
+        self.start(prompt[:-1], 0)
         steps = max(map(len, rollouts))
         columns = [[row for row, tokens in enumerate(rollouts) if len(tokens) > t] for t in range(steps)]
         inputs = [
@@ -74,7 +89,7 @@ class RawLoop:
             self._llama.llama_memory_seq_cp(self._memory, 0, row + 1, -1, -1)
         for t, column in enumerate(columns):
             self._decode(inputs[t], position + t, [row + 1 for row in column], True)
-            self._llama.llama_get_logits(self._context)
+            self._llama.llama_get_logits(self.context)
             if t + 1 < steps:
                 for row in set(column) - set(columns[t + 1]):
                     self._llama.llama_memory_seq_rm(self._memory, row + 1, -1, -1)
@@ -82,4 +97,4 @@ class RawLoop:
 
     def close(self) -> None:
         self._llama.llama_batch_free(self._batch)
-        self._llama.llama_free(self._context)
+        self._llama.llama_free(self.context)
