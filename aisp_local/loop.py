@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 
-from aisp_local.controllers.base import Controller
+from aisp_local.controllers.base import Controller, Prepares
 from aisp_local.engine.base import Engine, Job, Want
 from aisp_local.errors import AispError, CapacityError, InputError, ScoreError
 from aisp_local.rewards.base import Reward
@@ -122,7 +124,9 @@ def search_many(
     together = max(1, min(at_once or len(usable), len(usable)))
     start = clock()
     timeline: Timeline = getattr(engine, "timeline", OFF)
-    with Worker.of(reward, timeline) as worker:
+    # Where decoding leaves the processor alone, noise is drawn meanwhile; else that would only slow it.
+    beside = ThreadPoolExecutor(1, "aisp-local-noise") if getattr(engine, "offloaded", False) else nullcontext()
+    with Worker.of(reward, timeline) as worker, beside as pool:
         searches = [
             _Search(
                 task,
@@ -136,6 +140,7 @@ def search_many(
                 clock=clock,
                 start=start,
                 timeline=timeline,
+                pool=pool,
                 on_progress=None if on_progress is None else _numbered(on_progress, i),
             )
             for i, task in enumerate(tasks)
@@ -273,6 +278,7 @@ class _Search:
         clock: Callable[[], float],
         start: float,
         timeline: Timeline,
+        pool: ThreadPoolExecutor | None,
         on_progress: Callable[[Progress], None] | None,
     ) -> None:
         self.task, self.scorer = task, scorer
@@ -281,6 +287,8 @@ class _Search:
         self.iterations = -(-budget // n)
         self.iteration = 0  # the one that runs, from 1
         self.clock, self.start, self.timeline, self.on_progress = clock, start, timeline, on_progress
+        self.pool = pool
+        self.prepared: Future[None] | None = None
         self.seconds = 0.0  # when its last iteration was settled
         self.job: Job | None = None
         self.rollouts: Rollouts | None = None
@@ -297,9 +305,11 @@ class _Search:
     def ask(self) -> Job:
         """The job of the next iteration."""
         self.iteration += 1
-        size = min(self.n, self.budget - (self.iteration - 1) * self.n)
-        with self.timeline.span("draw noise"):
+        size = self._size(self.iteration)
+        with self.timeline.span("ask"):
             try:
+                if self.prepared is not None:
+                    self.prepared.result()
                 controls = self.task.controller.ask(size)
             except MemoryError as error:
                 raise CapacityError(
@@ -308,9 +318,19 @@ class _Search:
                 ) from error
         seeds = RowSeeds(self.seed, self.task.index, self.iteration)
         self.job = Job(self.task.prompt, controls, self.max_tokens, seeds, self.stop_strings, self.want)
+        if self.pool is not None and self.more:
+            self.prepared = self.pool.submit(self._prepare, self._size(self.iteration + 1))
         self.scorer.begin(size)
         self.report(0, size, 0)
         return self.job
+
+    def _size(self, iteration: int) -> int:
+        return min(self.n, self.budget - (iteration - 1) * self.n)
+
+    def _prepare(self, size: int) -> None:
+        if isinstance(self.task.controller, Prepares):
+            with self.timeline.span("draw noise"):
+                self.task.controller.prepare(size)
 
     def decoded(self, rollouts: Rollouts) -> None:
         self.rollouts = rollouts

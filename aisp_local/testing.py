@@ -30,6 +30,7 @@ class FakeEngine:
         rng = np.random.default_rng(seed)
         self._z = rng.standard_normal((vocabulary, d)).astype(np.float32)
         self._w = rng.standard_normal((vocabulary, d)).astype(np.float32)
+        self.offloaded = False  # set it, and the driver takes the processor for idle while rows decode
 
     @property
     def d(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,6 +37,29 @@ def test_the_same_seed_is_the_same_run(method: str) -> None:
     if method != "best-of-n":
         norms = [s.control_norm for s in run(method).iterations]
         assert norms == [s.control_norm for s in run(method).iterations]
+
+
+@pytest.mark.parametrize("method", sorted(controllers.METHODS))
+@pytest.mark.parametrize("budget", [12, 10])
+def test_noise_drawn_while_the_device_decodes_is_the_same(
+    method: str, budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[int, bool]] = []
+    real = controllers.Aisp.prepare
+
+    def prepare(self: controllers.Aisp, n: int) -> None:
+        drawn.append((n, threading.current_thread() is threading.main_thread()))
+        real(self, n)
+
+    monkeypatch.setattr(controllers.Aisp, "prepare", prepare)
+    here = run(method, budget=budget)
+    assert drawn == []
+    engine = FakeEngine()
+    engine.offloaded = True
+    there = run(method, budget=budget, engine=engine)
+    assert [(c.text, c.reward, c.row) for c in there.candidates] == [(c.text, c.reward, c.row) for c in here.candidates]
+    assert [s.control_norm for s in there.iterations] == [s.control_norm for s in here.iterations]
+    assert drawn == ([(4, False), (budget - 8, False)] if method == "aisp" else [])
 
 
 @pytest.mark.parametrize(("budget", "n", "sizes"), [(12, 4, [4, 4, 4]), (10, 4, [4, 4, 2]), (3, 4, [3]), (1, 1, [1])])

@@ -69,7 +69,7 @@ def test_a_run_is_drawn_thread_by_thread(background: bool, tmp_path: Path) -> No
         scoring = main if not background else "aisp-local-reward_0"
         assert set(spans) == {main, scoring}
         names = [event["name"] for event in spans[main]]
-        assert names.count("update") == names.count("draw noise") == 3
+        assert names.count("update") == names.count("ask") == 3
         assert names.count("decode") == names.count("sample") == 3 * 8 + 8
         assert sum(event["name"] == "score" for event in spans[scoring]) == 3
         if background:

@@ -20,6 +20,7 @@ from aisp_local.bench.raw import RawLoop
 from aisp_local.engine import LlamaEngine
 from aisp_local.engine.head import has_tensor
 from aisp_local.rewards import load_reward
+from aisp_local.rewards.function import CallableReward
 from aisp_local.seeds import RowSeeds
 from aisp_local.timeline import OFF, Timeline
 from aisp_local.types import GREEDY, Controls, Sampling
@@ -155,7 +156,7 @@ def methods(path: Path, n: int, iterations: int, tokens: int, repeats: int) -> I
     shares = Table(
         "timeline",
         f"Where the time goes: {path.stem}, share of the wall-clock (work in another thread overlaps)",
-        ["method", "decode", "sample", "prefill", "draw noise", "update", "score (beside)"],
+        ["method", "decode", "sample", "prefill", "ask", "update", "score (beside)"],
     )
     options: Any = {"budget": n * iterations, "n": n, "max_tokens": tokens}
     variants: dict[str, dict[str, Any]] = {
@@ -191,7 +192,7 @@ def methods(path: Path, n: int, iterations: int, tokens: int, repeats: int) -> I
             wall = run(name)
             spent = engine.timeline.seconds()
             engine.timeline = OFF
-            parts = ("decode", "sample", "prefill", "draw noise", "update", "score")
+            parts = ("decode", "sample", "prefill", "ask", "update", "score")
             shares.rows.append([name, *(f"{100 * spent.get(part, 0.0) / wall:.1f}%" for part in parts)])
     yield table
     yield shares
@@ -246,10 +247,10 @@ def peers(path: Path, n: int, tokens: int, prompt: int, repeats: int) -> Table:
 def growth(shape: synthetic.Shape, tokens: int) -> Iterator[Table]:
     """Item 5: what each size costs."""
 
-    def measure(path: Path, n: int, prompt: int, new: int) -> float:
+    def measure(path: Path, n: int, prompt: int, new: int, window: int | None = None) -> float:
         with LlamaEngine(path) as engine:
             text = prompt_of(engine, prompt)
-            controls = Controls(n, noise(engine, n, new), sampling=WARM)
+            controls = Controls(n, noise(engine, n, window or new), sampling=WARM)
             return min(
                 (done := engine.rollout(text, controls, max_tokens=new, seeds=RowSeeds(1))).decode_seconds
                 / done.n_tokens
@@ -257,10 +258,11 @@ def growth(shape: synthetic.Shape, tokens: int) -> Iterator[Table]:
             )
 
     path = synthetic.cached(shape)
-    by: dict[str, list[tuple[str, Path, int, int, int]]] = {
+    by: dict[str, list[tuple[Any, ...]]] = {
         "rollouts": [(str(n), path, n, 32, tokens) for n in (1, 2, 4, 8, 16, 32, 64, 128)],
         "prompt tokens (8 rollouts)": [(str(p), path, 8, p, tokens) for p in (16, 256, 1024)],
         "new tokens (8 rollouts)": [(str(t), path, 8, 32, t) for t in (16, 64, 256)],
+        "control steps (8 rollouts)": [(str(w), path, 8, 32, tokens, w) for w in (1, tokens // 4, tokens)],
         "vocabulary (8 rollouts, 4 layers)": [
             (str(v), synthetic.cached(replace(shape, vocabulary=v, width=512, heads=8, layers=4)), 8, 32, tokens)
             for v in (32_000, 128_000, 256_000)
@@ -273,10 +275,29 @@ def growth(shape: synthetic.Shape, tokens: int) -> Iterator[Table]:
     }  # fmt: skip
     for what, points in by.items():
         table = Table("growth", f"Growth with {what}", [what.split(" (")[0], "tokens/s", "ms a step"])
-        for label, model, n, prompt, new in points:
-            each = measure(model, n, prompt, new)
-            table.rows.append([label, 1 / each, 1e3 * n * each])
+        for label, *point in points:
+            each = measure(*point)
+            table.rows.append([label, 1 / each, 1e3 * point[1] * each])
         yield table
+    yield growth_with_iterations(path, tokens)
+
+
+def growth_with_iterations(path: Path, tokens: int) -> Table:
+    """What one more iteration costs: the prompt is decoded once, and nothing is carried along."""
+    table = Table(
+        "growth", "Growth with iterations (aisp, 8 rollouts each)", ["iterations", "seconds", "s an iteration"]
+    )
+    with Aligner(LlamaEngine(path), CallableReward(lambda _, responses: [float(len(r)) for r in responses])) as aligner:
+        text = prompt_of(aligner.engine, 32)  # type: ignore[arg-type]
+        for iterations in (1, 2, 4, 8):
+            seconds = []
+            for _ in range(2):
+                aligner.engine.forget()  # type: ignore[attr-defined]
+                start = time.perf_counter()
+                aligner.generate(text, method="aisp", budget=8 * iterations, n=8, max_tokens=tokens)
+                seconds.append(time.perf_counter() - start)
+            table.rows.append([iterations, min(seconds), min(seconds) / iterations])
+    return table
 
 
 def predicted_memory(engine: LlamaEngine, n: int, tokens: int) -> int:

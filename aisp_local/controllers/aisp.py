@@ -58,6 +58,7 @@ class Aisp:
         self._sampling = Sampling(temperature)
         self._u: FloatArray = np.zeros((steps, d), np.float32)
         self._v: FloatArray | None = None
+        self._noise: FloatArray | None = None  # of the next iteration, where it was prepared
         self._iteration = 0
 
     @property
@@ -65,13 +66,24 @@ class Aisp:
         """U [T, d], a copy."""
         return self._u.copy()
 
-    def ask(self, n: int) -> Controls:
-        self._iteration += 1
-        seeds = RowSeeds(self._seed, self._prompt_index, self._iteration)
-        v = np.empty((n, *self._u.shape), np.float32)
+    def prepare(self, n: int) -> None:
+        """Draw the noise of the next ``ask(n)``: most of its time."""
+        self._noise = self._draw(n)
+
+    def _draw(self, n: int) -> FloatArray:
+        """``sigma * eps`` [n, T, d] of the next iteration."""
+        seeds = RowSeeds(self._seed, self._prompt_index, self._iteration + 1)
+        noise = np.empty((n, *self._u.shape), np.float32)
         for row in range(n):
-            seeds.generator(row, "noise").standard_normal(dtype=np.float32, out=v[row])
-        v *= np.float32(self._sigma)
+            seeds.generator(row, "noise").standard_normal(dtype=np.float32, out=noise[row])
+        noise *= np.float32(self._sigma)
+        return noise
+
+    def ask(self, n: int) -> Controls:
+        v, self._noise = self._noise, None
+        if v is None or len(v) != n:
+            v = self._draw(n)
+        self._iteration += 1
         v += self._u
         self._v = v
         return Controls(n=n, vectors=v, sampling=self._sampling)

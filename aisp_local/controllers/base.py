@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -22,3 +22,11 @@ class Controller(Protocol):
 
     def tell(self, rollouts: Rollouts, rewards: npt.NDArray[np.float64]) -> ControllerInfo:
         """Learn from the rollouts of the last ``ask`` and their rewards [n]; not finite: no weight."""
+
+
+@runtime_checkable
+class Prepares(Protocol):
+    """A controller that can do part of its next ``ask`` before it is told of the last one."""
+
+    def prepare(self, n: int) -> None:
+        """Draw what the next ``ask(n)`` needs whatever is told until then; in another thread, while rows decode."""

@@ -140,6 +140,11 @@ class LlamaEngine:
         return self.model.d
 
     @property
+    def offloaded(self) -> bool:
+        """Whether decoding leaves the processor's cores alone."""
+        return self.model.on_gpu
+
+    @property
     def settings(self) -> dict[str, Any]:
         """How the context is made: ``n_ctx`` (cells), ``threads``, ``flash_attention`` (None: llama.cpp's choice)."""
         context = self._context

@@ -1,0 +1,68 @@
+"""`aisp-local bench speed`: it runs, says what it measured, and keeps what else is in the report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from aisp_local.bench import speed
+from aisp_local.cli.main import main
+
+pytestmark = pytest.mark.native
+
+
+def test_every_item_on_the_shipped_model(tmp_path: Path) -> None:
+    report = tmp_path / "RESULTS.md"
+    report.write_text("# Results\n\nBy hand.\n", encoding="utf-8")
+    items = [part for item in speed.ITEMS if item != "growth" for part in ("--only", item)]
+    done = CliRunner().invoke(main, ["bench", "speed", "--quick", *items, "--report", str(report)])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    names = [table["name"] for table in found["tables"]]
+    assert names[0] == "ceiling"  # before anything is compared with it
+    assert set(names) == {"ceiling", "raw", "methods", "timeline", "peers", "memory"}
+    by = {table["name"]: table["rows"] for table in found["tables"]}
+    assert [row[0] for row in by["raw"]] == [1, 1, 8, 8]
+    assert all(row[2] > 0 and row[3] > 0 for row in by["raw"])
+    assert by["methods"][0][0] == "best-of-n" and by["methods"][0][2].startswith("1.000")
+    assert abs(by["memory"][0][3] - 1) < 0.5  # a few megabytes here: allocators round
+    assert "sha256 of storyteller.gguf" in found["machine"]
+    text = report.read_text(encoding="utf-8")
+    assert text.startswith("# Results\n\nBy hand.\n") and "### Ceiling" in text
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_report_is_replaced_between_its_marks(tmp_path: Path) -> None:
+    report = tmp_path / "RESULTS.md"
+    speed.write_report(report, "one")
+    report.write_text("before\n" + report.read_text(encoding="utf-8") + "after\n", encoding="utf-8")
+    speed.write_report(report, "two")
+    text = report.read_text(encoding="utf-8")
+    assert text == f"before\n{speed.BEGIN}\ntwo\n{speed.END}\nafter\n"
+
+
+def test_pairs_run_in_turned_order() -> None:
+    order: list[int] = []
+
+    def run(i: int) -> float:
+        order.append(i)
+        return float(len(order))
+
+    seconds = speed.paired([lambda: run(0), lambda: run(1)], 3)
+    assert order == [1, 0, 0, 1, 1, 0, 0, 1]  # the first round is not counted
+    np.testing.assert_array_equal(seconds, [[3, 4], [6, 5], [7, 8]])
+    assert speed.ratio(np.array([2.0, 4.0, 9.0]), np.array([1.0, 2.0, 3.0])) == [2.0, 2.0, 2.5]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--only", "nothing"], "--only nothing is unknown"), (["-m", "missing.gguf"], "does not exist")],
+)
+def test_what_cannot_be_measured_is_said(arguments: list[str], message: str) -> None:
+    done = CliRunner().invoke(main, ["bench", "speed", *arguments])
+    assert done.exit_code == 2
+    assert message in done.stderr
