@@ -335,6 +335,13 @@ def torch(machine: Machine) -> list[Call]:
     return [Call([*command, "--repeats", "1" if machine.cpu else "3"])]
 
 
+def samplers(machine: Machine) -> list[Call]:
+    """Where a token is best chosen."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "samplers.py"), "-m", str(machine.model)]
+    command += ["--rows", *machine.rows, "--n-gpu-layers", "0" if machine.cpu else "-1"]
+    return [Call([*command, "--steps", "16", "--repeats", "1" if machine.cpu else "5"])]
+
+
 def growth(machine: Machine) -> list[Call]:
     """Item 5."""
     return [Call(_step(machine, "growth"))]
@@ -347,7 +354,22 @@ def memory(machine: Machine) -> list[Call]:
 
 STEPS: dict[str, Callable[[Machine], list[Call]]] = {
     step.__name__: step
-    for step in (prepare, build, tools, proof, replay, generate, chat, model, speed, methods, torch, growth, memory)
+    for step in (
+        prepare,
+        build,
+        tools,
+        proof,
+        replay,
+        generate,
+        chat,
+        model,
+        speed,
+        methods,
+        torch,
+        samplers,
+        growth,
+        memory,
+    )
 }
 
 

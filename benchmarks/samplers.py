@@ -117,17 +117,17 @@ def main() -> int:
     options = parser.parse_args()
     path = options.model or synthetic.cached(synthetic.Shape())
     model = Model(path, n_gpu_layers=options.n_gpu_layers)
-    print("| rows | law | " + ", ms | ".join([WAYS[0], *(f"+ {way}" for way in WAYS[1:])]) + ", ms |")
-    print("|---|---|" + "---|" * len(WAYS))
-    results = []
+    columns = ["rows", "law", *(f"{'+ ' if i else ''}{way}, ms" for i, way in enumerate(WAYS))]
+    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+    rows = []
     for n in options.rows:
         for name, sampling in (("greedy", GREEDY), ("temperature 0.8, top-p 0.9", Sampling(0.8, top_p=0.9))):
-            found = measure(model, n, sampling, options)
-            cells = [f"{values[0]:.2f}" + (f" ({values[1]:.2f} to {values[2]:.2f})" if values[1:] else "")
-                     for values in found.values()]  # fmt: skip
-            print(f"| {n} | {name} | " + " | ".join(cells) + " |", flush=True)
-            results.append({"rows": n, "law": name, "ms": found})
-    print(json.dumps({"model": path.stem, "vocabulary": model.n_vocab, "threads": options.threads, "results": results}))
+            found = measure(model, n, sampling, options).values()
+            spread = [f" ({values[1]:.2f} to {values[2]:.2f})" if values[1:] else "" for values in found]
+            rows.append([n, name, *(f"{v[0]:.2f}{quartiles}" for v, quartiles in zip(found, spread, strict=True))])
+            print("| " + " | ".join(map(str, rows[-1])) + " |", flush=True)
+    title = f"Choosing a token: {path.stem}, {model.n_vocab} tokens, {options.threads} threads"
+    print(json.dumps({"tables": [{"name": "samplers", "title": title, "columns": columns, "rows": rows}]}))
     model.close()
     return 0
 
