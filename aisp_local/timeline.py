@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,9 @@ class _Span:
     end: int
 
 
+_NOTHING = nullcontext()
+
+
 class Timeline:
     """Spans of named work, by thread. One that is not ``enabled`` costs next to nothing and keeps nothing."""
 
@@ -33,12 +36,12 @@ class Timeline:
         self._start = time.perf_counter_ns()
         self._spans: list[_Span] = []
 
-    @contextmanager
-    def span(self, name: str) -> Iterator[None]:
+    def span(self, name: str) -> AbstractContextManager[None]:
         """Work of that name, as long as the block runs."""
-        if not self.enabled:
-            yield
-            return
+        return self._record(name) if self.enabled else _NOTHING
+
+    @contextmanager
+    def _record(self, name: str) -> Iterator[None]:
         begin = time.perf_counter_ns()
         try:
             yield

@@ -14,7 +14,6 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,6 @@ class Loop:
         cells = -(-(PROMPT + n * steps) // 256) * 256
         self.raw = RawLoop(model, rows=n, n_ctx=cells, threads=threads, flash_attention=None)
         self.n_vocab = model.n_vocab
-        self.pool = ThreadPoolExecutor(threads)
         self.chains = [chain(self.llama, sampling, row) for row in range(n)]
         if way == WAYS[3]:
             for row, sampler in enumerate(self.chains):
@@ -63,7 +61,7 @@ class Loop:
     def choose(self, uniforms: np.ndarray) -> np.ndarray:
         context = self.raw.context
         if self.way == WAYS[1]:
-            return pick(self.raw.logits(self.n, self.n_vocab), self.sampling, uniforms, self.pool)
+            return pick(self.raw.logits(self.n, self.n_vocab), self.sampling, uniforms)
         if self.way == WAYS[2]:
             sample = self.llama.llama_sampler_sample
             return np.array([sample(made, context, i) for i, made in enumerate(self.chains)], np.int32)
@@ -85,7 +83,6 @@ class Loop:
         return (time.perf_counter() - begin) / self.steps
 
     def close(self) -> None:
-        self.pool.shutdown()
         if self.way == WAYS[3]:
             for row in range(self.n):
                 self.llama.llama_set_sampler(self.raw.context, row + 1, None)

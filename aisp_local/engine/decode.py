@@ -6,19 +6,18 @@ import codecs
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from aisp_local.engine.base import Feed, Job
+from aisp_local.engine.base import Feed, Job, Want
 from aisp_local.engine.head import OutputHead
 from aisp_local.engine.sampling import log_law, log_softmax, pick
 from aisp_local.errors import DecodeError
 from aisp_local.native import Context, Model
 from aisp_local.timeline import Timeline
-from aisp_local.types import FinishReason, FloatArray, Rollouts
+from aisp_local.types import FinishReason, FloatArray, Rollouts, Sampling
 
 Ints = npt.NDArray[np.int64]
 Tokens = npt.NDArray[np.int32]
@@ -64,12 +63,25 @@ class _Open:
         return self.job.controls.n
 
 
+@dataclass
+class _Column:
+    """The rows of a step, the same until one begins or ends."""
+
+    rows: Ints  # [k]
+    sequences: Ints
+    owners: list[_Open]
+    want: frozenset[Want]
+    needs_head: bool
+    jobs: list[tuple[_Open, Ints]]  # with which of the k rows are theirs
+    samplings: list[tuple[Sampling, Ints]]
+    stopping: list[int]  # of the k rows, those with stop strings
+
+
 class Decoder:
     """Runs the jobs of a feed over ``rows`` rows, the sequences from ``first`` on.
 
     A row whose rollout ended takes the next one: of the same job, else of the feed's next job. ``open_prompt`` gives a
     job's start and its token limit, or None while there is no place for its prompt; ``close_prompt`` takes it back.
-    ``pool``: threads that may sample rows.
     """
 
     def __init__(
@@ -85,16 +97,17 @@ class Decoder:
         open_prompt: Callable[[Job, bool], tuple[Start, int] | None],
         close_prompt: Callable[[Start], None],
         timeline: Timeline,
-        pool: ThreadPoolExecutor | None = None,
     ) -> None:
         self._model, self._context, self._head, self._feed = model, context, head, feed
         self._first, self._max_tokens = first, max_tokens
         self._open_prompt, self._close_prompt = open_prompt, close_prompt
-        self._timeline, self._pool = timeline, pool
+        self._timeline = timeline
         self._waiting: deque[Job] = deque()  # taken, and no place for its prompt yet
         self._jobs: list[_Open] = []
         # By row.
         self._owner: list[_Open | None] = [None] * rows
+        self._free = rows  # of them
+        self._column: _Column | None = None
         self._index = np.zeros(rows, np.int64)  # of the rollout in its job
         self._step = np.zeros(rows, np.int64)
         self._limit = np.zeros(rows, np.int64)
@@ -110,14 +123,36 @@ class Decoder:
 
     def run(self) -> None:
         while True:
-            self._fill()
-            active = np.flatnonzero([owner is not None for owner in self._owner])
-            if len(active) == 0:
+            if self._free:
+                self._fill()
+            column = self._column = self._column or self._make_column()
+            if not column.owners:
                 return
             if self._feed.stop():
                 self._cut()
                 return
-            self._decode(active)
+            self._decode(column)
+
+    def _make_column(self) -> _Column:
+        rows = np.array([row for row, owner in enumerate(self._owner) if owner is not None], np.int64)
+        owners = [owner for owner in self._owner if owner is not None]
+        want: frozenset[Want] = frozenset().union(*(owner.job.want for owner in owners))
+        jobs = [
+            (job, np.flatnonzero([owner is job for owner in owners])) for job in {id(o): o for o in owners}.values()
+        ]
+        samplings: dict[Sampling, list[Ints]] = {}
+        for job, mine in jobs:
+            samplings.setdefault(job.job.controls.sampling, []).append(mine)
+        return _Column(
+            rows,
+            self._first + rows,
+            owners,
+            want,
+            bool(want & {"kl", "logprobs"}) and bool(self._controlled[rows].any()),
+            jobs,
+            [(sampling, np.sort(np.concatenate(parts))) for sampling, parts in samplings.items()],
+            [i for i, owner in enumerate(owners) if owner.stops],
+        )
 
     def _fill(self) -> None:
         """Give every free row a rollout, as long as there are any."""
@@ -155,6 +190,8 @@ class Decoder:
         job, start, index = owner.job, owner.start, owner.next_row
         owner.next_row += 1
         self._owner[row] = owner
+        self._free -= 1
+        self._column = None
         self._index[row] = index
         self._step[row], self._limit[row] = 0, owner.max_tokens
         self._position[row], self._current[row] = start.position, start.token
@@ -176,55 +213,44 @@ class Decoder:
         if "prelogits" in job.want and self._prelogits is None:
             self._prelogits = np.zeros((len(self._owner), self._max_tokens, self._model.d), np.float32)
 
-    def _decode(self, active: Ints) -> None:
-        context = self._context
-        owners = [owner for row in active if (owner := self._owner[row]) is not None]
-        want = frozenset().union(*(owner.job.want for owner in owners))
-        needs_head = bool(want & {"kl", "logprobs"}) and bool(self._controlled[active].any())
-        context.want_prelogits(needs_head or "prelogits" in want)
+    def _decode(self, column: _Column) -> None:
+        context, rows, owners, want = self._context, column.rows, column.owners, column.want
+        context.want_prelogits(column.needs_head or "prelogits" in want)
         with self._timeline.span("decode"):
-            context.decode(self._current[active], self._position[active], self._first + active, outputs=True)
+            context.decode(self._current[rows], self._position[rows], column.sequences, outputs=True)
             logits = context.logits()
         with self._timeline.span("sample"):
-            step = self._step[active]
-            current = self._sample(logits, owners, self._uniforms[active, step])
-            if not np.isfinite(logits[np.arange(len(active)), current]).all():
+            step = self._step[rows]
+            current = self._sample(logits, column, self._uniforms[rows, step])
+            if not np.isfinite(logits[np.arange(len(rows)), current]).all():
                 raise DecodeError(
                     f"the model gave logits that are not finite at step {int(step.max()) + 1}; "
                     "the file may be damaged, or the control far too strong"
                 )
             if want:
-                self._record(active, owners, logits, current, needs_head)
-            self._tokens[active, step] = current
-            self._current[active] = current
-            self._step[active] += 1
-            self._position[active] += 1
+                self._record(column, logits, current)
+            self._tokens[rows, step] = current
+            self._current[rows] = current
+            self._step[rows] = step + 1
+            self._position[rows] += 1
             stopped = self._model.eog[current]
-            for i, owner in enumerate(owners):
-                if owner.stops:
-                    stopped[i] |= self._found_stop(owner.stops, int(active[i]), int(current[i]))
-        full = self._step[active] >= self._limit[active]
+            for i in column.stopping:
+                stopped[i] |= self._found_stop(owners[i].stops, int(rows[i]), int(current[i]))
+        ended = stopped | (step + 1 >= self._limit[rows])
         # The job that steps is told of it before it is told that it ended.
-        jobs = list(dict.fromkeys(map(id, owners)))
-        by_id = {id(owner): owner for owner in owners}
-        for key in jobs:
-            owner = by_id[key]
-            mine = np.array([o is owner for o in owners])
+        for owner, mine in column.jobs:
             owner.steps += 1
-            owner.n_tokens += int(mine.sum())
-            going_on = int((mine & ~(stopped | full)).sum())
-            self._feed.stepped(owner.job, owner.steps, going_on, owner.n_tokens)
-        for row, stop in zip(active[stopped | full], stopped[stopped | full], strict=True):
-            self._end(int(row), "stop" if stop else "length")
+            owner.n_tokens += len(mine)
+            self._feed.stepped(owner.job, owner.steps, len(mine) - int(np.count_nonzero(ended[mine])), owner.n_tokens)
+        for i in np.flatnonzero(ended).tolist():
+            self._end(int(rows[i]), "stop" if stopped[i] else "length")
 
-    def _sample(self, logits: FloatArray, owners: list[_Open], uniforms: npt.NDArray[np.float64]) -> Tokens:
-        settings = [owner.job.controls.sampling for owner in owners]
-        if all(sampling == settings[0] for sampling in settings):
-            return pick(logits, settings[0], uniforms, self._pool)
-        tokens = np.zeros(len(owners), np.int32)
-        for sampling in dict.fromkeys(settings):
-            rows = np.flatnonzero([s == sampling for s in settings])
-            tokens[rows] = pick(logits[rows], sampling, uniforms[rows], self._pool)
+    def _sample(self, logits: FloatArray, column: _Column, uniforms: npt.NDArray[np.float64]) -> Tokens:
+        if len(column.samplings) == 1:
+            return pick(logits, column.samplings[0][0], uniforms)
+        tokens = np.zeros(len(column.rows), np.int32)
+        for sampling, mine in column.samplings:
+            tokens[mine] = pick(logits[mine], sampling, uniforms[mine])
         return tokens
 
     def _found_stop(self, stops: list[bytes], row: int, token: int) -> bool:
@@ -233,17 +259,10 @@ class Decoder:
         text += piece
         return any(text.find(stop, max(0, len(text) - len(piece) - len(stop))) >= 0 for stop in stops)
 
-    def _record(
-        self,
-        active: Ints,
-        owners: list[_Open],
-        logits: FloatArray,
-        current: Tokens,
-        needs_head: bool,
-    ) -> None:
+    def _record(self, column: _Column, logits: FloatArray, current: Tokens) -> None:
         """What the rows' jobs want to know of this step; rows of other jobs come along."""
+        active, owners, want, needs_head = column.rows, column.owners, column.want, column.needs_head
         step = self._step[active]
-        want = frozenset().union(*(owner.job.want for owner in owners))
         z = self._context.prelogits() if needs_head or "prelogits" in want else None
         if self._prelogits is not None and z is not None:
             self._prelogits[active, step] = z
@@ -278,6 +297,8 @@ class Decoder:
             self._prelogits[row, :length].copy() if "prelogits" in want and self._prelogits is not None else None,
         )
         self._owner[row] = None
+        self._free += 1
+        self._column = None
         self._context.remove(self._first + row)
 
     def _text(self, owner: _Open, tokens: Tokens) -> str:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from functools import cached_property
 from typing import Any
@@ -254,20 +253,18 @@ class LlamaEngine:
             if start.sequence is not None:
                 cache.give_back(start.sequence)
 
-        with ThreadPoolExecutor(self._threads, "aisp-local-sampling") as pool:
-            Decoder(
-                self.model,
-                context,
-                lambda: self.head,
-                feed,
-                first=self._slots,
-                rows=rows,
-                max_tokens=max_tokens,
-                open_prompt=open_prompt,
-                close_prompt=close_prompt,
-                timeline=self.timeline,
-                pool=pool if self._threads > 1 else None,
-            ).run()
+        Decoder(
+            self.model,
+            context,
+            lambda: self.head,
+            feed,
+            first=self._slots,
+            rows=rows,
+            max_tokens=max_tokens,
+            open_prompt=open_prompt,
+            close_prompt=close_prompt,
+            timeline=self.timeline,
+        ).run()
 
     def _reserve(
         self, prompts: list[npt.NDArray[np.int32]], slots: int, rows: int, max_tokens: int

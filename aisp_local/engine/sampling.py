@@ -2,13 +2,10 @@
 
 A token is the inverse of the law's cumulative distribution at a uniform number that the caller draws (top-p without
 top-k: of the law before the cut, at that number and others made of it, until a token is kept), so that what a row
-samples depends on its own numbers only, never on its batch-mates. Rows are taken in blocks that stay in a core's cache,
-by several threads where there are any: neither changes a number.
+samples depends on its own numbers only, never on its batch-mates. Rows are taken in blocks that stay in a core's cache.
 """
 
 from __future__ import annotations
-
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -22,12 +19,7 @@ _BLOCK = 64  # of weights that are summed before any of them is looked at
 _CACHED = 2**17  # logits that are worked on at a time
 
 
-def pick(
-    logits: FloatArray,
-    sampling: Sampling,
-    uniforms: npt.NDArray[np.float64],
-    pool: ThreadPoolExecutor | None = None,
-) -> npt.NDArray[np.int32]:
+def pick(logits: FloatArray, sampling: Sampling, uniforms: npt.NDArray[np.float64]) -> npt.NDArray[np.int32]:
     """Tokens [k] from logits [k, V] and uniforms [k] in [0, 1)."""
     if sampling.greedy:
         return np.asarray(logits.argmax(axis=1), np.int32)
@@ -36,8 +28,7 @@ def pick(
     if k <= rows:
         return _pick(logits, sampling, uniforms)
     parts = [slice(start, start + rows) for start in range(0, k, rows)]
-    many = map if pool is None else pool.map
-    return np.concatenate(list(many(lambda part: _pick(logits[part], sampling, uniforms[part]), parts)))
+    return np.concatenate([_pick(logits[part], sampling, uniforms[part]) for part in parts])
 
 
 def _pick(logits: FloatArray, sampling: Sampling, uniforms: npt.NDArray[np.float64]) -> npt.NDArray[np.int32]:
@@ -106,9 +97,10 @@ def _accept(logits: FloatArray, sampling: Sampling, uniforms: npt.NDArray[np.flo
     u = uniforms
     for _ in range(_TRIES):
         tokens[left] = drawn = _invert(law, u)
-        rows = np.arange(len(left))
-        weight = weights[rows, drawn]
-        refused = (_before(weights, drawn, weight) >= limit) | (weight < sampling.min_p)
+        weight = weights[np.arange(len(left)), drawn]
+        refused = ~_kept(weights, drawn, weight, limit)
+        if sampling.min_p:
+            refused |= weight < sampling.min_p
         refused &= weight < 1.0  # the likeliest token always stays
         if not refused.any():
             return tokens
@@ -119,19 +111,21 @@ def _accept(logits: FloatArray, sampling: Sampling, uniforms: npt.NDArray[np.flo
     return tokens
 
 
-def _before(weights: FloatArray, tokens: npt.NDArray[np.intp], weight: FloatArray) -> npt.NDArray[np.float64]:
-    """The weight of all tokens that are likelier than each row's, of equal ones those with a smaller id."""
-    weight = weight[:, None]
-    likelier = weights > weight
+def _kept(
+    weights: FloatArray, tokens: npt.NDArray[np.intp], weight: FloatArray, limit: npt.NDArray[np.float64]
+) -> npt.NDArray[np.bool_]:
+    """Whether what weighs before each row's token (likelier ones, equal ones with smaller ids) is below the limit."""
+    kept = _mass(weights, weights >= weight[:, None]) - weight < limit  # true of nearly all rows
+    for row in np.flatnonzero(~kept):
+        likelier = _mass(weights[row : row + 1], weights[row : row + 1] > weight[row])[0]
+        equal = np.count_nonzero(weights[row, : tokens[row]] == weight[row])
+        kept[row] = likelier + float(weight[row]) * equal < limit[row]
+    return np.asarray(kept)
+
+
+def _mass(weights: FloatArray, mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
     # einsum is numpy's fastest sum of products that leaves other threads alone.
-    mass = np.einsum("kv,kv->k", weights, likelier.astype(np.float32)).astype(np.float64)
-    for row in np.flatnonzero(_counts(weights >= weight) > _counts(likelier) + 1):
-        mass[row] += float(weight[row, 0]) * np.count_nonzero(weights[row, : tokens[row]] == weight[row])
-    return np.asarray(mass, np.float64)
-
-
-def _counts(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-    return np.array([np.count_nonzero(row) for row in mask])
+    return np.asarray(np.einsum("kv,kv->k", weights, mask.astype(np.float32)), np.float64)
 
 
 def _hashed(uniforms: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -146,15 +140,15 @@ def _invert(weights: FloatArray, uniforms: npt.NDArray[np.float64]) -> npt.NDArr
     """The first index of each row at which the running sum of its weights exceeds the uniform share of their sum."""
     k, size = weights.shape
     rows = np.arange(k)
-    whole = size // _BLOCK * _BLOCK
-    sums = np.einsum("kbj->kb", weights[:, :whole].reshape(k, -1, _BLOCK))
-    sums = np.concatenate([sums, weights[:, whole:].sum(axis=1, keepdims=True)], axis=1)
+    if size % _BLOCK:
+        weights = np.concatenate([weights, np.zeros((k, -size % _BLOCK), np.float32)], axis=1)
+    blocks = weights.reshape(k, -1, _BLOCK)
+    sums = np.einsum("kbj->kb", blocks)
     cumulative = sums.cumsum(axis=1, dtype=np.float64)
-    block = _inverse(cumulative, uniforms * cumulative[:, -1])
-    left = uniforms * cumulative[:, -1] - (cumulative[rows, block] - sums[rows, block])
-    index = block[:, None] * _BLOCK + np.arange(_BLOCK)
-    inside = np.where(index < size, weights[rows[:, None], np.minimum(index, size - 1)], np.float32(0.0))
-    within = inside.cumsum(axis=1, dtype=np.float64)
+    targets = uniforms * cumulative[:, -1]
+    block = _inverse(cumulative, targets)
+    within = blocks[rows, block].cumsum(axis=1, dtype=np.float64)
+    left = targets - (cumulative[rows, block] - sums[rows, block])
     # The block's own sum may round below what is left: then its last token that can be drawn.
     return block * _BLOCK + _inverse(within, np.minimum(left, np.nextafter(within[:, -1], 0.0)))
 
