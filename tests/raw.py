@@ -55,6 +55,7 @@ class Raw:
         threads: int = 1,
         count_nodes: bool = False,
         exact: bool = False,
+        repacked: bool = True,
         pooling: int = C.LLAMA_POOLING_TYPE_NONE,
     ) -> None:
         self._owner = not isinstance(path, Raw)
@@ -63,6 +64,7 @@ class Raw:
         else:
             params = C.llama_model_default_params()
             params.n_gpu_layers = GPU_LAYERS
+            params.use_extra_bufts = repacked
             self.model = C.llama_model_load_from_file(str(path).encode(), params)
         if not self.model:
             raise RuntimeError(f"llama.cpp could not load {path}")

@@ -292,8 +292,9 @@ class LlamaEngine:
             self._drop_context()
         cells = self._check_memory(longest, rows, max_tokens, needed, cells)
         flash = self._flash_attention
-        if flash is None and not self.model.on_gpu and rows >= 4 and cpu_has("AVX512"):
-            flash = False  # llama.cpp's kernel for it is slower there than its matrix products (benchmarks/RESULTS.md)
+        narrow = self.model.head_width < 64
+        if flash is None and narrow and rows >= 4 and not self.model.on_gpu and cpu_has("AVX512"):
+            flash = False  # narrow heads leave llama.cpp's kernel little to do in a call (benchmarks/RESULTS.md)
         if flash is False and not self.model.has_encoder:
             n_ubatch = min(n_ubatch, max(32, _SCORES_BYTES // (4 * cells * self.model.n_head)))
         context = Context(

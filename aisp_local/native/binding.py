@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import re
 import signal
 import sys
 import threading
 import warnings
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
@@ -116,8 +113,7 @@ def binding() -> ModuleType:
     with _lock:
         if _llama is None:
             try:
-                with _short_spin():
-                    import llama_cpp
+                import llama_cpp
             except ImportError as error:
                 raise BindingError(f"llama-cpp-python is not installed ({error}); {INSTALL}") from error
             except Exception as error:
@@ -129,23 +125,6 @@ def binding() -> ModuleType:
             llama_cpp.llama_backend_init()
             _llama = llama_cpp
     return _llama  # type: ignore[no-any-return]
-
-
-@contextmanager
-def _short_spin() -> Iterator[None]:
-    """GNU OpenMP, when it loads, takes from the environment how long a thread spins before it sleeps.
-
-    Its default, milliseconds, makes a step up to a hundred times slower where other processes compete for the cores;
-    not to spin at all makes it twice as slow where none does. This is neither (benchmarks/RESULTS.md).
-    """
-    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}.isdisjoint(os.environ):  # the user's own choice
-        yield
-        return
-    os.environ["GOMP_SPINCOUNT"] = "3000"
-    try:
-        yield
-    finally:
-        del os.environ["GOMP_SPINCOUNT"]
 
 
 def _check_stock(version: str) -> None:

@@ -147,12 +147,18 @@ class Model:
             size = length + 1
 
     @property
+    def head_width(self) -> int:
+        """Width of an attention head's keys."""
+        architecture = self.meta("general.architecture") or ""
+        return int(self.meta(f"{architecture}.attention.key_length") or self.d // self.n_head)
+
+    @property
     def kv_bytes_per_token(self) -> int:
         """Bytes that one token takes in an F16 KV cache; 0 if the file does not say."""
         architecture = self.meta("general.architecture") or ""
         layers = int(self._llama.llama_model_n_layer(self.pointer))
         heads_kv = int(self._llama.llama_model_n_head_kv(self.pointer))
-        key = int(self.meta(f"{architecture}.attention.key_length") or self.d // self.n_head)
+        key = self.head_width
         value = int(self.meta(f"{architecture}.attention.value_length") or self.d // self.n_head)
         return layers * heads_kv * (key + value) * 2
 
