@@ -138,9 +138,7 @@ def batched_bench(program: Path, path: Path, n: int, prompt: int, tokens: int, e
     command += ["-ngl", "99" if engine.model.on_gpu else "0", "--output-format", "jsonl"]
     if settings["flash_attention"] is not None:
         command += ["-fa", "on" if settings["flash_attention"] else "off"]
-    # On the host its threads wait as the engine's do (aisp_local.native.binding).
-    environment = dict(os.environ)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("{")]
     if done.returncode or not lines:
         raise SystemExit(f"llama-batched-bench failed ({done.returncode}): {done.stderr[-2000:]}")

@@ -292,9 +292,11 @@ class LlamaEngine:
             self._drop_context()
         cells = self._check_memory(longest, rows, max_tokens, needed, cells)
         flash = self._flash_attention
-        narrow = self.model.head_width < 64
-        if flash is None and narrow and rows >= 4 and not self.model.on_gpu and cpu_has("AVX512"):
-            flash = False  # narrow heads leave llama.cpp's kernel little to do in a call (benchmarks/RESULTS.md)
+        # Narrow heads leave llama.cpp's kernel little to do in a call, and from 64 rows on it computes every cell of
+        # the cache for every row (benchmarks/RESULTS.md).
+        slow = rows >= 64 or (rows >= 4 and self.model.head_width < 64)
+        if flash is None and slow and not self.model.on_gpu and cpu_has("AVX512"):
+            flash = False
         if flash is False and not self.model.has_encoder:
             n_ubatch = min(n_ubatch, max(32, _SCORES_BYTES // (4 * cells * self.model.n_head)))
         context = Context(
