@@ -33,7 +33,7 @@ def test_every_item_on_the_shipped_model(tmp_path: Path) -> None:
     assert "sha256 of storyteller.gguf" in found["machine"]
     text = report.read_text(encoding="utf-8")
     assert text.startswith("# Results\n\nBy hand.\n") and "### Ceiling" in text
-    assert not list(tmp_path.glob("*.part"))
+    assert list(tmp_path.iterdir()) == [report]
 
 
 def test_a_report_is_replaced_between_its_marks(tmp_path: Path) -> None:
@@ -60,7 +60,11 @@ def test_pairs_run_in_turned_order() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--only", "nothing"], "--only nothing is unknown"), (["-m", "missing.gguf"], "does not exist")],
+    [
+        (["--only", "nothing"], "--only nothing is unknown"),
+        (["-m", "missing.gguf"], "does not exist"),
+        (["--report", "missing/RESULTS.md"], "the folder missing does not exist"),
+    ],
 )
 def test_what_cannot_be_measured_is_said(arguments: list[str], message: str) -> None:
     done = CliRunner().invoke(main, ["bench", "speed", *arguments])

@@ -19,6 +19,7 @@ from aisp_local.bench import machine, synthetic
 from aisp_local.bench.raw import RawLoop
 from aisp_local.engine import LlamaEngine
 from aisp_local.engine.head import has_tensor
+from aisp_local.files import write_output
 from aisp_local.rewards import load_reward
 from aisp_local.rewards.function import CallableReward
 from aisp_local.seeds import RowSeeds
@@ -394,9 +395,7 @@ def write_report(path: Path, text: str) -> None:
     old = path.read_text(encoding="utf-8") if path.exists() else ""
     before, mark, rest = old.partition(BEGIN)
     after = rest.partition(END)[2] if mark else ""
-    part = path.with_suffix(".part")
-    part.write_text(f"{before}{BEGIN}\n{text.strip()}\n{END}{after or chr(10)}", encoding="utf-8")
-    part.replace(path)
+    write_output(path, f"{before}{BEGIN}\n{text.strip()}\n{END}{after or chr(10)}")
 
 
 def as_json(result: dict[str, Any]) -> str:

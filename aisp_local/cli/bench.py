@@ -33,6 +33,7 @@ def speed(model: tuple[Path, ...], only: tuple[str, ...], repeats: int, quick: b
     from aisp_local.bench import speed as measure
     from aisp_local.bench import synthetic
     from aisp_local.errors import InputError
+    from aisp_local.files import check_output
     from aisp_local.native import check_model_file
 
     unknown = sorted(set(only) - set(measure.ITEMS))
@@ -40,6 +41,8 @@ def speed(model: tuple[Path, ...], only: tuple[str, ...], repeats: int, quick: b
         raise InputError(f"--only {unknown[0]} is unknown; use {', '.join(measure.ITEMS)}")
     for path in model:
         check_model_file(path)
+    if report is not None:
+        check_output(report)
     models = [shipped.model(), *([] if quick else [synthetic.cached(synthetic.Shape())]), *model]
     said: list[str] = []
 
