@@ -46,8 +46,8 @@ def layouts_of(name: str) -> Sequence[Layout]:
 
 
 def base_run(path: Path) -> Trace:
-    """The schedule of a proof without control: a stock build can do it too."""
-    with Raw(path, n_seq=N, count_nodes=True) as raw:
+    """The schedule of a proof without control, by kernels that the series leaves alone: a stock build can do it too."""
+    with Raw(path, n_seq=N, count_nodes=True, exact=GPU_LAYERS == 0, repacked=False) as raw:
         return follow(raw, Schedule.make(raw.size, n=N, steps=STEPS))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import json
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import quant_shape_to_byte_shape, quantize
+
+from aisp_local import shipped
 
 _END = 256  # the token that ends a response; those before it are the bytes
 _TYPES = GGMLQuantizationType
@@ -72,7 +76,7 @@ def write(path: Path, shape: Shape, seed: int = 0) -> Path:
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     spare = iter(range(256, 512))
     tokens = [chr(b) if b in printable else chr(next(spare)) for b in range(256)]
-    tokens += ["<|end|>", "th", *(f" word{i}" for i in range(shape.vocabulary - 258))]
+    tokens += ["<|end|>", "th", *_words(shape.vocabulary - 258)]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
@@ -118,6 +122,18 @@ def write(path: Path, shape: Shape, seed: int = 0) -> Path:
         writer.write_tensor_data(np.ones(shape.width, np.float32))
     writer.close()
     return path
+
+
+def _words(count: int) -> list[str]:
+    """Different words, one token each for the shipped reward as far as it has so many, as those of text are."""
+    vocabulary = json.loads((shipped.reward() / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    words = [word for word in vocabulary if word.isascii() and word.isalpha() and len(word) > 1]
+    found = dict.fromkeys(words)
+    for first, second in itertools.product(words, words):
+        if len(found) >= count:
+            break
+        found[first + second] = None
+    return [f" {word}" for word in itertools.islice(found, count)]
 
 
 def _random(rng: np.random.Generator, rows: int, columns: int, kind: GGMLQuantizationType) -> npt.NDArray[Any]:

@@ -29,7 +29,7 @@ from aisp_local.engine.decode import Decoder, Start
 from aisp_local.engine.head import OutputHead, has_tensor
 from aisp_local.engine.prompts import prompt_tokens
 from aisp_local.errors import CapacityError, InputError
-from aisp_local.native import MAX_SEQUENCES, MAX_THREADS, Context, ControlKind, Model, cpu_has
+from aisp_local.native import MAX_SEQUENCES, MAX_THREADS, Context, ControlKind, Model
 from aisp_local.seeds import RowSeeds
 from aisp_local.timeline import OFF, Timeline
 from aisp_local.types import Controls, Prompt, Rollouts
@@ -85,7 +85,7 @@ class LlamaEngine:
 
     ``threads``: that decode (default: one a core). ``parallel``: at most so many rollouts decode at once; others wait
     for a free row (default: all, up to 255). ``memory_limit``: bytes that the KV cache may take (default: what is
-    available on the host). ``flash_attention``: default by the processor. ``control``: inside llama.cpp's graph, or by
+    available on the host). ``flash_attention``: default llama.cpp's. ``control``: inside llama.cpp's graph, or by
     a callback, which is all that a stock llama-cpp-python can.
     """
 
@@ -291,13 +291,7 @@ class LlamaEngine:
                 slots, rows = MAX_SEQUENCES - rows, rows
             self._drop_context()
         cells = self._check_memory(longest, rows, max_tokens, needed, cells)
-        flash = self._flash_attention
-        # Narrow heads leave llama.cpp's kernel little to do in a call, and from 64 rows on it computes every cell of
-        # the cache for every row (benchmarks/RESULTS.md).
-        slow = rows >= 64 or (rows >= 4 and self.model.head_width < 64)
-        if flash is None and slow and not self.model.on_gpu and cpu_has("AVX512"):
-            flash = False
-        if flash is False and not self.model.has_encoder:
+        if self._flash_attention is False and not self.model.has_encoder:
             n_ubatch = min(n_ubatch, max(32, _SCORES_BYTES // (4 * cells * self.model.n_head)))
         context = Context(
             self.model,
@@ -307,7 +301,7 @@ class LlamaEngine:
             n_seq_max=slots + rows,
             n_ubatch=n_ubatch,
             n_threads=self._threads,
-            flash_attention=flash,
+            flash_attention=self._flash_attention,
             n_ctx_orig=self._choose_rope(long, cells),
         )
         self._context, self._slots, self._long = context, slots, long

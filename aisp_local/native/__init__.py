@@ -1,6 +1,6 @@
 """llama.cpp through llama-cpp-python: patched, or stock with a callback in its place."""
 
-from aisp_local.native.binding import FallbackWarning, cpu_has, versions
+from aisp_local.native.binding import FallbackWarning, versions
 from aisp_local.native.context import MAX_SEQUENCES, MAX_THREADS, Context
 from aisp_local.native.control import ControlKind
 from aisp_local.native.model import Model, check_model_file
@@ -13,6 +13,5 @@ __all__ = [
     "FallbackWarning",
     "Model",
     "check_model_file",
-    "cpu_has",
     "versions",
 ]

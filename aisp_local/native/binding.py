@@ -140,11 +140,6 @@ def _check_stock(version: str) -> None:
     )
 
 
-def cpu_has(feature: str) -> bool:
-    """Whether llama.cpp's CPU code was built for, and runs on, an instruction set by its name there ("AVX512")."""
-    return f"{feature} = 1 " in binding().llama_print_system_info().decode()
-
-
 def ggml_library() -> Any:
     """The library that holds ggml's tensor functions, which the binding does not declare."""
     from llama_cpp import llama_cpp
