@@ -92,7 +92,7 @@ def test_reports_agree_with_the_head(engine: LlamaEngine) -> None:
         np.testing.assert_array_equal(p.argmax(axis=1), out.tokens[row])
         picked = q[np.arange(len(z)), out.tokens[row]]
         np.testing.assert_allclose(out.base_logprobs[row], picked, atol=0.02)
-        np.testing.assert_allclose(out.kl[row], (np.exp(p) * (p - q)).sum(), rtol=0.02)
+        np.testing.assert_allclose(out.kl[row], (np.exp(p) * (p - q)).sum(), rtol=0.05)
     base = roll(engine, Controls(n=2), want=want, max_tokens=10)
     assert base.kl is not None
     np.testing.assert_array_equal(base.kl, 0.0)

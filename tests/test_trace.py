@@ -1,4 +1,4 @@
-"""A whole run of ``aisp`` on the shipped model, token for token against the numpy oracle."""
+"""A whole run of ``aisp`` on the shipped model's network in F16, token for token against the numpy oracle."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import synthetic
 from oracle import AispRun, Llama, NearTie, end_tokens
 from raw import Raw
 
@@ -80,8 +81,9 @@ def first_without_near_ties(prefilled: Llama, last: int, ends: set[int]) -> Aisp
     raise AssertionError("every seed has a near tie")
 
 
-def test_a_whole_run_is_the_oracle_token_for_token() -> None:
-    path = shipped.model()
+def test_a_whole_run_is_the_oracle_token_for_token(tmp_path: Path) -> None:
+    # As shipped, in Q8_0, activations are rounded too coarsely for the margins below.
+    path = synthetic.quantize(shipped.model(), tmp_path / "storyteller.gguf", "F16")
     with LlamaEngine(path, threads=1) as engine:
         prompt = engine.tokens(PROMPT)
         prefilled = Llama(path, half=True)

@@ -9,15 +9,18 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
+from gguf.quants import dequantize, quantize
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from training.network import Network, Shape
 from training.tokenizer import CHAT_TEMPLATE, END_OF_TEXT, SPECIAL_TOKENS, TURN_END
 
+MATRICES = gguf.GGMLQuantizationType.Q8_0
+
 
 def write_gguf(path: Path, network: Network, tokenizer: Tokenizer, name: str) -> None:
-    """Write matrices as F16 and norms as F32, whole or not at all."""
+    """Write matrices as Q8_0 and norms as F32, whole or not at all."""
     shape = network.shape
     temporary = path.with_suffix(".tmp")
     writer = gguf.GGUFWriter(temporary, "llama")
@@ -36,11 +39,14 @@ def write_gguf(path: Path, network: Network, tokenizer: Tokenizer, name: str) ->
     writer.add_rope_dimension_count(shape.head_width)
     writer.add_rope_freq_base(shape.rope_base)
     writer.add_vocab_size(shape.vocabulary)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
     write_tokenizer(writer, tokenizer, shape.vocabulary)
     for key, value in network.state_dict().items():
         array = value.detach().float().cpu().numpy()
-        writer.add_tensor(key, array if value.ndim == 1 else array.astype(np.float16))
+        if value.ndim == 1:
+            writer.add_tensor(key, array)
+        else:
+            writer.add_tensor(key, quantize(array, MATRICES), raw_dtype=MATRICES)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -86,7 +92,7 @@ def read_gguf(path: Path) -> tuple[Network, Tokenizer]:
         norm_epsilon=field("llama.attention.layer_norm_rms_epsilon"),
     )
     state: dict[str, Tensor] = {
-        tensor.name: torch.from_numpy(np.array(tensor.data, np.float32)) for tensor in reader.tensors
+        tensor.name: torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type))) for tensor in reader.tensors
     }
     network = Network(shape)
     network.load_state_dict(state)
