@@ -96,6 +96,7 @@ class Context:
         self._logits = np.zeros(n, np.int8)
         self._seq_table = np.arange(self.n_seq_max, dtype=np.int32)
         self._seq_pointers = np.zeros(n, np.uintp)
+        self._logits_place, self._logits_view = (0, 0), np.zeros((0, 0), np.float32)
         self._batch = self._llama.llama_batch(
             n_tokens=0,
             token=self._token.ctypes.data_as(ctypes.POINTER(self._llama.llama_token)),
@@ -124,13 +125,14 @@ class Context:
 
         With ``outputs`` every token is an output row, in the order of the batch; else none is.
         """
-        n = len(np.atleast_1d(tokens))
+        sequences, positions = np.atleast_1d(sequences), np.atleast_1d(positions)
+        n = len(sequences)
         self._token[:n] = tokens
         self._pos[:n] = positions
-        self._seq_pointers[:n] = self._seq_table.ctypes.data + 4 * np.asarray(sequences, np.uintp)
+        self._seq_pointers[:n] = self._seq_table.ctypes.data + 4 * sequences.astype(np.uintp)
         self._logits[:n] = outputs
         self._batch.n_tokens = n
-        self._control.before(np.atleast_1d(sequences), np.atleast_1d(positions), outputs=outputs)
+        self._control.before(sequences, positions, outputs=outputs)
         with Uninterrupted():
             code = self._llama.llama_decode(self.pointer, self._batch)
         self._n_outputs = n if outputs and code == 0 else 0
@@ -157,14 +159,17 @@ class Context:
         if code != 0:
             raise DecodeError(f"llama.cpp failed to encode the prompt (code {code}): {last_log()}")
 
-    def _rows(self, pointer: Any, width: int) -> FloatArray:
-        if not pointer:
-            raise DecodeError("llama.cpp returned no outputs")
-        return np.ctypeslib.as_array(ctypes.cast(pointer, _FLOAT_POINTER), shape=(self._n_outputs, width))
-
     def logits(self) -> FloatArray:
         """View [rows, V] of the last batch's logits; the next decode overwrites it."""
-        return self._rows(self._llama.llama_get_logits(self.pointer), self.model.n_vocab)
+        pointer = self._llama.llama_get_logits(self.pointer)
+        if not pointer:
+            raise DecodeError("llama.cpp returned no outputs")
+        place = ctypes.addressof(pointer.contents), self._n_outputs
+        if place != self._logits_place:  # a view takes longer to make than all else here
+            shape = self._n_outputs, self.model.n_vocab
+            self._logits_view = np.ctypeslib.as_array(ctypes.cast(pointer, _FLOAT_POINTER), shape=shape)
+            self._logits_place = place
+        return self._logits_view
 
     def prelogits(self) -> FloatArray:
         """View [rows, d] of the last batch's unperturbed pre-logits; see ``want_prelogits``."""
