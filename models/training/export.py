@@ -92,7 +92,8 @@ def read_gguf(path: Path) -> tuple[Network, Tokenizer]:
         norm_epsilon=field("llama.attention.layer_norm_rms_epsilon"),
     )
     state: dict[str, Tensor] = {
-        tensor.name: torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type))) for tensor in reader.tensors
+        tensor.name: torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type)))
+        for tensor in reader.tensors
     }
     network = Network(shape)
     network.load_state_dict(state)
