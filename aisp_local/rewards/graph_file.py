@@ -36,6 +36,7 @@ _PRECISIONS = {
     22: "int4",
     23: "float4",
 }
+_SAME_IDS = ("Cast", "Identity", "Reshape", "Unsqueeze", "Flatten")  # operators that hand ids on
 _PER_BYTE = 4  # elements in a byte of the narrowest type, of two bits
 
 
@@ -150,8 +151,8 @@ def _tensor(path: Path, data: mmap.mmap, at: int, end: int) -> Tensor:
         room = _external_size(path, data, at, end)
     if any(size >= 1 << 63 for size in shape) or tensor.size > room * _PER_BYTE:
         raise RewardError(
-            f"{path} declares a tensor {name!r} of {' x '.join(map(str, shape))} elements and holds {room} bytes of it; "
-            "restore the file, or export the model again"
+            f"{path} declares a tensor {name!r} of {' x '.join(map(str, shape))} elements and holds {room} bytes "
+            "of it; restore the file, or export the model again"
         )
     return tensor
 

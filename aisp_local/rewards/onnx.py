@@ -66,10 +66,12 @@ class OnnxReward:
         *,
         providers: Sequence[str] | None = None,
         threads: int | None = None,
+        golden: bool = True,
     ) -> OnnxReward:
         """Load and verify a reward folder: manifest, hashes, paths, input names, golden scores.
 
-        CUDA is used when ONNX Runtime offers it, else the CPU. Raises RewardError.
+        CUDA is used when ONNX Runtime offers it, else the CPU. ``golden``: compare the golden scores.
+        Raises RewardError.
         """
         path = Path(folder)
         manifest = read_manifest(path)
@@ -90,7 +92,8 @@ class OnnxReward:
         _check_graph(path, manifest, session)
         reward = cls(manifest, session, _tokenizer(tokenizer_path))
         reward.score("a", ["a"])  # a folder without golden pairs shows here that its model runs
-        reward._check_golden(path)
+        if golden:
+            reward._check_golden(path)
         return reward
 
     def score(self, prompt: Prompt, responses: Sequence[str]) -> npt.NDArray[np.float32]:
@@ -112,6 +115,19 @@ class OnnxReward:
     def score_together(self, prompt: Prompt, responses: Sequence[str]) -> npt.NDArray[np.float32]:
         """Scores [n] from a single batch, whatever it takes: to see what padding and the others do to a score."""
         return self._run(self._encode(prompt, responses)) if responses else np.zeros(0, np.float32)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The ``tokenizers.Tokenizer`` of the folder."""
+        return self._tokenizer
+
+    def token_ids(self, prompt: Prompt, response: str) -> list[int]:
+        """What the model reads of a response to a prompt."""
+        return list(self._encode(prompt, [response])[0][0])
+
+    def run_ids(self, ids: Sequence[int]) -> float:
+        """The score of tokens as they are. Raises ScoreError when the model refuses them."""
+        return float(self._run([(list(ids), [0] * len(ids))])[0])
 
     def lengths(self, prompt: Prompt, responses: Sequence[str]) -> list[int]:
         """Tokens [n] that the model reads, special ones and the prompt's included."""

@@ -35,8 +35,8 @@ def _providers(ort: Any) -> list[str]:
     if missing is None:
         return ["CUDAExecutionProvider", "CPUExecutionProvider"]
     warnings.warn(
-        f"there is an NVIDIA driver, but ONNX Runtime lacks the CUDA libraries ({missing}): the reward runs on the CPU; "
-        "pip install 'onnxruntime-gpu[cuda,cudnn]' brings them",
+        f"there is an NVIDIA driver, but ONNX Runtime lacks the CUDA libraries ({missing}): the reward runs on the "
+        "CPU; pip install 'onnxruntime-gpu[cuda,cudnn]' brings them",
         stacklevel=2,
     )
     return ["CPUExecutionProvider"]
