@@ -86,7 +86,7 @@ def evaluate(
 ) -> Evaluation:
     """Score all pairs and compare with what people chose. Raises ScoreError when no pair has finite scores."""
     scores = score_pairs(reward, pairs, on_progress)
-    usable = np.isfinite(scores).all(axis=1)
+    usable = np.asarray(np.isfinite(scores).all(axis=1))
     if not usable.any():
         raise ScoreError(f"the reward {reward.name!r} gave no pair two finite scores; see: aisp-local reward verify")
     kept = [pair for pair, fine in zip(pairs, usable, strict=True) if fine]

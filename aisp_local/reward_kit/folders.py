@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,10 +35,8 @@ def describe(folder: Path) -> Described:
 def standard_folders() -> list[Path]:
     """Where rewards are looked for: the shipped ones, then the user's own."""
     found = []
-    try:
+    with suppress(InputError):  # an installation without models
         found.append(shipped.reward().parent)
-    except InputError:
-        pass  # an installation without models
     own = os.environ.get("AISP_REWARDS")
     data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
     found.append(Path(own) if own else Path(data) / "aisp-local" / "rewards")

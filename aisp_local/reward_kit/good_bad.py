@@ -24,8 +24,8 @@ _STORY = [
     ),
     (
         "Tell me a story about a lost ring.",
-        "Grandmother lost her ring in the garden. Tom looked under every leaf and found it around a carrot. She laughed "
-        "so much that she baked him a cake, and they ate it beside the carrots.",
+        "Grandmother lost her ring in the garden. Tom looked under every leaf and found it around a carrot. She "
+        "laughed so much that she baked him a cake, and they ate it beside the carrots.",
         "The train was late, and the driver drank some tea. Anna counted the windows of the station. Then a man sold "
         "her a newspaper, and it was about the price of wheat in another country.",
     ),

@@ -21,9 +21,8 @@ class _Axes:
         self.x, self.y = _wide(x[:2]), _wide(y[:2])
         self.parts = [_text(_WIDTH / 2, 20, title, anchor="middle", size=14)]
         right, bottom = _WIDTH - 16, _HEIGHT - _MARGIN
-        self.parts.append(
-            f'<rect x="{_MARGIN}" y="32" width="{right - _MARGIN}" height="{bottom - 32}" fill="none" stroke="{_GREY}"/>'
-        )
+        frame = f'x="{_MARGIN}" y="32" width="{right - _MARGIN}" height="{bottom - 32}"'
+        self.parts.append(f'<rect {frame} fill="none" stroke="{_GREY}"/>')
         for i in range(6):
             value = self.x[0] + i / 5 * (self.x[1] - self.x[0])
             self.parts.append(_text(self.at(value, self.y[0])[0], bottom + 16, f"{value:.3g}", anchor="middle"))

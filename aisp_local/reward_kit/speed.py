@@ -67,7 +67,7 @@ def builtin_scores(reward: OnnxReward) -> list[float]:
 
 
 def text_of(reward: OnnxReward, tokens: int) -> str:
-    """A response that together with the prompt "Tell me a story." takes about so many tokens, at least so many words."""
+    """A response that, with the prompt "Tell me a story.", takes about so many tokens."""
     words = _SENTENCE.split()
     low, high = 1, tokens
     while low < high:
@@ -88,7 +88,7 @@ def _size(reward: OnnxReward, asked: int) -> Size:
     reward.score("Tell me a story.", rows[:1])
     once = time.perf_counter() - began
     rows = rows[: max(1, min(_ROWS, int(_SECONDS / max(once, 1e-6))))]
-    seconds = []
+    seconds: list[float] = []
     while len(seconds) < 3 and sum(seconds) < _SECONDS:
         began = time.perf_counter()
         reward.score("Tell me a story.", rows)
