@@ -39,6 +39,7 @@ FOLDER = ROOT / "reward_models" / "story-reward"
 PROMPT = "Tell me a story about a fox and a bear who look for honey in the forest."
 WORDS = ("the", "fox", "ran", "to", "river", "and", "saw", "old", "trees", "where", "friends", "lived", "all", "day")
 PAUSE = 0.3  # seconds; OpenMP's threads spin for 0.2 after their work
+AT_LEAST = 32  # responses a measurement: small batches are scored several times in a row
 PARTS = {
     "q": "attention.self.query",
     "k": "attention.self.key",
@@ -180,9 +181,15 @@ def compare(title: str, ours: OnnxReward, theirs: TorchReward, texts: Sequence[s
     apart = float(np.abs(ours.score(PROMPT, texts) - theirs.score(PROMPT, texts)).max())
     if apart > 1e-3:
         raise SystemExit(f"error: the sides do not compute the same: scores differ by {apart:.2g}")
-    seconds = paired([lambda: ours.score(PROMPT, texts), lambda: theirs.score(PROMPT, texts)], repeats)
+    calls = max(1, AT_LEAST // len(texts))
+
+    def run(reward: OnnxReward | TorchReward) -> None:
+        for _ in range(calls):
+            reward.score(PROMPT, texts)
+
+    seconds = paired([lambda: run(ours), lambda: run(theirs)], repeats)
     ratios = seconds[:, 1] / seconds[:, 0]
-    ours_rate, theirs_rate = len(texts) / np.median(seconds, axis=0)
+    ours_rate, theirs_rate = calls * len(texts) / np.median(seconds, axis=0)
     ratio, low, high = float(np.median(ratios)), float(ratios.min()), float(ratios.max())
     print(f"| {title} | {ours_rate:.1f} | {theirs_rate:.1f} | {ratio:.2f} ({low:.2f} to {high:.2f}) |", flush=True)
     return {"case": title, "ours": ours_rate, "torch": theirs_rate, "ratio": ratio, "low": low, "high": high}
