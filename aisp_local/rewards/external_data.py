@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from aisp_local.errors import RewardError
+from aisp_local.rewards.protobuf import fields
 
 # (message, field) -> message; what is not listed is skipped without being read.
 _CHILDREN = {
@@ -42,51 +43,15 @@ def external_locations(path: Path) -> list[str]:
         raise RewardError(f"{path} is not a complete ONNX file ({error}); restore it") from error
 
 
-def _varint(data: mmap.mmap, at: int, end: int) -> tuple[int, int]:
-    value = 0
-    for shift in range(0, 70, 7):
-        if at >= end:
-            break
-        byte = data[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-    raise ValueError("a number runs past the end")
-
-
-def _fields(data: mmap.mmap, at: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Length-delimited fields of a message: (number, start, end)."""
-    while at < end:
-        tag, at = _varint(data, at, end)
-        number, wire = tag >> 3, tag & 7
-        if wire == 0:
-            _, at = _varint(data, at, end)
-        elif wire == 1:
-            at += 8
-        elif wire == 5:
-            at += 4
-        elif wire == 2:
-            size, at = _varint(data, at, end)
-            if size > end - at:
-                raise ValueError("a field runs past the end")
-            yield number, at, at + size
-            at += size
-        else:
-            raise ValueError(f"wire type {wire} is unknown")
-        if at > end:
-            raise ValueError("a field runs past the end")
-
-
 def _locations(data: mmap.mmap, at: int, end: int, message: str, depth: int) -> Iterator[str]:
     if depth > _MAX_DEPTH:
         raise ValueError("graphs are nested too deeply")
     if message == "entry":
-        parts = {number: bytes(data[start:stop]) for number, start, stop in _fields(data, at, end)}
+        parts = {number: bytes(data[start:stop]) for number, start, stop in fields(data, at, end)}
         if parts.get(1) == b"location":
             yield parts.get(2, b"").decode("utf-8", "replace")
         return
-    for number, start, stop in _fields(data, at, end):
+    for number, start, stop in fields(data, at, end):
         child = _CHILDREN.get((message, number))
         if child is not None:
             yield from _locations(data, start, stop, child, depth + 1)

@@ -112,7 +112,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise RewardError(f"{path} is larger than 1 MiB; it is not a manifest")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise RewardError(f"{path} is not valid JSON ({error}); repair it") from error
     top = _Section(data, str(path))
     if top.get("format", int) != 1:

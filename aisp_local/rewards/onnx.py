@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
-import shutil
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,24 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from aisp_local.errors import AispError, CapacityError, RewardError, ScoreError
+from aisp_local.errors import CapacityError, RewardError, ScoreError
 from aisp_local.rewards.external_data import external_locations
+from aisp_local.rewards.graph_file import read_graph
 from aisp_local.rewards.manifest import Manifest, check_files, inside, read_manifest
+from aisp_local.rewards.runtime import open_session
 from aisp_local.rewards.text import clean, prompt_text
 from aisp_local.types import Message, Prompt
 
-_BATCH_TOKENS = 4096
 _BATCH_ROWS = 64
+# Measured on CPUs (benchmarks/reward_speed.py): larger batches fall out of the caches, smaller ones wait for threads.
+_BATCH_TOKENS = {"CPUExecutionProvider": 1024}
+_BATCH_TOKENS_ELSEWHERE = 4096
+# Padding that costs as much as a run of its own; on a CPU alone, where it is worth looking.
+_PADDING = 64
+# Responses that are tokenised before the first of them is scored: bounds memory, whatever their number.
+_CHUNK = 512
+# Prompts whose tokens are kept: an iteration of a search, or a turn of a chat, comes back with the same one.
+_PROMPTS = 16
 # Longer texts are first cut to this many characters a token of max_length.
 _CHARACTERS_PER_TOKEN = 64
 # ONNX Runtime reads these external-data locations as pointers into its own process.
@@ -36,6 +47,8 @@ class OnnxReward:
         self._session = session
         self._tokenizer = tokenizer
         self._special = tokenizer.num_special_tokens_to_add(manifest.kind == "pair")
+        self._prompts: dict[Any, Any] = {}  # what is known of the last prompts, oldest first
+        self._lock = threading.Lock()
 
     @property
     def name(self) -> str:
@@ -53,10 +66,12 @@ class OnnxReward:
         *,
         providers: Sequence[str] | None = None,
         threads: int | None = None,
+        golden: bool = True,
     ) -> OnnxReward:
         """Load and verify a reward folder: manifest, hashes, paths, input names, golden scores.
 
-        CUDA is used when ONNX Runtime offers it, else the CPU. Raises RewardError.
+        CUDA is used when ONNX Runtime offers it, else the CPU. ``golden``: compare the golden scores.
+        Raises RewardError.
         """
         path = Path(folder)
         manifest = read_manifest(path)
@@ -72,20 +87,51 @@ class OnnxReward:
             inside(path, location)
             if location not in manifest.files:
                 raise RewardError(f"{path}: {manifest.model} uses {location!r}, which has no sha256 in 'files'")
-        session = _session(model, providers, threads)
+        read_graph(model)
+        session = open_session(model, providers, threads)
         _check_graph(path, manifest, session)
         reward = cls(manifest, session, _tokenizer(tokenizer_path))
         reward.score("a", ["a"])  # a folder without golden pairs shows here that its model runs
-        reward._check_golden(path)
+        if golden:
+            reward._check_golden(path)
         return reward
 
     def score(self, prompt: Prompt, responses: Sequence[str]) -> npt.NDArray[np.float32]:
         """Scores [n]; they do not depend on the other responses beyond float rounding."""
-        rows = self._encode(prompt, responses)
-        scores = np.zeros(len(rows), np.float32)
-        for batch in _batches([len(ids) for ids, _ in rows]):
-            scores[batch] = self._run([rows[i] for i in batch])
+        return self.score_many([prompt] * len(responses), responses)
+
+    def score_many(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> npt.NDArray[np.float32]:
+        """Scores [n] of n responses, each to its own prompt. Memory does not grow with n, but for the scores."""
+        scores = np.zeros(len(responses), np.float32)
+        tokens = _BATCH_TOKENS.get(self.provider, _BATCH_TOKENS_ELSEWHERE)
+        padding = _PADDING if self.provider in _BATCH_TOKENS else tokens
+        for start in range(0, len(responses), _CHUNK):
+            part = range(start, min(start + _CHUNK, len(responses)))
+            rows = [self._encode(prompts[i], [responses[i]])[0] for i in part]
+            for batch in _batches([len(ids) for ids, _ in rows], tokens, padding):
+                scores[[start + i for i in batch]] = self._run([rows[i] for i in batch])
         return scores
+
+    def score_together(self, prompt: Prompt, responses: Sequence[str]) -> npt.NDArray[np.float32]:
+        """Scores [n] from a single batch, whatever it takes: to see what padding and the others do to a score."""
+        return self._run(self._encode(prompt, responses)) if responses else np.zeros(0, np.float32)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The ``tokenizers.Tokenizer`` of the folder."""
+        return self._tokenizer
+
+    def token_ids(self, prompt: Prompt, response: str) -> list[int]:
+        """What the model reads of a response to a prompt."""
+        return list(self._encode(prompt, [response])[0][0])
+
+    def run_ids(self, ids: Sequence[int]) -> float:
+        """The score of tokens as they are. Raises ScoreError when the model refuses them."""
+        return float(self._run([(list(ids), [0] * len(ids))])[0])
+
+    def lengths(self, prompt: Prompt, responses: Sequence[str]) -> list[int]:
+        """Tokens [n] that the model reads, special ones and the prompt's included."""
+        return [len(ids) for ids, _ in self._encode(prompt, responses)]
 
     def _encode(self, prompt: Prompt, responses: Sequence[str]) -> list[tuple[list[int], list[int]]]:
         """Token ids and type ids of each input, cut to max_length."""
@@ -98,7 +144,7 @@ class OnnxReward:
         if kind == "text":
             cut = [ids[-room:] if truncation == "left" else ids[:room] for ids in texts]
             return [self._join(ids, None) for ids in cut]
-        head = self._long_ids(clean(prompt_text(prompt)), left=truncation != "right")
+        head = self._known(prompt_text(prompt), lambda text: self._long_ids(clean(text), left=truncation != "right"))
         pairs = []
         for ids in texts:
             if truncation == "right":
@@ -109,6 +155,18 @@ class OnnxReward:
                 left = head[max(0, len(head) - (room - len(right))) :]
             pairs.append(self._join(left, right))
         return pairs
+
+    def _known(self, key: Any, make: Callable[[Any], Any]) -> Any:
+        """``make(key)``, remembered for the last few prompts."""
+        with self._lock:
+            found = self._prompts.get(key)
+        if found is None:
+            found = make(key)
+            with self._lock:
+                while len(self._prompts) >= _PROMPTS:
+                    del self._prompts[next(iter(self._prompts))]
+                self._prompts[key] = found
+        return found
 
     def _long_ids(self, text: str, *, left: bool) -> list[int]:
         """Ids of a text of any length, right in the first (``left``: last) max_length of them."""
@@ -155,7 +213,7 @@ class OnnxReward:
         messages: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         turns: list[Message] = [{**m, "content": clean(m["content"])} for m in messages]
         turns.append({"role": "assistant", "content": clean(response)})
-        ids, limit = self._render(turns), self.manifest.max_length
+        ids, limit = self._render(turns, self._opening(turns)), self.manifest.max_length
         if self.manifest.truncation == "right":
             return ids[:limit]
         if self.manifest.truncation == "left":
@@ -188,18 +246,56 @@ class OnnxReward:
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         return environment.from_string(self.manifest.template or "")
 
-    def _render(self, turns: Sequence[Message]) -> list[int]:
-        """Ids of the turns as the chat template writes them, of any length."""
+    def _text(self, turns: Sequence[Message]) -> str:
+        """What the chat template writes."""
         before, _, after = self._special_ids
         try:
-            text = self._template.render(
-                messages=turns,
-                bos_token=self._tokenizer.id_to_token(before[0]) if before else "",
-                eos_token=self._tokenizer.id_to_token(after[-1]) if after else "",
+            return str(
+                self._template.render(
+                    messages=turns,
+                    bos_token=self._tokenizer.id_to_token(before[0]) if before else "",
+                    eos_token=self._tokenizer.id_to_token(after[-1]) if after else "",
+                )
             )
         except Exception as error:  # a template may raise whatever Python can
             raise ScoreError(f"the chat template of the reward {self.name!r} failed: {error}") from error
-        ids = list(self._tokenizer.encode(text, add_special_tokens=self.manifest.adds_special).ids)
+
+    def _opening(self, turns: Sequence[Message]) -> tuple[str, list[int]]:
+        """What a conversation begins with whatever its response, up to its last special token, and its ids.
+
+        Empty where there is no special token: then the texts before and after a cut are not tokenised apart.
+        """
+
+        def make(_: str) -> tuple[str, list[int]]:
+            first, second = (self._text([*turns[:-1], {**turns[-1], "content": word}]) for word in ("a", "b"))
+            common = os.path.commonprefix([first, second])
+            text = common[: max((common.rfind(token) for token in self._boundaries), default=0)]
+            if not text or text == common:
+                return "", []
+            ids = self._ids(text)
+            # Some tokenizers look across special tokens after all.
+            return (text, ids) if ids + self._ids(first[len(text) :]) == self._ids(first) else ("", [])
+
+        found: tuple[str, list[int]] = self._known(f"chat {json.dumps(turns[:-1], default=str)}", make)
+        return found
+
+    @cached_property
+    def _boundaries(self) -> list[str]:
+        """Special tokens that are cut out of a text, and of nothing beside them, before it is tokenised."""
+        tokens = self._tokenizer.get_added_tokens_decoder().values()
+        return [t.content for t in tokens if t.special and not (t.lstrip or t.rstrip or t.normalized or t.single_word)]
+
+    def _render(self, turns: Sequence[Message], opening: tuple[str, list[int]] = ("", [])) -> list[int]:
+        """Ids of the turns as the chat template writes them, of any length."""
+        before, _, after = self._special_ids
+        text = self._text(turns)
+        known, begin = opening
+        if known and text.startswith(known):
+            ids = begin + self._ids(text[len(known) :])
+            if self.manifest.adds_special:
+                ids = before + ids + after
+        else:
+            ids = list(self._tokenizer.encode(text, add_special_tokens=self.manifest.adds_special).ids)
         if self.manifest.adds_special and before and ids[:2] == 2 * before[:1]:
             ids = ids[1:]  # the template wrote the BOS that the tokenizer added too
         return ids
@@ -215,16 +311,36 @@ class OnnxReward:
             values["token_type_ids"][i, : len(types)] = types
         feed = {name: values[role] for role, name in self.manifest.inputs.items()}
         try:
-            (output,) = self._session.run([self.manifest.output], feed)
+            output = np.asarray(self._outputs(feed), np.float32)
         except Exception as error:  # ONNX Runtime raises its own kinds, all of them plain exceptions
             raise ScoreError(f"the reward {self.name!r} failed: {error}") from error
-        output = np.asarray(output, np.float32).reshape(len(rows), -1)
+        if output.ndim not in (1, 2) or len(output) != len(rows):
+            raise RewardError(
+                f"the reward {self.name!r}: the output {self.manifest.output!r} has the shape {output.shape} for "
+                f"{len(rows)} responses; it must be [n] or [n, k]: name another output, or export the model again"
+            )
+        output = output.reshape(len(rows), -1)
         if not 0 <= self.manifest.index < output.shape[1]:
             raise RewardError(
                 f"the reward {self.name!r}: graph: 'index' is {self.manifest.index}, but the output "
                 f"{self.manifest.output!r} has {output.shape[1]} columns; count from 0"
             )
         return np.asarray(self.manifest.sign * self.manifest.scale * output[:, self.manifest.index])
+
+    def _outputs(self, feed: dict[str, npt.NDArray[np.int64]]) -> Any:
+        """The model's output, where it runs on a GPU without a copy of the other outputs."""
+        if self.provider == "CPUExecutionProvider":
+            return self._session.run([self.manifest.output], feed)[0]
+        return self._bound(feed)
+
+    def _bound(self, feed: dict[str, npt.NDArray[np.int64]]) -> Any:
+        """The same through I/O binding: a binding of its own for every call, since threads share the session."""
+        binding = self._session.io_binding()
+        for name, values in feed.items():
+            binding.bind_cpu_input(name, values)
+        binding.bind_output(self.manifest.output)  # in memory that numpy reads
+        self._session.run_with_iobinding(binding)
+        return binding.copy_outputs_to_cpu()[0]
 
     def _check_golden(self, folder: Path) -> None:
         for golden in self.manifest.golden:
@@ -236,12 +352,14 @@ class OnnxReward:
                 )
 
 
-def _batches(lengths: Sequence[int]) -> list[list[int]]:
-    """Indices in batches of similar length."""
+def _batches(lengths: Sequence[int], tokens: int, padding: int) -> list[list[int]]:
+    """Indices in batches of similar length: ``tokens`` in all, ``padding`` in a row."""
     batches: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        last = batches[-1] if batches else None
-        if last and len(last) < _BATCH_ROWS and (len(last) + 1) * lengths[last[0]] <= _BATCH_TOKENS:
+        last = batches[-1] if batches else []
+        longest = lengths[last[0]] if last else 0
+        full = len(last) >= _BATCH_ROWS or (len(last) + 1) * longest > tokens or longest - lengths[i] > padding
+        if last and not full:
             last.append(i)
         else:
             batches.append([i])
@@ -265,36 +383,6 @@ def _tokenizer(path: Path) -> Any:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
-
-
-def _has_gpu() -> bool:
-    """Whether an NVIDIA driver is there: asking ONNX Runtime for CUDA without one fills the screen with errors."""
-    return os.path.exists("/dev/nvidiactl") or shutil.which("nvidia-smi") is not None
-
-
-def _session(model: Path, providers: Sequence[str] | None, threads: int | None) -> Any:
-    # Its official builds report to Microsoft unless told otherwise: the variable counts before the first import, in
-    # which it makes files and a device id; the call silences a runtime that somebody else has imported already.
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    try:
-        import onnxruntime as ort
-    except ImportError as error:
-        raise AispError(f"ONNX Runtime does not load ({error}); install it with: pip install onnxruntime") from error
-    ort.disable_telemetry_events()
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    # Spinning threads would take the cores that decode.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if providers is None:
-        wanted = ("CUDAExecutionProvider", "CPUExecutionProvider") if _has_gpu() else ("CPUExecutionProvider",)
-        providers = [p for p in wanted if p in ort.get_available_providers()]
-    try:
-        return ort.InferenceSession(str(model), options, providers=list(providers))
-    except Exception as error:  # ONNX Runtime raises its own kinds, all of them plain exceptions
-        reason = str(error).splitlines()[0][:200]
-        raise RewardError(f"{model} cannot be loaded by ONNX Runtime ({reason}); restore it") from error
 
 
 def _check_graph(folder: Path, manifest: Manifest, session: Any) -> None:

@@ -53,19 +53,3 @@ def longer_wins(pairs: Sequence[Pair]) -> float:
     """Accuracy of preferring the longer side (in characters); equal lengths count half."""
     wins = [np.sign(len(pair.chosen) - len(pair.rejected)) for pair in pairs]
     return float((np.mean(wins) + 1) / 2)
-
-
-def auc(good: Sequence[float] | Array, bad: Sequence[float] | Array) -> float:
-    """Probability that a good one scores above a bad one; ties count half."""
-    ordered = np.sort(np.asarray(bad))
-    below = np.searchsorted(ordered, good, "left") + np.searchsorted(ordered, good, "right")
-    return float(below.mean() / (2 * len(ordered)))
-
-
-def wilson(right: float, n: int) -> tuple[float, float]:
-    """95% interval of a share (Wilson's score interval)."""
-    z = 1.96
-    p = right / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return float(centre - half), float(centre + half)

@@ -19,14 +19,9 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
+from aisp_local.reward_kit.statistics import Array, auc, share_right, wilson  # noqa: E402
 from aisp_local.rewards import OnnxReward  # noqa: E402
-from reward_models.training.baselines import (  # noqa: E402
-    Array,
-    BagOfWords,
-    auc,
-    longer_wins,
-    wilson,
-)
+from reward_models.training.baselines import BagOfWords, longer_wins  # noqa: E402
 from reward_models.training.corrupt import cut_words, sentences  # noqa: E402
 from reward_models.training.pairs import (  # noqa: E402
     Material,
@@ -73,10 +68,6 @@ def score_rows(reward: OnnxReward, rows: Sequence[tuple[str, Sequence[str]]]) ->
 def score_pairs(reward: OnnxReward, pairs: Sequence[Pair]) -> Array:
     """[len(pairs), 2]: scores of the chosen and of the rejected side."""
     return score_rows(reward, [(pair.prompt, (pair.chosen, pair.rejected)) for pair in pairs])
-
-
-def share_right(scores: Array) -> float:
-    return float(((np.sign(scores[:, 0] - scores[:, 1]) + 1) / 2).mean())
 
 
 def accuracy_table(pairs: Sequence[Pair], shipped: Array, exact: Array | None, bag: BagOfWords) -> list[str]:

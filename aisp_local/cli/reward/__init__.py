@@ -1,0 +1,23 @@
+"""`aisp-local reward`: rewards, and what they are worth. One file a subcommand."""
+
+from __future__ import annotations
+
+import click
+
+from aisp_local.cli.reward.eval import eval_
+from aisp_local.cli.reward.list import list_
+from aisp_local.cli.reward.score import score
+from aisp_local.cli.reward.show import show
+from aisp_local.cli.reward.verify import verify
+
+
+@click.group()
+def reward() -> None:
+    """List, check and measure reward models."""
+
+
+reward.add_command(eval_)
+reward.add_command(list_)
+reward.add_command(score)
+reward.add_command(show)
+reward.add_command(verify)

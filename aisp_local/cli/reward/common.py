@@ -1,0 +1,30 @@
+"""What the reward commands share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from aisp_local.cli.generate import finite, print_answer
+
+FOLDER = click.Path(path_type=Path)
+
+
+def print_json(value: Any, indent: int | None = 2) -> None:
+    """A JSON document on standard output; None for what JSON has no number for."""
+    print_answer(json.dumps(finite(value), ensure_ascii=False, indent=indent))
+
+
+def size_text(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
+
+
+def parameters_text(parameters: Mapping[str, int]) -> str:
+    """As in "22.7 M int8, 0.3 M float32"; what is less than a hundredth of all goes unsaid."""
+    total = sum(parameters.values())
+    shown = [f"{n / 1e6:.3g} M {precision}" for precision, n in parameters.items() if n * 100 >= total]
+    return ", ".join(shown) or "none found"

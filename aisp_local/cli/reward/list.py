@@ -1,0 +1,60 @@
+"""`aisp-local reward list`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from aisp_local.cli.reward.common import FOLDER, print_json, size_text
+
+
+@click.command("list")
+@click.argument("folders", nargs=-1, type=FOLDER)
+@click.option("--json", "json_", is_flag=True, help="Print a JSON list.")
+def list_(folders: tuple[Path, ...], json_: bool) -> None:
+    """List the shipped rewards, your own and those in FOLDERS.
+
+    Your own are looked for in the folder that AISP_REWARDS names, by default ~/.local/share/aisp-local/rewards.
+
+    \b
+    Examples:
+      aisp-local reward list
+      aisp-local reward list my_rewards --json
+    """
+    from aisp_local.cli.generate import print_answer
+    from aisp_local.errors import InputError
+    from aisp_local.reward_kit.folders import describe, find_rewards, standard_folders
+
+    for folder in folders:
+        if not folder.is_dir():
+            raise InputError(f"{folder} is not a folder; give one that is a reward or holds rewards")
+    rows: list[dict[str, Any]] = []
+    for path in find_rewards([*standard_folders(), *folders]):
+        row: dict[str, Any] = {"folder": str(path), "name": path.name, "error": None}
+        try:
+            about = describe(path)
+        except InputError as error:
+            row["error"] = str(error)
+        else:
+            row |= {
+                "name": about.manifest.name,
+                "bytes": about.size,
+                "description": about.manifest.description,
+                "licence": about.manifest.licence,
+            }
+        rows.append(row)
+    if json_:
+        print_json(rows)
+        return
+    for row in rows:
+        if row["error"]:
+            print_answer(f"{row['name']}  broken: {row['error']}")
+            continue
+        print_answer(f"{row['name']}  {size_text(row['bytes'])}  {row['folder']}")
+        for text in (row["description"], f"licence: {row['licence']}"):
+            if text:
+                print_answer(f"    {text}")
+    if not rows:
+        print_answer("no rewards found; give a folder that holds some")

@@ -1,0 +1,55 @@
+"""What reward folders hold, read without running them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from aisp_local import shipped
+from aisp_local.errors import InputError
+from aisp_local.rewards.graph_file import read_graph
+from aisp_local.rewards.manifest import MANIFEST, Manifest, inside, read_manifest
+
+
+@dataclass(frozen=True)
+class Described:
+    """A reward folder: what its manifest and its model file say."""
+
+    folder: Path
+    manifest: Manifest
+    size: int  # bytes of the files that the manifest lists
+    parameters: Mapping[str, int]  # by precision of storage, most first
+
+
+def describe(folder: Path) -> Described:
+    """Raises RewardError for a folder that is none, or whose model file is broken."""
+    manifest = read_manifest(folder)
+    graph = read_graph(inside(folder, manifest.model))
+    sizes = [path.stat().st_size for path in (inside(folder, name) for name in manifest.files) if path.is_file()]
+    return Described(folder, manifest, sum(sizes), graph.parameters)
+
+
+def standard_folders() -> list[Path]:
+    """Where rewards are looked for: the shipped ones, then the user's own."""
+    found = []
+    with suppress(InputError):  # an installation without models
+        found.append(shipped.reward().parent)
+    own = os.environ.get("AISP_REWARDS")
+    data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    found.append(Path(own) if own else Path(data) / "aisp-local" / "rewards")
+    return found
+
+
+def find_rewards(folders: Iterable[Path]) -> list[Path]:
+    """The reward folders among these and directly inside them, each once."""
+    found: dict[Path, Path] = {}
+    for folder in folders:
+        candidates = [folder] if (folder / MANIFEST).is_file() else []
+        if not candidates and folder.is_dir():
+            candidates = sorted(path for path in folder.iterdir() if (path / MANIFEST).is_file())
+        for path in candidates:
+            found.setdefault(path.resolve(), path)
+    return list(found.values())

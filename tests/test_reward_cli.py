@@ -1,0 +1,169 @@
+"""`aisp-local reward ...`: what is printed, exit codes, sentences."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from onnx_files import write_reward
+
+from aisp_local import shipped
+from aisp_local.cli.main import main
+from aisp_local.rewards import OnnxReward
+
+
+def run(*arguments: object, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(main, ["reward", *map(str, arguments)], input=stdin)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_reward(tmp_path / "tiny")
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_scores_of_arguments(folder: Path) -> None:
+    done = run("score", folder, "-p", "tell", "good fox", "bad", "")
+    expected = OnnxReward.load(folder).score("tell", ["good fox", "bad", ""])
+    assert done.exit_code == 0 and done.stderr == ""
+    np.testing.assert_allclose([float(line) for line in done.stdout.splitlines()], expected, rtol=1e-5)
+
+
+def test_scores_of_a_file(folder: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": "tell", "responses": ["good", "bad"]}, {"response": "fox"}]
+    path = write_rows(tmp_path / "in.jsonl", rows)
+    done = run("score", folder, "-i", path, "--json", "-p", "a story")
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(f["line"], f["index"], f["response"]) for f in found] == [(1, 1, "good"), (1, 2, "bad"), (2, 1, "fox")]
+    reward = OnnxReward.load(folder)
+    expected = [*reward.score("tell", ["good", "bad"]), *reward.score("a story", ["fox"])]
+    np.testing.assert_allclose([f["score"] for f in found], expected, rtol=1e-5)
+
+
+def test_scores_stream_through_a_pipe(folder: Path) -> None:
+    """The first score is out before the second line is in."""
+    command = [sys.executable, "-c", "from aisp_local.cli.main import main; main()", "reward", "score", str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin and process.stdout
+        for text in ("good", "bad"):
+            process.stdin.write(text + "\n")
+            process.stdin.flush()
+            value = float(process.stdout.readline())
+            assert value == pytest.approx(OnnxReward.load(folder).score("", [text])[0], rel=1e-5)
+        process.stdin.close()
+        assert process.wait(30) == 0
+
+
+def test_a_reader_that_goes_away_is_no_error(folder: Path) -> None:
+    command = f"'{sys.executable}' -c 'from aisp_local.cli.main import main; main()' reward score '{folder}'"
+    done = subprocess.run(
+        f"(yes good | head -50000; true) | {command} | head -1", shell=True, capture_output=True, text=True, check=False
+    )
+    assert len(done.stdout.splitlines()) == 1 and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "message"),
+    [
+        (["score", "FOLDER", "a", "-i", "x"], None, "both texts and --input were given"),
+        (["score", "FOLDER", "-i", "missing.jsonl"], None, "missing.jsonl cannot be read"),
+        (["score", "nowhere", "a"], None, "reward folder nowhere does not exist"),
+        (["eval", "FOLDER", "missing.jsonl"], None, "missing.jsonl cannot be read"),
+        (["show", "nowhere"], None, "reward folder nowhere does not exist"),
+        (["list", "nowhere"], None, "nowhere is not a folder"),
+        (["verify", "FOLDER", "--pairs", "missing"], None, "missing cannot be read"),
+    ],
+)
+def test_bad_input(folder: Path, arguments: list[str], stdin: str | None, message: str) -> None:
+    done = run(*[str(folder) if a == "FOLDER" else a for a in arguments], stdin=stdin)
+    assert done.exit_code == 2 and message in done.stderr and done.stdout == ""
+
+
+def test_a_bad_row_is_named_after_the_good_ones_were_scored(folder: Path) -> None:
+    command = [sys.executable, "-c", "from aisp_local.cli.main import main; main()", "reward", "score", str(folder)]
+    done = subprocess.run(command, input='{"response": "good"}\n{"respnse": "x"}\n', capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stdout.splitlines()) == 1
+    assert "standard input, line 2: it needs 'response'" in done.stderr
+
+
+def test_verify_passes_and_fails_by_its_exit_code(folder: Path, tmp_path: Path) -> None:
+    done = run("verify", shipped.reward())
+    assert done.exit_code == 0, done.output
+    assert [line.split()[:2] for line in done.stdout.splitlines()][:2] == [["ok", "files"], ["ok", "provider"]]
+    done = run("verify", folder, "--json")  # random weights rank nothing
+    found = json.loads(done.stdout)
+    assert done.exit_code == 1 and found["passed"] is False
+    ranking = next(check for check in found["checks"] if check["name"] == "ranking")
+    assert not ranking["passed"] and ranking["advice"]
+    (folder / "model.onnx").unlink()
+    done = run("verify", folder)
+    assert done.exit_code == 1 and "FAILED  load" in done.stdout and "-> restore the folder" in done.stdout
+
+
+def test_eval_prints_and_draws(folder: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": "tell", "chosen": "good fox", "rejected": "bad", "subset": s} for s in ("chat", "safety") * 8]
+    path = write_rows(tmp_path / "pairs.jsonl", rows)
+    done = run("eval", folder, path, "--plots", tmp_path / "new" / "plots")
+    assert done.exit_code == 0, done.output
+    assert "chat" in done.stdout and "chosen longer" in done.stdout and "log loss" in done.stdout
+    drawn = sorted(p.name for p in (tmp_path / "new" / "plots").iterdir())
+    assert drawn == ["accuracy.svg", "calibration.svg", "length.svg"]
+    found = json.loads(run("eval", folder, path, "--json").stdout)
+    scores = OnnxReward.load(folder).score("tell", ["good fox", "bad"])
+    assert found["overall"]["accuracy"] == float(scores[0] > scores[1]) and found["overall"]["n"] == 16
+    assert [g["name"] for g in found["by_source"]] == ["chat", "safety"]
+    assert found["length"]["pearson"] == pytest.approx(1 if scores[0] > scores[1] else -1)
+
+
+def test_eval_names_bad_rows(folder: Path, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a"}])
+    done = run("eval", folder, path)
+    assert done.exit_code == 2 and f"{path}, line 2: it lacks 'chosen'; its keys are prompt" in done.stderr
+
+
+def test_eval_does_not_start_where_it_cannot_write(folder: Path, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    (tmp_path / "file").touch()
+    done = run("eval", folder, path, "--plots", tmp_path / "file")
+    assert done.exit_code == 2 and "file" in done.stderr
+
+
+def test_list_and_show(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = tmp_path / "own"
+    monkeypatch.setenv("AISP_REWARDS", str(own))
+    write_reward(own / "mine", name="mine", licence="MIT")
+    (own / "broken").mkdir()
+    (own / "broken" / "reward.json").write_text("{")
+    done = run("list", folder)
+    assert done.exit_code == 0
+    for part in ("story-reward  24.1 MB", "mine  ", "licence: MIT", "broken  broken: ", "tiny  "):
+        assert part in done.stdout, part
+    rows = {row["name"]: row for row in json.loads(run("list", folder, "--json").stdout)}
+    assert set(rows) == {"story-reward", "mine", "broken", "tiny"}
+    assert rows["mine"]["bytes"] > 0 and "not valid JSON" in rows["broken"]["error"]
+    shown = run("show", shipped.reward())
+    assert shown.exit_code == 0
+    for part in ("stored as 22.5 M int8", "pair, at most 256 tokens", "1 * score[:, 0]", "ExecutionProvider"):
+        assert part in shown.stdout, part
+    found = json.loads(run("show", folder, "--json").stdout)
+    assert found["input"]["kind"] == "pair" and found["parameters"] == {"float32": 138}
+    assert found["files"].keys() == {"model.onnx", "tokenizer.json"}
+
+
+def test_the_kit_needs_no_torch() -> None:
+    code = (
+        "import sys, aisp_local.reward_kit, aisp_local.cli.reward; "
+        "sys.exit(any(m.split('.')[0] in ('torch', 'onnx', 'transformers', 'matplotlib') for m in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, env=dict(os.environ)).returncode == 0
