@@ -42,6 +42,11 @@ class OnnxReward:
         return self.manifest.name
 
     @property
+    def prefix(self) -> bool:
+        """Whether it was trained to score unfinished responses too."""
+        return self.manifest.prefix
+
+    @property
     def provider(self) -> str:
         """The execution provider that runs the model."""
         return str(self._session.get_providers()[0])
@@ -81,11 +86,26 @@ class OnnxReward:
 
     def score(self, prompt: Prompt, responses: Sequence[str]) -> npt.NDArray[np.float32]:
         """Scores [n]; they do not depend on the other responses beyond float rounding."""
+        output = self.outputs(prompt, responses)
+        if not 0 <= self.manifest.index < output.shape[1]:
+            raise RewardError(
+                f"the reward {self.name!r}: graph: 'index' is {self.manifest.index}, but the output "
+                f"{self.manifest.output!r} has {output.shape[1]} columns; count from 0"
+            )
+        return np.asarray(self.manifest.sign * self.manifest.scale * output[:, self.manifest.index])
+
+    def outputs(self, prompt: Prompt, responses: Sequence[str]) -> npt.NDArray[np.float32]:
+        """What the model itself gives, all columns of it: [n, k]."""
+        if not len(responses):
+            return np.zeros((0, self.manifest.index + 1), np.float32)
         rows = self._encode(prompt, responses)
-        scores = np.zeros(len(rows), np.float32)
-        for batch in _batches([len(ids) for ids, _ in rows]):
-            scores[batch] = self._run([rows[i] for i in batch])
-        return scores
+        found: list[tuple[list[int], npt.NDArray[np.float32]]] = [
+            (batch, self._run([rows[i] for i in batch])) for batch in _batches([len(ids) for ids, _ in rows])
+        ]
+        output = np.zeros((len(rows), found[0][1].shape[1]), np.float32)
+        for batch, values in found:
+            output[batch] = values
+        return output
 
     def _encode(self, prompt: Prompt, responses: Sequence[str]) -> list[tuple[list[int], list[int]]]:
         """Token ids and type ids of each input, cut to max_length."""
@@ -218,13 +238,7 @@ class OnnxReward:
             (output,) = self._session.run([self.manifest.output], feed)
         except Exception as error:  # ONNX Runtime raises its own kinds, all of them plain exceptions
             raise ScoreError(f"the reward {self.name!r} failed: {error}") from error
-        output = np.asarray(output, np.float32).reshape(len(rows), -1)
-        if not 0 <= self.manifest.index < output.shape[1]:
-            raise RewardError(
-                f"the reward {self.name!r}: graph: 'index' is {self.manifest.index}, but the output "
-                f"{self.manifest.output!r} has {output.shape[1]} columns; count from 0"
-            )
-        return np.asarray(self.manifest.sign * self.manifest.scale * output[:, self.manifest.index])
+        return np.asarray(output, np.float32).reshape(len(rows), -1)
 
     def _check_golden(self, folder: Path) -> None:
         for golden in self.manifest.golden:
