@@ -114,9 +114,12 @@ class Aligner:
         chat template. ``budget`` overrides ``effort`` (low 32, medium 128, high 512). ``seed`` and ``prompt_index``
         together name the random numbers. ``time_limit`` is in seconds. ``kl`` and ``logprobs`` need a second output
         product a step; ``baseline`` adds the unaligned greedy answer, which does not count (None if it was
-        interrupted). ``judge_all``: the judge scores every candidate, not the answer alone. ``timeline``: a file for where the time went, which Chrome and Perfetto draw. ``stop()`` true, or
-        Ctrl-C, ends the search with the best answer so far. ``options`` go to the method (sigma,
-        temperature, ...; see its docstring).
+        interrupted); ``judge_all``: the judge scores every candidate, not the answer alone. ``timeline``: a file for
+        where the time went, which Chrome and Perfetto draw. ``stop()`` true, or Ctrl-C, ends the search with the best
+        answer so far. ``options`` go to the method (sigma, temperature, ...; see its docstring).
+
+        A composite reward with parts that were not measured yet is first calibrated on rollouts of the base model to
+        this prompt, which ``budget`` does not count and ``time_limit`` does (see Result.calibration).
         Raises InputError and its kinds, DecodeError, ScoreError.
         """
         (result,) = self._generate(
@@ -239,34 +242,23 @@ class Aligner:
         # No response is longer than the context, so that no control needs to be.
         common = {"d": self.engine.d, "max_tokens": min(max_tokens, self.engine.n_ctx), "seed": seed} | options
         began = time.perf_counter()
-
-        def late() -> bool:
-            return time_limit is not None and time.perf_counter() - began >= time_limit
-
         with self._recorded(timeline):
             # A prompt that its reward cannot be calibrated on leaves the others alone.
             errors: dict[int, BaseException] = {}
             tasks: list[Task] = []
             for i, (prompt, index) in enumerate(zip(prompts, indices, strict=True)):
                 controller = controllers.create(method, prompt_index=index, **common)
-                try:
-                    reward = calibrated(
-                        self.engine,
-                        self.reward,
-                        prompt,
-                        max_tokens=max_tokens,
-                        seed=seed,
-                        prompt_index=index,
-                        stop_strings=stop_strings,
-                        stop=lambda: late() or (stop is not None and stop()),
-                    )
-                except DecodeError:
-                    raise
-                except (AispError, KeyboardInterrupt) as error:
-                    errors[i] = _time_passed(time_limit) if isinstance(error, KeyboardInterrupt) and late() else error
+                reward = self._calibrated(prompt, index, seed, max_tokens, stop_strings, stop, began, time_limit)
+                if isinstance(reward, BaseException):
+                    errors[i] = reward
                 else:
                     tasks.append(Task(prompt, controller, index, reward))
-            spent = time.perf_counter() - began if isinstance(self.reward, Calibrates) else 0.0
+            left = time_limit
+            if time_limit is not None and isinstance(self.reward, Calibrates) and tasks:
+                left = time_limit - (time.perf_counter() - began)
+                if left <= 0 < time_limit:
+                    raise _time_passed(time_limit)
+            numbers = [i for i in range(len(prompts)) if i not in errors]
             found = search_many(
                 self.engine,
                 tasks,
@@ -278,11 +270,9 @@ class Aligner:
                 seed=seed,
                 at_once=at_once,
                 stop_strings=stop_strings,
-                time_limit=None if time_limit is None else max(time_limit - spent, 1e-9) if tasks else time_limit,
+                time_limit=left,
                 stop=stop,
-                on_progress=None
-                if on_progress is None
-                else _renumbered(on_progress, [i for i in range(len(prompts)) if i not in errors]),
+                on_progress=None if on_progress is None else lambda i, progress: on_progress(numbers[i], progress),
                 want=frozenset(want for want, asked in wants.items() if asked),
             )
             rest = iter(zip(tasks, found, strict=True))
@@ -313,6 +303,40 @@ class Aligner:
             "versions": versions(),
         }
         return [replace(result, **about) if isinstance(result, Result) else result for result in results]
+
+    def _calibrated(
+        self,
+        prompt: Prompt,
+        index: int,
+        seed: int,
+        max_tokens: int,
+        stop_strings: Sequence[str],
+        stop: Callable[[], bool] | None,
+        began: float,
+        time_limit: float | None,
+    ) -> Reward | BaseException:
+        """The reward of one prompt's search, or the error that stands for its result."""
+
+        def late() -> bool:
+            return time_limit is not None and time.perf_counter() - began >= time_limit
+
+        try:
+            return calibrated(
+                self.engine,
+                self.reward,
+                prompt,
+                max_tokens=max_tokens,
+                seed=seed,
+                prompt_index=index,
+                stop_strings=stop_strings,
+                stop=lambda: late() or (stop is not None and stop()),
+            )
+        except DecodeError:
+            raise
+        except AispError as error:
+            return error
+        except KeyboardInterrupt as interrupt:
+            return _time_passed(time_limit) if late() else interrupt
 
     def _judged(self, result: Result, judge: Reward, prompt: Prompt, every: bool, max_tokens: int) -> Result:
         """After the search, which knows nothing of it; so is the judge calibrated, if it has to be."""
@@ -387,10 +411,6 @@ class Aligner:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _renumbered(on_progress: Callable[[int, Progress], None], of: Sequence[int]) -> Callable[[int, Progress], None]:
-    return lambda i, progress: on_progress(of[i], progress)
 
 
 def _time_passed(time_limit: float | None) -> InputError:

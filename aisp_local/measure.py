@@ -57,7 +57,7 @@ def judged(result: Result, judge: Reward, prompt: Prompt, every: bool) -> Result
     A judge that fails costs its own scores and no answer: it warns.
     """
     unaligned = result.baseline
-    asked = list(result.candidates) if every else [c for c in result.candidates if c.text == result.answer][:1]
+    asked = list(result.candidates) if every else [result.candidates[0]]  # the answer's comes first
     texts = [candidate.text for candidate in asked] + ([] if unaligned is None else [unaligned.text])
     try:
         scores = [float(score) for score in call(judge.name, judge.score, prompt, texts)]

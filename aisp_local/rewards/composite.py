@@ -150,7 +150,8 @@ class Composite:
     def calibrate(self, prompt: Prompt, responses: Sequence[str]) -> Composite:
         """The same with the mean and standard deviation of these responses for each part that had none.
 
-        Bit for bit the same for the same scores in whatever order. Raises ScoreError if a part has no finite score for two.
+        Bit for bit the same for the same scores in whatever order. Raises ScoreError if a part has not two that are
+        finite.
         """
         open_parts = [part for part in self.parts if part.uncalibrated]
         moments = {
