@@ -174,7 +174,7 @@ MISBEHAVE: dict[str, tuple[Behave, str, int]] = {
     "drips": (drip, "did not answer within 0.5 seconds", 2),
     "drips headers": (drip_headers, "did not answer within 0.5 seconds", 2),
     "hangs up": (hang_up, "cannot be used", 2),
-    "half an answer": (half, "cannot be used", 2),
+    "half an answer": (half, "in the middle of its answer", 2),
     "no HTTP": (not_http, "cannot be used", 2),
     "500": (status(500), "answered 500 Internal Server Error: no model is loaded", 2),
     "404": (status(404), "answered 404", 1),

@@ -97,7 +97,7 @@ def test_length() -> None:
     assert one(Length(words=[0, 3], unit=1), "it's a well-known fact, isn't it") == -3
     assert one(Length(characters=[10, float("inf")]), "  12345  ") == pytest.approx(-0.1)
     stops = Length(sentences=[2, 2])
-    assert one(stops, 'He paid 3.50 dollars... "Why?" she asked') == 0
+    assert one(stops, 'He paid 3.50 dollars... "Why?"') == 0
     assert one(stops, "One. Two! Three? Four") == -2
     assert one(stops, "") == -2
 

@@ -190,6 +190,8 @@ class ServerReward:
             data = answer.read(_LARGEST + 1)
             if late.is_set():
                 raise _Retry(f"did not answer within {self._timeout:g} seconds")
+            if answer.length and len(data) <= _LARGEST:
+                raise _Retry("closed the connection in the middle of its answer")
         except (OSError, http.client.HTTPException) as error:
             if late.is_set() or isinstance(error, TimeoutError):
                 raise _Retry(f"did not answer within {self._timeout:g} seconds") from error
