@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -11,15 +13,16 @@ from typing import Any
 
 from aisp_local import controllers, shipped
 from aisp_local.engine import Engine, LlamaEngine, Want
-from aisp_local.errors import InputError
+from aisp_local.errors import AispError, DecodeError, InputError
 from aisp_local.files import check_output
 from aisp_local.loop import Task, search_many
+from aisp_local.measure import calibrated, calibration_of, judged
 from aisp_local.native import check_model_file, versions
 from aisp_local.rewards import Reward, load_reward
-from aisp_local.rewards.base import call
+from aisp_local.rewards.base import Calibrates, call_parts
 from aisp_local.seeds import RowSeeds
 from aisp_local.timeline import OFF, Timeline
-from aisp_local.types import Baseline, Controls, Message, Progress, Prompt, Result
+from aisp_local.types import Baseline, Calibration, Controls, Message, Progress, Prompt, Result
 
 EFFORT = {"low": 32, "medium": 128, "high": 512}
 """Rollouts in all, by the name of the effort."""
@@ -46,14 +49,17 @@ def check_search(*, method: str, budget: int, n: int, max_tokens: int, seed: int
 class Aligner:
     """A frozen language model and a reward that aligns it while it answers.
 
+    ``judge``: another reward, whose score of the answer is shown and never optimised.
+
     >>> from aisp_local import Aligner
     >>> aligner = Aligner.load()  # the shipped models
     >>> aligner.chat([{"role": "user", "content": "Tell me a story about a fox."}]).answer
     """
 
-    def __init__(self, engine: Engine, reward: Reward, *, model_name: str = "") -> None:
+    def __init__(self, engine: Engine, reward: Reward, *, judge: Reward | None = None, model_name: str = "") -> None:
         self.engine = engine
         self.reward = reward
+        self.judge = judge
         self.model_name = model_name
 
     @classmethod
@@ -62,10 +68,12 @@ class Aligner:
         model: str | os.PathLike[str] | None = None,
         reward: str | os.PathLike[str] | Reward | Callable[..., Any] | None = None,
         *,
+        judge: str | os.PathLike[str] | Reward | Callable[..., Any] | None = None,
         n_gpu_layers: int | None = None,
         threads: int | None = None,
     ) -> Aligner:
-        """Load a GGUF ``model`` and a ``reward``: a folder, a Reward, or ``(prompt, responses) -> scores``.
+        """Load a GGUF ``model`` and a ``reward``: a folder, a TOML file, the name of a recipe, a Reward, or
+        ``(prompt, responses) -> scores``. A ``judge`` is any of these; without one, the reward's own, if it names one.
 
         What is left out is the shipped one. ``n_gpu_layers``: layers on the GPU, as in llama.cpp.
         Raises ModelError, RewardError, BindingError.
@@ -74,8 +82,9 @@ class Aligner:
         # What is checked sooner comes first: a large model is loaded last.
         check_model_file(path)
         scorer = load_reward(shipped.reward() if reward is None else reward)
+        judging = getattr(scorer, "judge", None) if judge is None else load_reward(judge)
         engine = LlamaEngine(path, n_gpu_layers=n_gpu_layers, threads=threads)
-        return cls(engine, scorer, model_name=str(path))
+        return cls(engine, scorer, judge=judging, model_name=str(path))
 
     def generate(
         self,
@@ -93,6 +102,7 @@ class Aligner:
         kl: bool = False,
         logprobs: bool = False,
         baseline: bool = False,
+        judge_all: bool = False,
         timeline: str | os.PathLike[str] | None = None,
         stop: Callable[[], bool] | None = None,
         on_progress: Callable[[Progress], None] | None = None,
@@ -104,9 +114,12 @@ class Aligner:
         chat template. ``budget`` overrides ``effort`` (low 32, medium 128, high 512). ``seed`` and ``prompt_index``
         together name the random numbers. ``time_limit`` is in seconds. ``kl`` and ``logprobs`` need a second output
         product a step; ``baseline`` adds the unaligned greedy answer, which does not count (None if it was
-        interrupted). ``timeline``: a file for where the time went, which Chrome and Perfetto draw. ``stop()`` true, or
-        Ctrl-C, ends the search with the best answer so far. ``options`` go to the method (sigma,
-        temperature, ...; see its docstring).
+        interrupted); ``judge_all``: the judge scores every candidate, not the answer alone. ``timeline``: a file for
+        where the time went, which Chrome and Perfetto draw. ``stop()`` true, or Ctrl-C, ends the search with the best
+        answer so far. ``options`` go to the method (sigma, temperature, ...; see its docstring).
+
+        A composite reward with parts that were not measured yet is first calibrated on rollouts of the base model to
+        this prompt, which ``budget`` does not count and ``time_limit`` does (see Result.calibration).
         Raises InputError and its kinds, DecodeError, ScoreError.
         """
         (result,) = self._generate(
@@ -125,6 +138,7 @@ class Aligner:
             kl=kl,
             logprobs=logprobs,
             baseline=baseline,
+            judge_all=judge_all,
             timeline=timeline,
             stop=stop,
             options=options,
@@ -149,6 +163,7 @@ class Aligner:
         kl: bool = False,
         logprobs: bool = False,
         baseline: bool = False,
+        judge_all: bool = False,
         timeline: str | os.PathLike[str] | None = None,
         stop: Callable[[], bool] | None = None,
         on_progress: Callable[[int, Progress], None] | None = None,
@@ -181,6 +196,7 @@ class Aligner:
             kl=kl,
             logprobs=logprobs,
             baseline=baseline,
+            judge_all=judge_all,
             timeline=timeline,
             stop=stop,
             options=options,
@@ -204,6 +220,7 @@ class Aligner:
         kl: bool,
         logprobs: bool,
         baseline: bool,
+        judge_all: bool,
         timeline: str | os.PathLike[str] | None,
         stop: Callable[[], bool] | None,
         options: dict[str, Any],
@@ -224,12 +241,25 @@ class Aligner:
         wants: dict[Want, bool] = {"kl": kl, "logprobs": logprobs}
         # No response is longer than the context, so that no control needs to be.
         common = {"d": self.engine.d, "max_tokens": min(max_tokens, self.engine.n_ctx), "seed": seed} | options
-        tasks = [
-            Task(prompt, controllers.create(method, prompt_index=index, **common), index)
-            for prompt, index in zip(prompts, indices, strict=True)
-        ]
+        began = time.perf_counter()
         with self._recorded(timeline):
-            results = search_many(
+            # A prompt that its reward cannot be calibrated on leaves the others alone.
+            errors: dict[int, BaseException] = {}
+            tasks: list[Task] = []
+            for i, (prompt, index) in enumerate(zip(prompts, indices, strict=True)):
+                controller = controllers.create(method, prompt_index=index, **common)
+                reward = self._calibrated(prompt, index, seed, max_tokens, stop_strings, stop, began, time_limit)
+                if isinstance(reward, BaseException):
+                    errors[i] = reward
+                else:
+                    tasks.append(Task(prompt, controller, index, reward))
+            left = time_limit
+            if time_limit is not None and isinstance(self.reward, Calibrates) and tasks:
+                left = time_limit - (time.perf_counter() - began)
+                if left <= 0 < time_limit:
+                    raise _time_passed(time_limit)
+            numbers = [i for i in range(len(prompts)) if i not in errors]
+            found = search_many(
                 self.engine,
                 tasks,
                 self.reward,
@@ -240,26 +270,84 @@ class Aligner:
                 seed=seed,
                 at_once=at_once,
                 stop_strings=stop_strings,
-                time_limit=time_limit,
+                time_limit=left,
                 stop=stop,
-                on_progress=on_progress,
+                on_progress=None if on_progress is None else lambda i, progress: on_progress(numbers[i], progress),
                 want=frozenset(want for want, asked in wants.items() if asked),
             )
-            unaligned: list[Baseline | None] = [None] * len(tasks)
-            if baseline:
-                with suppress(KeyboardInterrupt):  # the answers are there already
+            rest = iter(zip(tasks, found, strict=True))
+            results: list[Result | BaseException] = []
+            for i in range(len(prompts)):
+                if i in errors:
+                    results.append(errors[i])
+                    continue
+                task, result = next(rest)
+                if isinstance(result, Result):
+                    result = replace(result, calibration=calibration_of(task.reward or self.reward))
+                results.append(result)
+            with suppress(KeyboardInterrupt):  # the answers are there already
+                for i, (prompt, result) in enumerate(zip(prompts, results, strict=True)):
+                    if baseline and isinstance(result, Result):
+                        unaligned = self.baseline(
+                            prompt, max_tokens=max_tokens, stop_strings=stop_strings, calibration=result.calibration
+                        )
+                        results[i] = replace(result, baseline=unaligned)
+                if self.judge is not None:
                     for i, (prompt, result) in enumerate(zip(prompts, results, strict=True)):
                         if isinstance(result, Result):
-                            unaligned[i] = self.baseline(prompt, max_tokens=max_tokens, stop_strings=stop_strings)
+                            results[i] = self._judged(result, self.judge, prompt, judge_all, max_tokens)
         about: dict[str, Any] = {
             "model": self.model_name,
             "reward_model": self.reward.name,
+            "judge_model": "" if self.judge is None else self.judge.name,
             "versions": versions(),
         }
-        return [
-            replace(result, baseline=base, **about) if isinstance(result, Result) else result
-            for result, base in zip(results, unaligned, strict=True)
-        ]
+        return [replace(result, **about) if isinstance(result, Result) else result for result in results]
+
+    def _calibrated(
+        self,
+        prompt: Prompt,
+        index: int,
+        seed: int,
+        max_tokens: int,
+        stop_strings: Sequence[str],
+        stop: Callable[[], bool] | None,
+        began: float,
+        time_limit: float | None,
+    ) -> Reward | BaseException:
+        """The reward of one prompt's search, or the error that stands for its result."""
+
+        def late() -> bool:
+            return time_limit is not None and time.perf_counter() - began >= time_limit
+
+        try:
+            return calibrated(
+                self.engine,
+                self.reward,
+                prompt,
+                max_tokens=max_tokens,
+                seed=seed,
+                prompt_index=index,
+                stop_strings=stop_strings,
+                stop=lambda: late() or (stop is not None and stop()),
+            )
+        except DecodeError:
+            raise
+        except AispError as error:
+            return error
+        except KeyboardInterrupt as interrupt:
+            return _time_passed(time_limit) if late() else interrupt
+
+    def _judged(self, result: Result, judge: Reward, prompt: Prompt, every: bool, max_tokens: int) -> Result:
+        """After the search, which knows nothing of it; so is the judge calibrated, if it has to be."""
+        try:
+            judge = calibrated(self.engine, judge, prompt, max_tokens=max_tokens, seed=result.seed)
+        except DecodeError:
+            raise
+        except AispError as error:
+            warnings.warn(f"the judge {judge.name!r} gave no scores: {error}", stacklevel=2)
+            return result
+        return judged(result, judge, prompt, every)
 
     @contextmanager
     def _recorded(self, path: str | os.PathLike[str] | None) -> Iterator[None]:
@@ -287,8 +375,18 @@ class Aligner:
         *,
         max_tokens: int = DEFAULT_MAX_TOKENS,
         stop_strings: Sequence[str] = (),
+        calibration: Calibration | None = None,
     ) -> Baseline:
-        """The unaligned greedy answer and its reward."""
+        """The unaligned greedy answer and its reward.
+
+        ``calibration``: that of the result that it is compared with; else a reward that needs one is calibrated here.
+        """
+        reward = self.reward
+        if isinstance(reward, Calibrates) and reward.uncalibrated and calibration is not None:
+            reward = reward.with_calibration(calibration)
+        reward = calibrated(
+            self.engine, reward, prompt, max_tokens=max_tokens, seed=DEFAULT_SEED, stop_strings=stop_strings
+        )
         rollouts = self.engine.rollout(
             prompt,
             Controls(n=1),
@@ -297,7 +395,10 @@ class Aligner:
             stop_strings=stop_strings,
         )
         text = rollouts.texts[0]
-        return Baseline(text=text, reward=float(call(self.reward.name, self.reward.score, prompt, [text])[0]))
+        scores, parts = call_parts(reward, prompt, [text])
+        return Baseline(
+            text=text, reward=float(scores[0]), parts={name: float(values[0]) for name, values in parts.items()}
+        )
 
     def close(self) -> None:
         """Free the model."""
@@ -310,3 +411,10 @@ class Aligner:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _time_passed(time_limit: float | None) -> InputError:
+    return InputError(
+        f"the time limit of {time_limit} seconds passed while the reward was calibrated on the base model; "
+        "allow more time, or give the mean and std of its parts"
+    )

@@ -33,11 +33,15 @@ _PATIENCE = 4
 
 @dataclass(frozen=True)
 class Task:
-    """A prompt to search an answer for, with a controller of its own. ``index`` names its random numbers."""
+    """A prompt to search an answer for, with a controller of its own. ``index`` names its random numbers.
+
+    ``reward``: what this one is scored with, if not with the reward of all: the same, calibrated on this prompt.
+    """
 
     prompt: Prompt
     controller: Controller
     index: int = 0
+    reward: Reward | None = None
 
 
 def search(
@@ -130,7 +134,7 @@ def search_many(
         searches = [
             _Search(
                 task,
-                Scorer(reward, task.prompt, worker),
+                Scorer(task.reward or reward, task.prompt, worker),
                 budget=budget,
                 n=n,
                 max_tokens=max_tokens,
@@ -368,6 +372,7 @@ class _Search:
                 logprob=None
                 if rollouts.base_logprobs is None
                 else float(rollouts.base_logprobs[i].sum(dtype=np.float64)),
+                parts=self.scorer.parts(i),
             )
             self.candidates.append(candidate)
             if np.isfinite(value) and (self.best is None or value > self.best.reward):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
 from types import TracebackType
@@ -11,7 +11,7 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from aisp_local.rewards.base import Reward, call
+from aisp_local.rewards.base import Reward, call_parts
 from aisp_local.timeline import Timeline
 from aisp_local.types import Prompt
 
@@ -19,8 +19,8 @@ _BATCH = 8
 """Responses scored together while others decode. Which ones, no clock decides: a score's last bits may depend on it."""
 
 
-Scored = tuple[npt.NDArray[np.float64], float]
-"""Rewards [n], and the seconds that they took."""
+Scored = tuple[npt.NDArray[np.float64], Mapping[str, npt.NDArray[np.float64]], float]
+"""Rewards [n], those [n] of the reward's parts by their names, and the seconds that they took."""
 
 
 class Worker:
@@ -50,8 +50,8 @@ class Worker:
     def _score(self, reward: Reward, prompt: Prompt, responses: list[str]) -> Scored:
         began = time.perf_counter()
         with self._timeline.span("score"):
-            rewards = call(reward.name, reward.score, prompt, responses)
-        return rewards, time.perf_counter() - began
+            rewards, parts = call_parts(reward, prompt, responses)
+        return rewards, parts, time.perf_counter() - began
 
     def __enter__(self) -> Worker:
         return self
@@ -79,6 +79,7 @@ class Scorer:
         self.seconds = 0.0  # of scoring, of what ``rewards`` gave
         self._pending: dict[int, str] = {}
         self._futures: list[tuple[list[int], Future[Scored]]] = []
+        self._parts: dict[int, dict[str, float]] = {}
 
     def add(self, row: int, text: str) -> None:
         """A rollout ended."""
@@ -103,7 +104,13 @@ class Scorer:
             self._submit()
         found: dict[int, float] = {}
         for scored, future in self._futures:
-            values, seconds = future.result()
+            values, parts, seconds = future.result()
             self.seconds += seconds
             found.update(zip(scored, values.tolist(), strict=True))
+            for i, row in enumerate(scored):
+                self._parts[row] = {name: float(of[i]) for name, of in parts.items()}
         return np.array([found[row] for row in rows], np.float64)
+
+    def parts(self, row: int) -> Mapping[str, float]:
+        """What the parts of the reward gave a rollout whose reward ``rewards`` gave; nothing where it has none."""
+        return self._parts[row]

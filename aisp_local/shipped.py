@@ -31,3 +31,8 @@ def model() -> Path:
 def reward() -> Path:
     """The shipped reward model (folder with reward.json)."""
     return _find(REWARD)
+
+
+def recipes() -> dict[str, Path]:
+    """The shipped recipes (TOML files of composite rewards) by their names."""
+    return {path.stem: path for path in sorted((_PACKAGE / "recipes").glob("*.toml"))}

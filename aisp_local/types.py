@@ -124,6 +124,8 @@ class Candidate:
     finish_reason: FinishReason = "stop"
     kl: float | None = None
     logprob: float | None = None  # sum of base_logprobs, None if not computed
+    parts: Mapping[str, float] = field(default_factory=dict)  # raw scores of a composite reward's parts
+    judge: float | None = None  # what the judge gave, None if it was not asked
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,16 @@ class Baseline:
 
     text: str
     reward: float
+    parts: Mapping[str, float] = field(default_factory=dict)
+    judge: float | None = None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Mean and standard deviation of a composite reward's parts over responses of the base model."""
+
+    rollouts: int  # they are not counted in the budget
+    moments: Mapping[str, tuple[float, float]]  # by the name of the part
 
 
 @dataclass(frozen=True)
@@ -198,6 +210,9 @@ class Result:
     baseline: Baseline | None = None
     model: str = ""
     reward_model: str = ""
+    judge_model: str = ""
+    judge: float | None = None  # the judge's score of the answer; None without one, or where it failed
+    calibration: Calibration | None = None  # of a composite reward, if it was measured for this search
     versions: Mapping[str, str] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
 

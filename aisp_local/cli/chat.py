@@ -70,7 +70,7 @@ class Session:
         self.messages = [*messages, {"role": "assistant", "content": result.answer}]
         self.last = result
         click.echo(wrapped(result.answer.strip()))
-        note = f"reward {result.reward:.2f}, {result.rollouts} rollouts, {result.seconds:.1f} s"
+        note = f"reward {result.reward:.2f}{_judge(result.judge)}, {result.rollouts} rollouts, {result.seconds:.1f} s"
         if result.status == "interrupted":
             note += ", interrupted: the best so far"
         click.echo(click.style(f"[{note}]", dim=True))
@@ -156,12 +156,16 @@ class Session:
             text = " ".join(candidate.text.split())
             shown = text if len(text) <= 90 else text[:87] + "..."
             click.echo(f"  {candidate.reward:6.2f}  (iteration {candidate.iteration})  {shown}")
+            if candidate.parts:
+                click.echo("          " + ", ".join(f"{name} {score:.2f}" for name, score in candidate.parts.items()))
 
     def _base(self) -> None:
         if self.last is None:
             click.echo("nothing to compare yet: ask something first")
             return
-        baseline = self.aligner.baseline(self.messages[:-1], max_tokens=self.settings.max_tokens)
+        baseline = self.aligner.baseline(
+            self.messages[:-1], max_tokens=self.settings.max_tokens, calibration=self.last.calibration
+        )
         click.echo(wrapped(baseline.text.strip()))
         click.echo(
             click.style(
@@ -196,6 +200,7 @@ def chat(
     effort: str,
     model: Path | None,
     reward: Path | None,
+    judge: Path | None,
     n_gpu_layers: int | None,
     threads: int | None,
     method: str,
@@ -212,9 +217,10 @@ def chat(
       aisp-local chat -m model.gguf -r reward_folder --effort medium
     """
     check_search(method=method, budget=EFFORT[effort], n=rows, max_tokens=max_tokens, seed=seed)
-    aligner = load(model, reward, n_gpu_layers, threads)
+    aligner = load(model, reward, judge, n_gpu_layers, threads)
     session = Session(aligner, Settings(method, max_tokens, rows, seed, time_limit, effort))
-    click.echo(f"{Path(aligner.model_name).name} with {aligner.reward.name}. /help for help.")
+    judging = "" if aligner.judge is None else f", judged by {aligner.judge.name}"
+    click.echo(f"{Path(aligner.model_name).name} with {aligner.reward.name}{judging}. /help for help.")
     while True:
         try:
             text = _read_line()
@@ -238,6 +244,10 @@ def chat(
             raise
         except AispError as error:
             click.echo(f"error: {error}", err=True)
+
+
+def _judge(score: float | None) -> str:
+    return "" if score is None else f", judge {score:.2f}"
 
 
 def wrapped(text: str) -> str:

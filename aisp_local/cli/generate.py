@@ -44,9 +44,15 @@ def as_json(result: Result) -> dict[str, Any]:
     return {
         "answer": result.answer,
         "reward": result.reward,
+        "judge": result.judge,
         "baseline": None
         if result.baseline is None
-        else {"text": result.baseline.text, "reward": result.baseline.reward},
+        else {
+            "text": result.baseline.text,
+            "reward": result.baseline.reward,
+            "parts": dict(result.baseline.parts),
+            "judge": result.baseline.judge,
+        },
         "method": result.method,
         "budget": result.budget,
         "status": result.status,
@@ -80,6 +86,8 @@ def as_json(result: Result) -> dict[str, Any]:
                 "n_tokens": c.n_tokens,
                 "finish_reason": c.finish_reason,
                 "kl": c.kl,
+                "parts": dict(c.parts),
+                "judge": c.judge,
             }
             for c in result.candidates
         ],
@@ -88,6 +96,13 @@ def as_json(result: Result) -> dict[str, Any]:
         "n_tokens": result.n_tokens,
         "model": result.model,
         "reward_model": result.reward_model,
+        "judge_model": result.judge_model or None,
+        "calibration": None
+        if result.calibration is None
+        else {
+            "rollouts": result.calibration.rollouts,
+            "parts": {name: {"mean": mean, "std": std} for name, (mean, std) in result.calibration.moments.items()},
+        },
         "versions": dict(result.versions),
     }
 
@@ -116,6 +131,7 @@ def print_answer(text: str) -> None:
 @click.argument("prompt")
 @click.option("--budget", type=int, default=EFFORT[DEFAULT_EFFORT], show_default=True, help="Rollouts in all.")
 @click.option("--json", "json_", is_flag=True, help="Print a JSON object with every candidate.")
+@click.option("--judge-all", is_flag=True, help="The judge scores every candidate (with --json).")
 @click.option("--kl", is_flag=True, help="Compute the sequence KL (a second output product a step).")
 @click.option("--raw", is_flag=True, help="Continue PROMPT as plain text, without the chat template.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the answer to a file.")
@@ -130,12 +146,14 @@ def generate(
     prompt: str,
     budget: int,
     json_: bool,
+    judge_all: bool,
     kl: bool,
     raw: bool,
     output: Path | None,
     timeline: Path | None,
     model: Path | None,
     reward: Path | None,
+    judge: Path | None,
     n_gpu_layers: int | None,
     threads: int | None,
     method: str,
@@ -160,7 +178,7 @@ def generate(
     if timeline is not None:
         check_output(timeline)
     check_search(method=method, budget=budget, n=rows, max_tokens=max_tokens, seed=seed)
-    aligner = load(model, reward, n_gpu_layers, threads)
+    aligner = load(model, reward, judge, n_gpu_layers, threads)
     line = ProgressLine()
     with stop_on_interrupt() as stop:
         result = aligner.generate(
@@ -173,6 +191,7 @@ def generate(
             time_limit=time_limit,
             kl=kl,
             baseline=json_,
+            judge_all=judge_all and json_,
             timeline=timeline,
             stop=stop,
             on_progress=line,
@@ -180,6 +199,9 @@ def generate(
     line.clear()
     if result.status == "interrupted":
         click.echo("interrupted: this is the best answer so far", err=True)
+    if aligner.judge is not None and not json_:
+        said = "failed" if result.judge is None else f"{result.judge:.2f}"
+        click.echo(f"[reward {result.reward:.2f}, judge {said}]", err=True)
     shown = json.dumps(finite(as_json(result)), ensure_ascii=False, indent=2) if json_ else result.answer
     if output is not None:
         write_output(output, shown + "\n")

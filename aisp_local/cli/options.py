@@ -23,7 +23,7 @@ def _debug(context: click.Context, _parameter: click.Parameter, value: bool) -> 
 
 
 def model_options(command: F) -> F:
-    """-m, -r, --n-gpu-layers, --threads, --debug"""
+    """-m, -r, --judge, --n-gpu-layers, --threads, --debug"""
     for option in (
         click.option(
             "--debug", is_flag=True, expose_value=False, callback=_debug, help="Show the traceback of an error."
@@ -36,11 +36,18 @@ def model_options(command: F) -> F:
             help="Layers on the GPU (0: none, -1: all).",
         ),
         click.option(
+            "--judge",
+            type=click.Path(path_type=Path),
+            envvar="AISP_JUDGE",
+            help="Another reward, as for -r: its score of the answer is shown, never optimised.",
+        ),
+        click.option(
             "-r",
             "--reward",
             type=click.Path(path_type=Path),
             envvar="AISP_REWARD",
-            help="Reward folder (with reward.json). Default: the shipped one.",
+            help="Reward folder (with reward.json), TOML file, or recipe (kind-and-safe, short-and-plain). "
+            "Default: the shipped one.",
         ),
         click.option(
             "-m",
@@ -72,7 +79,9 @@ def search_options(command: F) -> F:
     return command
 
 
-def load(model: Path | None, reward: Path | None, n_gpu_layers: int | None, threads: int | None) -> Aligner:
+def load(
+    model: Path | None, reward: Path | None, judge: Path | None, n_gpu_layers: int | None, threads: int | None
+) -> Aligner:
     from aisp_local.api import Aligner
 
-    return Aligner.load(model, reward, n_gpu_layers=n_gpu_layers, threads=threads)
+    return Aligner.load(model, reward, judge=judge, n_gpu_layers=n_gpu_layers, threads=threads)

@@ -4,22 +4,54 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from aisp_local.errors import InputError
-from aisp_local.rewards.base import Reward
+from aisp_local import shipped
+from aisp_local.errors import InputError, RewardError
+from aisp_local.rewards.base import Reward, score_prefixes
+from aisp_local.rewards.composite import Composite, Part
 from aisp_local.rewards.function import CallableReward
 from aisp_local.rewards.onnx import OnnxReward
+from aisp_local.rewards.recipe import load_recipe
+from aisp_local.rewards.server import ServerReward
 
-__all__ = ["CallableReward", "OnnxReward", "Reward", "load_reward"]
+__all__ = [
+    "CallableReward",
+    "Composite",
+    "OnnxReward",
+    "Part",
+    "Reward",
+    "ServerReward",
+    "load_recipe",
+    "load_reward",
+    "score_prefixes",
+]
 
 
 def load_reward(source: str | os.PathLike[str] | Reward | Callable[..., Any]) -> Reward:
-    """A reward from a folder with reward.json, a Reward, or a function ``(prompt, responses) -> scores``."""
+    """A reward from a folder with reward.json, a TOML file (docs/reward-rules.md), "shipped", the name of a shipped
+    recipe, a Reward, or a function ``(prompt, responses) -> scores``. What lies at the path goes before a name."""
     if isinstance(source, (str, os.PathLike)):
-        return OnnxReward.load(source)
+        return _from_path(Path(source))
     if isinstance(source, Reward):
         return source
     if callable(source):
         return CallableReward(source)
-    raise InputError(f"{source!r} is not a reward: give a folder, a Reward or a function")
+    raise InputError(f"{source!r} is not a reward: give a folder, a TOML file, a Reward or a function")
+
+
+def _from_path(path: Path) -> Reward:
+    if path.suffix == ".toml" and not path.is_dir():
+        return load_recipe(path)
+    if not path.exists() and len(path.parts) == 1:
+        recipes = shipped.recipes()
+        if path.name in recipes:
+            return load_recipe(recipes[path.name])
+        if path.name == "shipped":
+            return OnnxReward.load(shipped.reward())
+        raise RewardError(
+            f"reward folder {path} does not exist; check the path given with -r, "
+            f"or use a recipe by its name: {', '.join(recipes)}"
+        )
+    return OnnxReward.load(path)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from aisp_local.errors import AispError, ScoreError
-from aisp_local.types import Prompt
+from aisp_local.types import Calibration, Prompt
 
 
 @runtime_checkable
@@ -17,7 +18,8 @@ class Reward(Protocol):
     """Scores responses to a prompt: higher is better.
 
     One with an attribute ``background`` that is true is called from another thread and for a few responses at a time,
-    while the rest still decode; else it gets all responses of an iteration at once.
+    while the rest still decode; else it gets all responses of an iteration at once. One with an attribute ``prefix``
+    that is true knows what to make of an unfinished response (see ``score_prefixes``).
     """
 
     @property
@@ -26,6 +28,58 @@ class Reward(Protocol):
 
     def score(self, prompt: Prompt, responses: Sequence[str]) -> npt.NDArray[np.float32]:
         """Scores [n] of n responses; ``prompt`` is plain text or messages, never a rendered template."""
+
+
+@runtime_checkable
+class Parted(Protocol):
+    """A reward made of parts, whose scores are kept beside its own."""
+
+    def score_parts(
+        self, prompt: Prompt, responses: Sequence[str]
+    ) -> tuple[npt.NDArray[np.float64], Mapping[str, npt.NDArray[np.float64]]]:
+        """Scores [n], and those [n] of each part by its name, as the part gave them."""
+
+
+@runtime_checkable
+class Calibrates(Protocol):
+    """A reward whose scale is measured on responses of the base model before a search."""
+
+    @property
+    def rollouts(self) -> int:
+        """How many responses it wants to see."""
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """What it was calibrated to; None where it was not, or needs none."""
+
+    @property
+    def uncalibrated(self) -> bool:
+        """Whether it cannot score yet."""
+
+    def calibrate(self, prompt: Prompt, responses: Sequence[str]) -> Reward:
+        """The same reward, calibrated on responses to a prompt, in whatever order."""
+
+    def with_calibration(self, calibration: Calibration) -> Reward:
+        """The same reward, calibrated as another one was."""
+
+
+_asked: set[str] = set()
+"""Names of rewards that were asked for scores of unfinished responses without being made for it."""
+
+
+def score_prefixes(reward: Reward, prompt: Prompt, prefixes: Sequence[str]) -> npt.NDArray[np.float64]:
+    """Scores [n] of responses that are not finished: of ``reward.score_prefixes`` where there is one, else ``score``.
+
+    Warns, once for each name, if the reward does not say that it can (``prefix``): it was not trained for it.
+    Raises ScoreError, as ``call``.
+    """
+    if not getattr(reward, "prefix", False) and reward.name not in _asked:
+        _asked.add(reward.name)
+        warnings.warn(
+            f"the reward {reward.name!r} was not trained to score unfinished responses; its scores of them may mislead",
+            stacklevel=2,
+        )
+    return call(reward.name, getattr(reward, "score_prefixes", reward.score), prompt, prefixes)
 
 
 def call(
@@ -51,6 +105,22 @@ def call(
             "it must give one number each"
         )
     return scores
+
+
+def call_parts(
+    reward: Reward, prompt: Prompt, responses: Sequence[str]
+) -> tuple[npt.NDArray[np.float64], Mapping[str, npt.NDArray[np.float64]]]:
+    """``call`` of a reward's ``score``, with the scores [n] of its parts, if it has any."""
+    if isinstance(reward, Parted):
+        found: dict[str, npt.NDArray[np.float64]] = {}
+
+        def score(prompt: Prompt, responses: Sequence[str]) -> Any:
+            scores, parts = reward.score_parts(prompt, responses)
+            found.update(parts)
+            return scores
+
+        return call(reward.name, score, prompt, responses), found
+    return call(reward.name, reward.score, prompt, responses), {}
 
 
 def _said(error: Exception) -> str:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 from aisp_local.errors import RewardError
+from aisp_local.rewards.section import Section
 from aisp_local.types import Prompt
 
 MANIFEST = "reward.json"
 _MAX_BYTES = 1 << 20
 # "pooling" informs people: the graph holds it.
 _KEYS = ["format", "name", "description", "model", "tokenizer", "input", "graph", "pooling", "licence", "files"]
-_KEYS += ["golden", "tolerance"]
+_KEYS += ["golden", "tolerance", "prefix"]
 
 Kind = Literal["pair", "text", "chat"]
 Truncation = Literal["prompt-left", "left", "right"]
@@ -55,37 +55,7 @@ class Manifest:
     files: Mapping[str, str]  # name -> sha256
     golden: tuple[Golden, ...]
     tolerance: float
-
-
-class _Section:
-    """Typed access to one object of the JSON, with errors that name the key."""
-
-    def __init__(self, data: object, where: str) -> None:
-        if not isinstance(data, dict):
-            raise RewardError(f"{where} must be an object")
-        self.data, self.where = data, where
-
-    def only(self, *keys: str) -> None:
-        """Raises RewardError for a key that the format does not have: most likely a misspelt one."""
-        for key in self.data:
-            if key not in keys:
-                near = difflib.get_close_matches(key, keys, 1)
-                advice = f"did you mean {near[0]!r}?" if near else f"its keys are {', '.join(keys)}"
-                raise RewardError(f"{self.where}: the key {key!r} is unknown; {advice}")
-
-    def get(self, key: str, kind: type | tuple[type, ...], default: object = None) -> Any:
-        value = self.data.get(key, default)
-        if value is None:
-            raise RewardError(f"{self.where} lacks {key!r}; add it (see docs/rewards.md)")
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise RewardError(f"{self.where}: {key!r} has the wrong type: {value!r}")
-        return value
-
-    def choice(self, key: str, choices: tuple[str, ...], default: str | None = None) -> str:
-        value = self.get(key, str, default)
-        if value not in choices:
-            raise RewardError(f"{self.where}: {key!r} is {value!r}; use one of {', '.join(choices)}")
-        return cast(str, value)
+    prefix: bool = False  # it was trained to score unfinished responses too
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -114,13 +84,13 @@ def read_manifest(folder: Path) -> Manifest:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
         raise RewardError(f"{path} is not valid JSON ({error}); repair it") from error
-    top = _Section(data, str(path))
+    top = Section(data, str(path))
     if top.get("format", int) != 1:
         raise RewardError(f"{path}: format {data['format']!r} is not known; this version reads format 1")
     top.only(*_KEYS)
-    feed = _Section(top.get("input", dict), f"{path}: input")
+    feed = Section(top.get("input", dict), f"{path}: input")
     feed.only("kind", "template", "max_length", "truncation", "bos")
-    graph = _Section(top.get("graph", dict), f"{path}: graph")
+    graph = Section(top.get("graph", dict), f"{path}: graph")
     graph.only("inputs", "output", "index", "sign", "scale")
     kind = cast(Kind, feed.choice("kind", ("pair", "text", "chat")))
     template = feed.data.get("template")
@@ -143,11 +113,11 @@ def read_manifest(folder: Path) -> Manifest:
             raise RewardError(f"{path}: 'files' has no sha256 of {name!r}; add it")
     golden = []
     for entry in top.get("golden", list, []):
-        row = _Section(entry, f"{path}: golden")
+        row = Section(entry, f"{path}: golden")
         row.only("prompt", "response", "score")
         prompt = row.get("prompt", (str, list))
         for i, message in enumerate(prompt if isinstance(prompt, list) else []):
-            turn = _Section(message, f"{path}: golden: message {i + 1}")
+            turn = Section(message, f"{path}: golden: message {i + 1}")
             turn.only("role", "content")
             turn.get("role", str), turn.get("content", str)
         golden.append(
@@ -180,6 +150,7 @@ def read_manifest(folder: Path) -> Manifest:
         files=files,
         golden=tuple(golden),
         tolerance=tolerance,
+        prefix=top.get("prefix", bool, False),
     )
 
 

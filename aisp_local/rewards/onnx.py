@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,11 @@ class OnnxReward:
     @property
     def name(self) -> str:
         return self.manifest.name
+
+    @property
+    def prefix(self) -> bool:
+        """Whether it was trained to score unfinished responses too."""
+        return self.manifest.prefix
 
     @property
     def provider(self) -> str:
@@ -103,18 +108,43 @@ class OnnxReward:
     def score_many(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> npt.NDArray[np.float32]:
         """Scores [n] of n responses, each to its own prompt. Memory does not grow with n, but for the scores."""
         scores = np.zeros(len(responses), np.float32)
+        for rows, output in self._runs(prompts, responses):
+            scores[rows] = self._column(output)
+        return scores
+
+    def outputs(self, prompt: Prompt, responses: Sequence[str]) -> npt.NDArray[np.float32]:
+        """What the model itself gives, all columns of it: [n, k]."""
+        found = np.zeros((0, self.manifest.index + 1), np.float32)
+        for rows, output in self._runs([prompt] * len(responses), responses):
+            if not len(found):
+                found = np.zeros((len(responses), output.shape[1]), np.float32)
+            found[rows] = output
+        return found
+
+    def _runs(
+        self, prompts: Sequence[Prompt], responses: Sequence[str]
+    ) -> Iterator[tuple[list[int], npt.NDArray[np.float32]]]:
+        """Batches of similar length: which of the responses, and the model's output [batch, k]."""
         tokens = _BATCH_TOKENS.get(self.provider, _BATCH_TOKENS_ELSEWHERE)
         padding = _PADDING if self.provider in _BATCH_TOKENS else tokens
         for start in range(0, len(responses), _CHUNK):
             part = range(start, min(start + _CHUNK, len(responses)))
             rows = [self._encode(prompts[i], [responses[i]])[0] for i in part]
             for batch in _batches([len(ids) for ids, _ in rows], tokens, padding):
-                scores[[start + i for i in batch]] = self._run([rows[i] for i in batch])
-        return scores
+                yield [start + i for i in batch], self._run([rows[i] for i in batch])
+
+    def _column(self, output: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Scores [n] from the model's output [n, k]."""
+        if not 0 <= self.manifest.index < output.shape[1]:
+            raise RewardError(
+                f"the reward {self.name!r}: graph: 'index' is {self.manifest.index}, but the output "
+                f"{self.manifest.output!r} has {output.shape[1]} columns; count from 0"
+            )
+        return np.asarray(self.manifest.sign * self.manifest.scale * output[:, self.manifest.index])
 
     def score_together(self, prompt: Prompt, responses: Sequence[str]) -> npt.NDArray[np.float32]:
         """Scores [n] from a single batch, whatever it takes: to see what padding and the others do to a score."""
-        return self._run(self._encode(prompt, responses)) if responses else np.zeros(0, np.float32)
+        return self._column(self._run(self._encode(prompt, responses))) if responses else np.zeros(0, np.float32)
 
     @property
     def tokenizer(self) -> Any:
@@ -127,7 +157,7 @@ class OnnxReward:
 
     def run_ids(self, ids: Sequence[int]) -> float:
         """The score of tokens as they are. Raises ScoreError when the model refuses them."""
-        return float(self._run([(list(ids), [0] * len(ids))])[0])
+        return float(self._column(self._run([(list(ids), [0] * len(ids))]))[0])
 
     def lengths(self, prompt: Prompt, responses: Sequence[str]) -> list[int]:
         """Tokens [n] that the model reads, special ones and the prompt's included."""
@@ -319,13 +349,7 @@ class OnnxReward:
                 f"the reward {self.name!r}: the output {self.manifest.output!r} has the shape {output.shape} for "
                 f"{len(rows)} responses; it must be [n] or [n, k]: name another output, or export the model again"
             )
-        output = output.reshape(len(rows), -1)
-        if not 0 <= self.manifest.index < output.shape[1]:
-            raise RewardError(
-                f"the reward {self.name!r}: graph: 'index' is {self.manifest.index}, but the output "
-                f"{self.manifest.output!r} has {output.shape[1]} columns; count from 0"
-            )
-        return np.asarray(self.manifest.sign * self.manifest.scale * output[:, self.manifest.index])
+        return output.reshape(len(rows), -1)
 
     def _outputs(self, feed: dict[str, npt.NDArray[np.int64]]) -> Any:
         """The model's output, where it runs on a GPU without a copy of the other outputs."""

@@ -1,0 +1,150 @@
+"""A composite reward from a TOML file, format 1, see docs/reward-rules.md."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from aisp_local import shipped
+from aisp_local.errors import InputError, RewardError
+from aisp_local.rewards.base import Reward
+from aisp_local.rewards.composite import COMBINE, ROLLOUTS, Combine, Composite, Part
+from aisp_local.rewards.onnx import OnnxReward
+from aisp_local.rewards.rules import RULES
+from aisp_local.rewards.section import Section, nearest
+from aisp_local.rewards.server import ServerReward
+
+_DOCS = "docs/reward-rules.md"
+_MAX_BYTES = 1 << 20
+_TOP = ("format", "name", "description", "combine", "k", "judge", "rollouts", "part")
+_KINDS = ("reward", "rule", "server")
+_PART = ("name", "weight", "normalise", "mean", "std")
+_NUMBER = (int, float)
+
+T = TypeVar("T")
+
+
+def load_recipe(source: str | os.PathLike[str], *, judge: bool = True) -> Composite:
+    """The reward of a TOML file, with everything that it names. ``judge`` false: its judge is left out.
+
+    Raises RewardError, whose sentence names the file, the part and the key.
+    """
+    path = Path(source)
+    top = Section(_read(path), str(path), _DOCS)
+    if top.get("format", int) != 1:
+        raise RewardError(f"{path}: format {top.data['format']!r} is not known; this version reads format 1")
+    top.only(*_TOP)
+    combine: Combine = top.choice("combine", COMBINE, "sum")  # type: ignore[assignment]
+    if "k" in top.data and combine != "cautious":
+        raise RewardError(f"{path}: 'k' has a meaning only with combine = \"cautious\"; leave it out")
+    top.get("description", str, "")
+    rows = top.get("part", list)
+    if not rows:
+        raise RewardError(f"{path}: 'part' is empty; add a [[part]] (see {_DOCS})")
+    parts = [_part(Section(row, f"{path}: part {i}", _DOCS), path.parent) for i, row in enumerate(rows, start=1)]
+    name = top.get("name", str, path.stem)
+    k, rollouts = float(top.get("k", _NUMBER, 1.0)), top.get("rollouts", int, ROLLOUTS)
+    judging = _judge(top, path.parent) if judge and "judge" in top.data else None
+    return _said(
+        str(path),
+        lambda: Composite(parts, combine=combine, k=k, name=name, judge=judging, rollouts=rollouts),
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise RewardError(f"{path} is larger than 1 MiB; it is not a description of a reward")
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RewardError(f"reward file {path} does not exist; check the path given with -r") from error
+    except OSError as error:
+        raise RewardError(f"{path} cannot be read ({error.strerror}); give a TOML file") from error
+    except (ValueError, RecursionError) as error:
+        raise RewardError(f"{path} is not valid TOML ({error}); repair it (see {_DOCS})") from error
+
+
+def _part(row: Section, folder: Path) -> Part:
+    kinds = [kind for kind in _KINDS if kind in row.data]
+    if len(kinds) != 1:
+        if not kinds:
+            row.only(*_PART, *_KINDS)  # perhaps a misspelt one of them
+        given = " and ".join(map(repr, kinds)) or "none of them"
+        raise RewardError(f"{row.where} needs exactly one of 'reward', 'rule' and 'server', and has {given}")
+    (kind,) = kinds
+    reward = {"reward": _folder, "rule": _rule, "server": _server}[kind](row, folder)
+    mean, std = (None if key not in row.data else float(row.get(key, _NUMBER)) for key in ("mean", "std"))
+    return _said(
+        row.where,
+        lambda: Part(
+            reward,
+            weight=float(row.get("weight", _NUMBER, 1.0)),
+            # A model's scale means nothing in itself; a rule's and a server's is documented.
+            normalise=row.get("normalise", bool, kind == "reward" or mean is not None),
+            mean=mean,
+            std=std,
+            name=row.get("name", str, ""),
+        ),
+    )
+
+
+def _folder(row: Section, folder: Path) -> Reward:
+    row.only(*_PART, "reward")
+    name = row.get("reward", str)
+    if Path(name).suffix == ".toml":
+        raise RewardError(f"{row.where}: 'reward' is {name!r}; a part is a reward folder: put that file's parts here")
+    return _said(f"{row.where}: 'reward'", lambda: OnnxReward.load(_path(name, folder)))
+
+
+def _rule(row: Section, folder: Path) -> Reward:
+    name = row.get("rule", str)
+    if name not in RULES:
+        raise RewardError(f"{row.where}: 'rule' is {name!r}, which is unknown; {nearest(name, sorted(RULES), 'rules')}")
+    rule = RULES[name]
+    arguments = _arguments(row, rule, "rule")
+    for key in rule.PATHS:
+        if isinstance(arguments.get(key), str):
+            arguments[key] = _path(arguments[key], folder)
+    return _said(row.where, lambda: rule(**arguments))
+
+
+def _server(row: Section, folder: Path) -> Reward:
+    arguments = _arguments(row, ServerReward) | {"server": row.data["server"]}
+    return _said(row.where, lambda: ServerReward(**arguments))
+
+
+def _arguments(row: Section, kind: Callable[..., Any], *also: str) -> dict[str, Any]:
+    """The keys of a part that are the keyword arguments of what it makes; all others are refused."""
+    known = inspect.signature(kind).parameters
+    row.only(*also, *_PART, *known)
+    for key, parameter in known.items():
+        if parameter.default is parameter.empty and key not in row.data:
+            raise RewardError(f"{row.where} lacks {key!r}; add it (see {_DOCS})")
+    return {key: value for key, value in row.data.items() if key in known}
+
+
+def _judge(top: Section, folder: Path) -> Reward:
+    name = top.get("judge", str)
+
+    def load() -> Reward:
+        path = _path(name, folder)
+        return load_recipe(path, judge=False) if path.suffix == ".toml" else OnnxReward.load(path)
+
+    return _said(f"{top.where}: 'judge'", load)
+
+
+def _path(name: str, folder: Path) -> Path:
+    """The shipped reward, or a path relative to the TOML file."""
+    return shipped.reward() if name == "shipped" else folder / name
+
+
+def _said(where: str, make: Callable[[], T]) -> T:
+    """What ``make`` gives; its errors with where in the file they come from."""
+    try:
+        return make()
+    except InputError as error:
+        raise RewardError(f"{where}: {error}") from error

@@ -1,0 +1,262 @@
+"""A language model behind a local HTTP server as a reward: yes or no, or a mark from 1 to 10.
+
+It speaks ``POST /v1/chat/completions``, as llama.cpp's server, Ollama and others do. Only the standard library;
+proxies of the environment are not used, redirects not followed.
+"""
+
+from __future__ import annotations
+
+import http.client
+import ipaddress
+import json
+import math
+import re
+import socket
+import threading
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import numpy.typing as npt
+
+from aisp_local.errors import RewardError, ScoreError
+from aisp_local.rewards.rules.base import choice, flag, positive, whole
+from aisp_local.rewards.text import clean, prompt_text
+from aisp_local.types import Prompt
+
+_WORST = {"yes-no": -1.0, "1-10": -9.0}
+_TOKENS = {"yes-no": 4, "1-10": 8}
+_LARGEST = 4 << 20  # bytes of an answer
+_BACKOFF = 0.5  # seconds before the first retry, twice as many before each further one
+_FIELD = re.compile(r"\{(prompt|response)\}")
+_MARK = re.compile(r"(?<![\w.])(10|[1-9](?:\.\d+)?)(?![\w]|\.\d)")
+
+
+class _Retry(Exception):
+    """A failure that another attempt may not have."""
+
+
+class ServerReward:
+    """Asks a server about each response. 0 is the best score; one for each response, in their order.
+
+    ``prompt`` is what it is asked; ``{prompt}`` and ``{response}`` in it stand for the two. ``scale`` is
+
+    - ``yes-no``: p - 1 (0 to -1), with p = P(yes) / (P(yes) + P(no)) from the log-probabilities of its first tokens;
+      of a server that gives none, 1 for an answer that begins with yes and 0 for one that begins with no;
+    - ``1-10``: the mark less 10 (0 to -9), the first number from 1 to 10 in its answer.
+
+    ``timeout``: seconds for one request, all of it. A request that fails is repeated ``retries`` times, after 0.5, 1,
+    2, ... seconds. ``on_failure``: what is left then, ``stop`` (ScoreError) or ``worst`` (the worst score of the scale,
+    and one warning). The server must be this machine unless ``allow_remote``: the address that was connected to
+    counts, not what it is called. ``parallel``: requests at a time. Raises RewardError for arguments that cannot be.
+    """
+
+    background = True
+    prefix = False
+
+    def __init__(
+        self,
+        *,
+        server: str,
+        prompt: str,
+        scale: str = "yes-no",
+        model: str = "",
+        timeout: float = 30.0,
+        retries: int = 2,
+        on_failure: str = "stop",
+        allow_remote: bool = False,
+        parallel: int = 1,
+    ) -> None:
+        self._scale = choice("scale", scale, tuple(_WORST))
+        self._on_failure = choice("on_failure", on_failure, ("stop", "worst"))
+        self._timeout = positive("timeout", timeout)
+        self._retries = whole("retries", retries, 0, 10)
+        self._parallel = whole("parallel", parallel, 1, 64)
+        self._allow_remote = flag("allow_remote", allow_remote)
+        if not isinstance(prompt, str) or "{response}" not in prompt:
+            raise RewardError(f"'prompt' is {prompt!r}; it must hold {{response}}, and may hold {{prompt}}")
+        if not isinstance(model, str):
+            raise RewardError(f"'model' is {model!r}; give the name by which the server knows it")
+        self._prompt, self._model = clean(prompt), clean(model)
+        self._url(server)
+        self.name = f"server {self._host}:{self._port}"
+        self._warned = False
+
+    def _url(self, server: object) -> None:
+        wrong = f"'server' is {server!r}; give an address such as \"http://127.0.0.1:8080\""
+        if not isinstance(server, str):
+            raise RewardError(wrong)
+        try:
+            parts = urlsplit(server)
+            port = parts.port
+        except ValueError as error:
+            raise RewardError(wrong) from error
+        if (
+            parts.scheme not in ("http", "https")
+            or not parts.hostname
+            or parts.query
+            or parts.fragment
+            or "@" in server
+        ):
+            raise RewardError(wrong)
+        self._secure, self._host = parts.scheme == "https", parts.hostname
+        self._port = port or (443 if self._secure else 80)
+        self._path = parts.path.rstrip("/").removesuffix("/v1") + "/v1/chat/completions"
+        if not (self._path.isascii() and self._path.isprintable() and " " not in self._path):
+            raise RewardError(wrong)
+        if not self._allow_remote and self._host != "localhost" and not _is_loopback(self._host):
+            raise RewardError(
+                f"'server' is {server!r}, another machine, and responses would leave this one; "
+                "use 127.0.0.1, or set allow_remote = true if that is meant"
+            )
+
+    def score(self, prompt: Prompt, responses: Sequence[str]) -> npt.NDArray[np.float32]:
+        """Scores [n]. Raises ScoreError when the server fails and ``on_failure`` is ``stop``."""
+        question = prompt_text(prompt)
+        if self._parallel == 1 or len(responses) < 2:
+            found = [self._one(question, response) for response in responses]
+        else:
+            with ThreadPoolExecutor(min(self._parallel, len(responses)), "aisp-local-server") as pool:
+                found = list(pool.map(lambda response: self._one(question, response), responses))
+        return np.array(found, np.float32)
+
+    def _one(self, question: str, response: str) -> float:
+        fields = {"prompt": clean(question), "response": clean(response)}
+        # In one pass, so that a response with {prompt} in it stays as it is.
+        text = _FIELD.sub(lambda match: fields[match[1]], self._prompt)
+        body = json.dumps(self._request(text)).encode()
+        problem = ""
+        for attempt in range(self._retries + 1):
+            if attempt:
+                time.sleep(_BACKOFF * 2 ** (attempt - 1))
+            try:
+                return self._marked(_json(self._post(body)))
+            except _Retry as error:
+                problem = str(error)
+            except ScoreError as error:
+                problem = str(error)
+                break
+        sentence = f"the server {self._host}:{self._port} {problem}"
+        if self._on_failure == "stop":
+            raise ScoreError(f'{sentence}; check it, or set on_failure = "worst"')
+        if not self._warned:
+            self._warned = True
+            warnings.warn(f"{sentence}; responses that it fails on get the worst score", stacklevel=2)
+        return _WORST[self._scale]
+
+    def _request(self, text: str) -> dict[str, Any]:
+        request: dict[str, Any] = {
+            "messages": [{"role": "user", "content": text}],
+            "temperature": 0,
+            "max_tokens": _TOKENS[self._scale],
+            "stream": False,
+        }
+        if self._model:
+            request["model"] = self._model
+        if self._scale == "yes-no":
+            request |= {"logprobs": True, "top_logprobs": 20}
+        return request
+
+    def _post(self, body: bytes) -> bytes:
+        """The body of the answer. Raises _Retry, or ScoreError for what would fail again."""
+        kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
+        connection = kind(self._host, self._port, timeout=self._timeout)
+        late = threading.Event()
+        sock: socket.socket | None = None
+
+        def expire() -> None:
+            """A socket's own time-out begins anew with every byte."""
+            late.set()
+            if sock is not None:
+                with suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+
+        timer = threading.Timer(self._timeout, expire)
+        timer.daemon = True
+        timer.start()
+        try:
+            connection.connect()
+            sock = connection.sock
+            peer = sock.getpeername()[0]
+            if not self._allow_remote and not _is_loopback(peer):
+                raise ScoreError(f"is at {peer}, another machine, and allow_remote is not set")
+            connection.request("POST", self._path, body, {"Content-Type": "application/json", "Connection": "close"})
+            answer = connection.getresponse()
+            data = answer.read(_LARGEST + 1)
+            if late.is_set():
+                raise _Retry(f"did not answer within {self._timeout:g} seconds")
+            if answer.length and len(data) <= _LARGEST:
+                raise _Retry("closed the connection in the middle of its answer")
+        except (OSError, http.client.HTTPException) as error:
+            if late.is_set() or isinstance(error, TimeoutError):
+                raise _Retry(f"did not answer within {self._timeout:g} seconds") from error
+            said = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            raise _Retry(f"cannot be used ({said})") from error
+        finally:
+            timer.cancel()
+            connection.close()
+        if len(data) > _LARGEST:
+            raise ScoreError(f"sent more than {_LARGEST >> 20} MiB")
+        if answer.status != 200:
+            said = " ".join(data[:200].decode("utf-8", "replace").split())
+            problem = f"answered {answer.status} {answer.reason}" + (f": {said}" if said else "")
+            raise (_Retry if answer.status >= 500 or answer.status in (408, 429) else ScoreError)(problem)
+        return data
+
+    def _marked(self, answer: Mapping[str, Any]) -> float:
+        """The score that an answer stands for. Raises _Retry."""
+        try:
+            first = answer["choices"][0]
+            text = first["message"]["content"] or ""
+            logprobs = first.get("logprobs")
+            tokens = (logprobs or {}).get("content") or []
+            tops = [
+                [(str(top["token"]), float(top["logprob"])) for top in token.get("top_logprobs") or []]
+                for token in tokens
+            ]
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise _Retry("sent an answer without choices[0].message.content") from error
+        if self._scale == "1-10":
+            mark = _MARK.search(str(text))
+            if mark is None or float(mark[1]) > 10:
+                raise _Retry(f"gave no mark from 1 to 10, but {str(text)[:40]!r}")
+            return float(mark[1]) - 10.0
+        for top in tops:
+            yes, no = (_mass(top, word) for word in ("yes", "no"))
+            if yes + no > 0:
+                return yes / (yes + no) - 1.0
+        word = re.match(r"\W*(yes|no)\b", str(text), re.IGNORECASE)
+        if word is None:
+            raise _Retry(f"said neither yes nor no, but {str(text)[:40]!r}")
+        return 0.0 if word[1].lower() == "yes" else -1.0
+
+
+def _json(data: bytes) -> Mapping[str, Any]:
+    try:
+        answer = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise _Retry("sent something that is not JSON") from error
+    if not isinstance(answer, dict):
+        raise _Retry("sent JSON that is not an object")
+    return answer
+
+
+def _mass(top: Sequence[tuple[str, float]], word: str) -> float:
+    """The probability of a word among the likeliest tokens, however it is written."""
+    return math.fsum(
+        math.exp(min(logprob, 0.0)) for token, logprob in top if token.strip(" \n\t\"'*.,").lower() == word
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return False
+    mapped = getattr(address, "ipv4_mapped", None)
+    return bool((mapped or address).is_loopback)

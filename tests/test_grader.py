@@ -1,0 +1,291 @@
+"""The server reward against servers of this machine, most of which misbehave."""
+
+from __future__ import annotations
+
+import json
+import math
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from aisp_local.errors import RewardError, ScoreError
+from aisp_local.rewards import ServerReward, server
+
+Behave = Callable[[BaseHTTPRequestHandler, dict[str, Any], int], None]
+PROMPT = "Question: {prompt}\nAnswer: {response}\nIs it kind? yes or no"
+
+
+class Server:
+    """Answers as ``behave(handler, request, number of the request from 0)`` says."""
+
+    def __init__(self) -> None:
+        self.behave: Behave = say("yes")
+        self.requests: list[dict[str, Any]] = []
+        self.paths: list[str] = []
+        outer = self
+        lock = threading.Lock()
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with lock:
+                    number = len(outer.requests)
+                    outer.requests.append(request)
+                    outer.paths.append(self.path)
+                try:
+                    outer.behave(self, request, number)
+                except OSError:  # the client has gone
+                    self.close_connection = True
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+        self.http.block_on_close = False
+        self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
+        self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+        self.thread.start()
+
+    def close(self) -> None:
+        self.http.shutdown()
+        self.http.server_close()
+        self.thread.join()
+
+
+def send(handler: BaseHTTPRequestHandler, body: bytes, status: int = 200) -> None:
+    handler.send_response(status)
+    handler.send_header("Content-Length", str(len(body)))
+    handler.end_headers()
+    handler.wfile.write(body)
+
+
+def answer(text: str | None, tops: list[dict[str, float]] | None = None) -> bytes:
+    choice: dict[str, Any] = {"message": {"role": "assistant", "content": text}}
+    if tops is not None:
+        choice["logprobs"] = {
+            "content": [
+                {"token": "x", "top_logprobs": [{"token": token, "logprob": math.log(p)} for token, p in top.items()]}
+                for top in tops
+            ]
+        }
+    return json.dumps({"choices": [choice]}).encode()
+
+
+def say(text: str | None, tops: list[dict[str, float]] | None = None) -> Behave:
+    return lambda handler, request, number: send(handler, answer(text, tops))
+
+
+@pytest.fixture
+def live(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr(server, "_BACKOFF", 0.01)
+    made = Server()
+    yield made
+    made.close()
+
+
+def grader(live: Server, **options: Any) -> ServerReward:
+    return ServerReward(**{"server": live.url, "prompt": PROMPT, "timeout": 5.0, **options})
+
+
+def test_yes_and_no_by_log_probabilities(live: Server) -> None:
+    live.behave = say("Yes", [{"\n": 0.9}, {"Yes": 0.5, " yes": 0.1, "no": 0.2, "maybe": 0.1}])
+    reward = grader(live, model="tiny")
+    assert reward.score([{"role": "user", "content": "Q?"}], ["{prompt}"])[0] == pytest.approx(0.6 / 0.8 - 1)
+    (request,) = live.requests
+    assert request["messages"] == [{"role": "user", "content": "Question: Q?\nAnswer: {prompt}\nIs it kind? yes or no"}]
+    assert request["model"] == "tiny" and request["temperature"] == 0 and request["logprobs"] is True
+    assert live.paths == ["/v1/chat/completions"]
+
+
+@pytest.mark.parametrize(("text", "score"), [("Yes.", 0.0), (" **no**, it is not", -1.0), ("YES", 0.0)])
+def test_yes_and_no_without_log_probabilities(live: Server, text: str, score: float) -> None:
+    live.behave = say(text)
+    assert grader(live).score("q", ["r"]).tolist() == [score]
+
+
+@pytest.mark.parametrize(("text", "score"), [("7", -3.0), ("Score: 10/10", 0.0), ("**1**", -9.0), ("8.5 of 10", -1.5)])
+def test_marks(live: Server, text: str, score: float) -> None:
+    live.behave = say(text)
+    assert grader(live, scale="1-10").score("q", ["r"]).tolist() == [score]
+    assert "logprobs" not in live.requests[0]
+
+
+def test_order_is_kept_with_requests_in_parallel(live: Server) -> None:
+    def behave(handler: BaseHTTPRequestHandler, request: dict[str, Any], number: int) -> None:
+        mark = request["messages"][0]["content"]
+        time.sleep(0.05 * (9 - int(mark)))
+        send(handler, answer(mark))
+
+    live.behave = behave
+    reward = grader(live, prompt="{response}", scale="1-10", parallel=4)
+    assert reward.score("q", [str(i) for i in range(1, 9)]).tolist() == [float(i - 10) for i in range(1, 9)]
+    assert reward.score("q", []).shape == (0,)
+
+
+def slow(handler: BaseHTTPRequestHandler, request: dict[str, Any], number: int) -> None:
+    time.sleep(3)
+
+
+def drip(handler: BaseHTTPRequestHandler, request: dict[str, Any], number: int) -> None:
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    for _ in range(60):
+        handler.wfile.write(b" ")
+        time.sleep(0.05)
+
+
+def drip_headers(handler: BaseHTTPRequestHandler, request: dict[str, Any], number: int) -> None:
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
+    for _ in range(60):
+        handler.wfile.write(b"x")
+        time.sleep(0.05)
+
+
+def hang_up(handler: BaseHTTPRequestHandler, request: dict[str, Any], number: int) -> None:
+    handler.close_connection = True
+
+
+def half(handler: BaseHTTPRequestHandler, request: dict[str, Any], number: int) -> None:
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    handler.wfile.write(b'{"choices"')
+    handler.close_connection = True
+
+
+def not_http(handler: BaseHTTPRequestHandler, request: dict[str, Any], number: int) -> None:
+    handler.wfile.write(b"\x00\x01garbage\r\n\r\n")
+    handler.close_connection = True
+
+
+def status(code: int) -> Behave:
+    return lambda handler, request, number: send(handler, b"no model is loaded", code)
+
+
+MISBEHAVE: dict[str, tuple[Behave, str, int]] = {
+    "slow": (slow, "did not answer within 0.5 seconds", 2),
+    "drips": (drip, "did not answer within 0.5 seconds", 2),
+    "drips headers": (drip_headers, "did not answer within 0.5 seconds", 2),
+    "hangs up": (hang_up, "cannot be used", 2),
+    "half an answer": (half, "in the middle of its answer", 2),
+    "no HTTP": (not_http, "cannot be used", 2),
+    "500": (status(500), "answered 500 Internal Server Error: no model is loaded", 2),
+    "404": (status(404), "answered 404", 1),
+    "redirect": (status(302), "answered 302", 1),
+    "no JSON": (lambda h, r, n: send(h, b"\xff<html>"), "not JSON", 2),
+    "a list": (lambda h, r, n: send(h, b"[]"), "not an object", 2),
+    "no choices": (lambda h, r, n: send(h, b'{"choices": []}'), "without choices", 2),
+    "deep": (lambda h, r, n: send(h, b"[" * 100_000), "not JSON", 2),
+    "too much": (lambda h, r, n: send(h, b" " * (5 << 20)), "more than 4 MiB", 1),
+    "undecided": (say("perhaps"), "neither yes nor no, but 'perhaps'", 2),
+    "says nothing": (say(None), "neither yes nor no", 2),
+}
+
+
+@pytest.mark.parametrize("name", MISBEHAVE)
+def test_servers_that_misbehave(live: Server, name: str) -> None:
+    live.behave, expected, requests = MISBEHAVE[name]
+    began = time.monotonic()
+    with pytest.raises(ScoreError, match=expected):
+        grader(live, timeout=0.5, retries=1).score("q", ["r"])
+    assert time.monotonic() - began < 2.5
+    assert len(live.requests) == requests
+    with pytest.warns(UserWarning, match="get the worst score"):
+        assert grader(live, timeout=0.5, retries=0, on_failure="worst").score("q", ["a", "b"]).tolist() == [-1, -1]
+
+
+def test_a_retry_helps(live: Server) -> None:
+    def behave(handler: BaseHTTPRequestHandler, request: dict[str, Any], number: int) -> None:
+        if number < 2:
+            send(handler, b"busy", (503, 429)[number])
+        else:
+            send(handler, answer("yes"))
+
+    live.behave = behave
+    assert grader(live, retries=2).score("q", ["r"]).tolist() == [0.0]
+    assert len(live.requests) == 3
+
+
+def test_nobody_listens() -> None:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+    with pytest.raises(ScoreError, match="cannot be used .*refused"):
+        ServerReward(server=url, prompt=PROMPT, retries=0).score("q", ["r"])
+
+
+def test_proxies_of_the_environment_are_not_used(live: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    monkeypatch.delenv("no_proxy", raising=False)
+    assert grader(live).score("q", ["r"]).tolist() == [0.0]
+
+
+def test_texts_that_are_no_unicode(live: Server) -> None:
+    assert grader(live).score("q\ud800", ["r\udfff"]).tolist() == [0.0]
+    assert "\ud800" not in live.requests[0]["messages"][0]["content"]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://192.168.0.7:8080",
+        "http://example.org",
+        "http://0.0.0.0:1",
+        "http://[2001:db8::1]:1",
+        "http://2130706433",
+    ],
+)
+def test_other_machines_are_refused(url: str) -> None:
+    with pytest.raises(RewardError, match="another machine.*allow_remote = true"):
+        ServerReward(server=url, prompt=PROMPT)
+    assert ServerReward(server=url, prompt=PROMPT, allow_remote=True).name.startswith("server ")
+
+
+def test_a_name_counts_for_what_it_resolves_to(live: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    port = live.url.rpartition(":")[2]
+    reward = ServerReward(server=f"http://localhost:{port}", prompt=PROMPT)
+    assert reward.score("q", ["r"]).tolist() == [0.0]
+    monkeypatch.setattr(server, "_is_loopback", lambda host: False)
+    with pytest.raises(ScoreError, match="another machine"):
+        reward.score("q", ["r"])
+    assert len(live.requests) == 1
+
+
+@pytest.mark.parametrize(
+    "url", ["127.0.0.1:8080", "ftp://127.0.0.1", "http://", "http://127.0.0.1:x", "http://a@[::1]", 3]
+)
+def test_addresses_that_are_none(url: Any) -> None:
+    with pytest.raises(RewardError, match="'server'"):
+        ServerReward(server=url, prompt=PROMPT)
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({"prompt": "no field"}, "'prompt'"),
+        ({"timeout": 0}, "'timeout'"),
+        ({"retries": -1}, "'retries'"),
+        ({"on_failure": "ignore"}, "'on_failure'"),
+        ({"scale": "1-5"}, "'scale'"),
+        ({"allow_remote": "yes"}, "'allow_remote'"),
+        ({"parallel": 0}, "'parallel'"),
+    ],
+)
+def test_arguments_that_are_refused(options: dict[str, Any], key: str) -> None:
+    with pytest.raises(RewardError, match=key):
+        ServerReward(**{"server": "http://127.0.0.1:1", "prompt": PROMPT} | options)
+
+
+def test_addresses_of_this_machine() -> None:
+    for url in ("http://127.0.0.1:8080/v1/", "http://localhost", "http://[::1]:9", "http://127.1.2.3"):
+        ServerReward(server=url, prompt=PROMPT)
+    assert ServerReward(server="http://127.0.0.1:1/v1/", prompt=PROMPT)._path == "/v1/chat/completions"
+    assert server._is_loopback("::ffff:127.0.0.1") and not server._is_loopback("::ffff:10.0.0.1")
