@@ -31,7 +31,8 @@ class Rule(ABC):
 
     def score(self, prompt: Prompt, responses: Sequence[str]) -> npt.NDArray[np.float32]:
         """Scores [n]."""
-        return np.array([self.one(clean(response)) for response in responses], np.float32)
+        scores = np.array([self.one(clean(response)) for response in responses], np.float32)
+        return scores + np.float32(0)  # no -0
 
     @abstractmethod
     def one(self, text: str) -> float:
