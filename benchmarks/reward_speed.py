@@ -7,7 +7,9 @@ Both sides go from texts to scores: the PyTorch side is what a competent user wo
 batch, BertModel with its default attention, inference mode), with the weights of the shipped ONNX file. "shipped" is
 the file as it is, int8 weights that are computed in float32; "float32" is the same file with its weights stored as
 float32; "mixed" gives responses of 32 to 256 tokens to both. Sides run in turn, after a pause in which the threads of
-the other fall asleep; a ratio is the median of those of the pairs. The last line is one JSON object.
+the other fall asleep; a ratio is the median of those of the pairs. "others" is how many processors other processes kept
+busy meanwhile: a row where that is not near 0 says little, since PyTorch's threads wait for one another. The last line
+is one JSON object.
 """
 
 from __future__ import annotations
@@ -176,6 +178,17 @@ def paired(sides: Sequence[Callable[[], Any]], repeats: int) -> np.ndarray:
     return seconds[1:]
 
 
+def others(since: tuple[float, float, float] | None = None) -> tuple[float, float, float]:
+    """Seconds of all processors that are busy, of this process, and of the clock, since then (Linux; else zeros)."""
+    try:
+        ticks = [int(n) for n in Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]]
+    except OSError:
+        return 0.0, 0.0, 1.0
+    busy = (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")  # all but idle and waiting for a disk
+    now = (busy, time.process_time(), time.perf_counter())
+    return now if since is None else (now[0] - since[0], now[1] - since[1], now[2] - since[2])
+
+
 def compare(title: str, ours: OnnxReward, theirs: TorchReward, texts: Sequence[str], repeats: int) -> dict[str, Any]:
     """One line of the table."""
     apart = float(np.abs(ours.score(PROMPT, texts) - theirs.score(PROMPT, texts)).max())
@@ -187,12 +200,17 @@ def compare(title: str, ours: OnnxReward, theirs: TorchReward, texts: Sequence[s
         for _ in range(calls):
             reward.score(PROMPT, texts)
 
+    since = others()
     seconds = paired([lambda: run(ours), lambda: run(theirs)], repeats)
+    busy, own, passed = others(since)
+    load = max(0.0, (busy - own) / passed)
     ratios = seconds[:, 1] / seconds[:, 0]
     ours_rate, theirs_rate = calls * len(texts) / np.median(seconds, axis=0)
     ratio, low, high = float(np.median(ratios)), float(ratios.min()), float(ratios.max())
-    print(f"| {title} | {ours_rate:.1f} | {theirs_rate:.1f} | {ratio:.2f} ({low:.2f} to {high:.2f}) |", flush=True)
-    return {"case": title, "ours": ours_rate, "torch": theirs_rate, "ratio": ratio, "low": low, "high": high}
+    spread = f"{ratio:.2f} ({low:.2f} to {high:.2f})"
+    print(f"| {title} | {ours_rate:.1f} | {theirs_rate:.1f} | {spread} | {load:.2f} |", flush=True)
+    rates = {"ours": ours_rate, "torch": theirs_rate, "ratio": ratio, "low": low, "high": high}
+    return {"case": title, **rates, "others": load}
 
 
 def main() -> None:
@@ -206,7 +224,7 @@ def main() -> None:
     shipped = OnnxReward.load(FOLDER, providers=["CPUExecutionProvider"])
     theirs = TorchReward(weights(FOLDER / "model.onnx"), FOLDER / "tokenizer.json", shipped.manifest.max_length)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, transformers {transformers.__version__}")
-    print("\n| case | scores/s here | scores/s torch | ratio (least to most) |\n|---|---|---|---|")
+    print("\n| case | scores/s here | scores/s torch | ratio (least to most) | others |\n|---|---|---|---|---|")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for kind in (kind for kind in ("shipped", "float32") if kind in chosen):
