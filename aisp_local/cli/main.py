@@ -71,10 +71,12 @@ def _add_commands() -> None:
     from aisp_local.cli.bench import bench
     from aisp_local.cli.chat import chat
     from aisp_local.cli.generate import generate
+    from aisp_local.cli.reward import reward
 
     main.add_command(bench)
     main.add_command(chat)
     main.add_command(generate)
+    main.add_command(reward)
 
 
 _add_commands()

@@ -87,6 +87,10 @@ class OnnxReward:
             scores[batch] = self._run([rows[i] for i in batch])
         return scores
 
+    def tokens(self, prompt: Prompt, responses: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+        """What the model reads of each response: token ids and type ids, special tokens included."""
+        return self._encode(prompt, responses)
+
     def _encode(self, prompt: Prompt, responses: Sequence[str]) -> list[tuple[list[int], list[int]]]:
         """Token ids and type ids of each input, cut to max_length."""
         kind, limit = self.manifest.kind, self.manifest.max_length
