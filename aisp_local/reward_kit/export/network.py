@@ -100,7 +100,22 @@ class Network:
                 verbose=False,
             )
         assert program is not None
+        _forget_origin(program.model)
         return program.model
+
+
+def _forget_origin(model: Any) -> None:
+    """Take out the notes of the exporter: stack traces of each node, with the paths of this machine."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    values = [*model.graph.inputs, *model.graph.initializers.values()]
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        values += node.outputs
+    for value in values:
+        value.metadata_props.clear()
+        value.doc_string = None
 
 
 def _scorer(model: Any, decoder: bool) -> Any:
