@@ -7,6 +7,7 @@ AispError                     anything that goes wrong in aisp-local
 │   └── CapacityError         a prompt or a number of rollouts does not fit
 ├── BindingError              llama-cpp-python is missing, too old, or lacks what was asked of it
 ├── DecodeError               llama.cpp failed while decoding
+├── ExportError               an exported reward is not the model that it was made from
 └── ScoreError                a reward failed, or gave no usable score
 """
 
@@ -39,6 +40,10 @@ class BindingError(AispError):
 
 class DecodeError(AispError):
     """llama.cpp failed while decoding."""
+
+
+class ExportError(AispError):
+    """An exported reward is not the model that it was made from."""
 
 
 class ScoreError(AispError):

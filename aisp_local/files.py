@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from aisp_local.errors import InputError
@@ -12,7 +15,7 @@ from aisp_local.errors import InputError
 def write_output(path: Path, text: str) -> None:
     """Write whole or not at all; a device or a pipe is written to, never replaced."""
     target = path.resolve()
-    temporary = target.with_name(f".aisp-local-{os.getpid()}-{threading.get_ident()}.tmp")
+    temporary = _beside(target, "tmp")
     try:
         if target.exists() and not target.is_file():
             target.write_text(text, encoding="utf-8")
@@ -38,3 +41,55 @@ def check_output(path: Path) -> None:
             raise InputError(f"{path} cannot be written: no permission; choose another path")
     except OSError as error:  # a folder that may not be entered, a name that is too long
         raise InputError(f"{path} cannot be written ({error.strerror}); choose another path") from error
+
+
+def check_output_folder(path: Path, marker: str, force: bool) -> None:
+    """Refuse an output folder that cannot be made, before the work is paid for.
+
+    An existing one is replaced only with ``force``, and only if it holds the file ``marker`` or nothing at all.
+    """
+    parent = path.resolve().parent
+    try:
+        if path.is_symlink() or (path.exists() and not path.is_dir()):
+            raise InputError(f"{path} is not a folder; give a folder that does not exist yet")
+        if path.exists() and not force:
+            raise InputError(f"{path} exists; give another folder, or --force to replace it")
+        if path.exists() and any(path.iterdir()) and not (path / marker).is_file():
+            raise InputError(f"{path} holds no {marker}, so it is not replaced; give another folder")
+        if not parent.is_dir():
+            raise InputError(f"{path} cannot be written: the folder {parent} does not exist; create it")
+        if not os.access(parent, os.W_OK):
+            raise InputError(f"{path} cannot be written: no permission; choose another path")
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}); choose another path") from error
+
+
+@contextlib.contextmanager
+def output_folder(path: Path, marker: str, force: bool) -> Iterator[Path]:
+    """An empty folder beside ``path`` that takes its place at the end of the block; an error leaves nothing."""
+    check_output_folder(path, marker, force)
+    target = path.resolve()
+    made, old = _beside(target, "tmp"), _beside(target, "old")
+    try:
+        made.mkdir()
+        yield made
+        check_output_folder(path, marker, force)
+        if target.exists():
+            os.replace(target, old)
+            try:
+                os.replace(made, target)
+            except BaseException:
+                os.replace(old, target)
+                raise
+        else:
+            os.replace(made, target)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror or error}); choose another path") from error
+    finally:
+        for rest in (made, old):
+            shutil.rmtree(rest, ignore_errors=True)
+
+
+def _beside(target: Path, ending: str) -> Path:
+    """A name of this thread's own in the same folder."""
+    return target.with_name(f".aisp-local-{os.getpid()}-{threading.get_ident()}.{ending}")

@@ -18,7 +18,7 @@ MANIFEST = "reward.json"
 _MAX_BYTES = 1 << 20
 # "pooling" informs people: the graph holds it.
 _KEYS = ["format", "name", "description", "model", "tokenizer", "input", "graph", "pooling", "licence", "files"]
-_KEYS += ["golden", "tolerance", "prefix"]
+_KEYS += ["golden", "tolerance", "prefix", "parity"]
 
 Kind = Literal["pair", "text", "chat"]
 Truncation = Literal["prompt-left", "left", "right"]
@@ -31,6 +31,19 @@ class Golden:
     prompt: Prompt
     response: str
     score: float
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How close the ONNX file is to the model that it was exported from, on ``pairs`` texts."""
+
+    precision: str
+    pairs: int
+    max_abs: float  # of the differences between scores
+    mean_abs: float
+    spread: float  # standard deviation of the model's own scores
+    kendall_tau: float
+    agreement: float  # share of pairs of texts in the same order
 
 
 @dataclass(frozen=True)
@@ -56,6 +69,7 @@ class Manifest:
     golden: tuple[Golden, ...]
     tolerance: float
     prefix: bool = False  # it was trained to score unfinished responses too
+    parity: Parity | None = None
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -151,7 +165,18 @@ def read_manifest(folder: Path) -> Manifest:
         golden=tuple(golden),
         tolerance=tolerance,
         prefix=top.get("prefix", bool, False),
+        parity=None if top.data.get("parity") is None else _parity(Section(top.data["parity"], f"{path}: parity")),
     )
+
+
+def _parity(section: Section) -> Parity:
+    numbers = ("max_abs", "mean_abs", "spread", "kendall_tau", "agreement")
+    section.only("precision", "pairs", *numbers)
+    values = {key: float(section.get(key, (int, float))) for key in numbers}
+    for key, value in values.items():
+        if not math.isfinite(value):
+            raise RewardError(f"{section.where}: {key!r} must be finite")
+    return Parity(precision=section.get("precision", str), pairs=section.get("pairs", int), **values)
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:

@@ -153,7 +153,7 @@ class OnnxReward:
 
     def token_ids(self, prompt: Prompt, response: str) -> list[int]:
         """What the model reads of a response to a prompt."""
-        return list(self._encode(prompt, [response])[0][0])
+        return self.tokens(prompt, [response])[0][0]
 
     def run_ids(self, ids: Sequence[int]) -> float:
         """The score of tokens as they are. Raises ScoreError when the model refuses them."""
@@ -161,7 +161,11 @@ class OnnxReward:
 
     def lengths(self, prompt: Prompt, responses: Sequence[str]) -> list[int]:
         """Tokens [n] that the model reads, special ones and the prompt's included."""
-        return [len(ids) for ids, _ in self._encode(prompt, responses)]
+        return [len(ids) for ids, _ in self.tokens(prompt, responses)]
+
+    def tokens(self, prompt: Prompt, responses: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+        """What the model reads of each response: token ids and type ids, special tokens included."""
+        return self._encode(prompt, responses)
 
     def _encode(self, prompt: Prompt, responses: Sequence[str]) -> list[tuple[list[int], list[int]]]:
         """Token ids and type ids of each input, cut to max_length."""

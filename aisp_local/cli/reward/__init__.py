@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from aisp_local.cli.reward.eval import eval_
+from aisp_local.cli.reward.export import export
 from aisp_local.cli.reward.list import list_
 from aisp_local.cli.reward.score import score
 from aisp_local.cli.reward.show import show
@@ -13,10 +14,11 @@ from aisp_local.cli.reward.verify import verify
 
 @click.group()
 def reward() -> None:
-    """List, check and measure reward models."""
+    """Make, list, check and measure reward models."""
 
 
 reward.add_command(eval_)
+reward.add_command(export)
 reward.add_command(list_)
 reward.add_command(score)
 reward.add_command(show)
