@@ -301,11 +301,11 @@ def check_beginning(a: Rollouts, b: Rollouts) -> list[float]:
 
 def test_rows_take_the_next_rollout_of_whatever_prompt_waits() -> None:
     """A rollout is its own whatever rows it shares the batch with; the same schedule is the same to the bit."""
-    with LlamaEngine(shipped.model(), threads=1, flash_attention=False) as engine:
+    with LlamaEngine(shipped.model(), threads=1) as engine:
         alone = [roll(engine, j.controls, j.prompt, seeds=j.seeds, max_tokens=40, want=j.want) for j in jobs_of(engine)]
     runs: dict[int, list[Jobs]] = {}
     for parallel in (20, 3, 3):
-        with LlamaEngine(shipped.model(), threads=1, parallel=parallel, flash_attention=False) as engine:
+        with LlamaEngine(shipped.model(), threads=1, parallel=parallel) as engine:
             runs.setdefault(parallel, []).append(run_jobs(engine, jobs_of(engine)))
             assert engine._context is not None and engine._context.n_seq_max == parallel + 4
     for feed in (*runs[20], runs[3][0]):

@@ -80,7 +80,7 @@ def test_each_search_draws_what_it_would_draw_alone(method: str) -> None:
     """Noise, seeds and updates exactly; log-probabilities up to rounding, until it turns a token."""
     options: dict[str, Any] = {"method": method, "budget": 10, "n": 4, "max_tokens": 16, "seed": 3, "logprobs": True}
     shares = []
-    with LlamaEngine(shipped.model(), threads=1, parallel=7, flash_attention=False) as engine:
+    with LlamaEngine(shipped.model(), threads=1, parallel=7) as engine:
         many = Recorder(engine)
         together = Aligner(many, FakeReward(by_row)).generate_many(PROMPTS, **options)
         for i in (0, 2, 4):
@@ -142,7 +142,7 @@ def test_clocks_decide_nothing() -> None:
             if seconds and rng.random() < 0.1:
                 time.sleep(0.005 * rng.random())
 
-        with LlamaEngine(shipped.model(), threads=1, parallel=6, flash_attention=False) as engine:
+        with LlamaEngine(shipped.model(), threads=2, parallel=6) as engine:
             recorder = Recorder(engine)
             out = Aligner(recorder, Slow(seconds)).generate_many(
                 PROMPTS[:4], method="aisp", budget=12, n=4, max_tokens=12, logprobs=True, on_progress=slowly
