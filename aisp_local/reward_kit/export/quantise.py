@@ -178,5 +178,7 @@ class _Graph:
         """Let whatever read the node's result read this one."""
         import onnx_ir as ir
 
-        ir.convenience.replace_all_uses_with(node.outputs[0], value)
+        old = node.outputs[0]
+        ir.convenience.replace_all_uses_with(old, value, replace_graph_outputs=True)
         self.model.graph.remove(node, safe=True)
+        value.name = old.name
