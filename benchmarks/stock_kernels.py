@@ -1,6 +1,6 @@
 """A bare llama_decode loop on a stock build and on the patched one: what patches 8 and 9 give.
 
-    python benchmarks/kernels.py (--stock WHEEL_OR_FOLDER | --build-stock) [--rows 1 8 32 64 128] [--repeats 5]
+    python benchmarks/stock_kernels.py (--stock WHEEL_OR_FOLDER | --build-stock) [--rows 1 8 32 64 128] [--repeats 5]
 
 Rows that share a prompt in one cache, on the shipped model and on that of `bench speed` with 134 million parameters;
 each measurement in a process of its own, the two builds in turn. Printed: tokens a second, and the median of the paired
