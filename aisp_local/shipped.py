@@ -36,3 +36,8 @@ def reward() -> Path:
 def recipes() -> dict[str, Path]:
     """The shipped recipes (TOML files of composite rewards) by their names."""
     return {path.stem: path for path in sorted((_PACKAGE / "recipes").glob("*.toml"))}
+
+
+def reward_by_name(name: str) -> Path | None:
+    """The folder of a shipped reward: "shipped", or by its own name."""
+    return reward() if name in ("shipped", Path(REWARD).name) else None

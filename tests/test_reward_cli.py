@@ -154,6 +154,7 @@ def test_list_and_show(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert rows["mine"]["bytes"] > 0 and "not valid JSON" in rows["broken"]["error"]
     shown = run("show", shipped.reward())
     assert shown.exit_code == 0
+    assert run("show", "story-reward").stdout == run("show", "shipped").stdout == shown.stdout
     for part in ("stored as 22.5 M int8", "pair, at most 256 tokens", "1 * score[:, 0]", "ExecutionProvider"):
         assert part in shown.stdout, part
     found = json.loads(run("show", folder, "--json").stdout)

@@ -30,8 +30,8 @@ __all__ = [
 
 
 def load_reward(source: str | os.PathLike[str] | Reward | Callable[..., Any]) -> Reward:
-    """A reward from a folder with reward.json, a TOML file (docs/reward-rules.md), "shipped", the name of a shipped
-    recipe, a Reward, or a function ``(prompt, responses) -> scores``. What lies at the path goes before a name."""
+    """A reward from what lies at a path: a folder with reward.json or a TOML file (docs/reward-rules.md); else by name: a
+    shipped reward ("shipped") or recipe; or a Reward, or a function ``(prompt, responses) -> scores``."""
     if isinstance(source, (str, os.PathLike)):
         return _from_path(Path(source))
     if isinstance(source, Reward):
@@ -48,8 +48,8 @@ def _from_path(path: Path) -> Reward:
         recipes = shipped.recipes()
         if path.name in recipes:
             return load_recipe(recipes[path.name])
-        if path.name == "shipped":
-            return OnnxReward.load(shipped.reward())
+        if (folder := shipped.reward_by_name(path.name)) is not None:
+            return OnnxReward.load(folder)
         raise RewardError(
             f"reward folder {path} does not exist; check the path given with -r, "
             f"or use a recipe by its name: {', '.join(recipes)}"

@@ -139,7 +139,7 @@ def _judge(top: Section, folder: Path) -> Reward:
 
 def _path(name: str, folder: Path) -> Path:
     """The shipped reward, or a path relative to the TOML file."""
-    return shipped.reward() if name == "shipped" else folder / name
+    return (None if (folder / name).exists() else shipped.reward_by_name(name)) or folder / name
 
 
 def _said(where: str, make: Callable[[], T]) -> T:

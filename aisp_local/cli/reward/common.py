@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
+from aisp_local import shipped
 from aisp_local.cli.generate import finite, print_answer
 
-FOLDER = click.Path(path_type=Path)
+
+class _Folder(click.Path):
+    """A path; or a shipped reward by its name, where nothing lies at a path of that name."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        return path if path.exists() else shipped.reward_by_name(str(path)) or path
+
+
+PATH = click.Path(path_type=Path)
+FOLDER = _Folder()
 
 
 def print_json(value: Any, indent: int | None = 2) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from aisp_local.cli.reward.common import FOLDER, print_json
+from aisp_local.cli.reward.common import FOLDER, PATH, print_json
 
 if TYPE_CHECKING:
     from aisp_local.reward_kit.evaluate import Accuracy, Evaluation
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 @click.command("eval")
 @click.argument("folder", type=FOLDER)
-@click.argument("data", type=FOLDER)
-@click.option("--plots", type=FOLDER, help="Write accuracy.svg, calibration.svg and length.svg into this folder.")
+@click.argument("data", type=PATH)
+@click.option("--plots", type=PATH, help="Write accuracy.svg, calibration.svg and length.svg into this folder.")
 @click.option("--json", "json_", is_flag=True, help="Print a JSON object.")
 def eval_(folder: Path, data: Path, plots: Path | None, json_: bool) -> None:
     """Measure how often the reward in FOLDER agrees with the preferences in DATA.

@@ -7,11 +7,11 @@ from typing import Any
 
 import click
 
-from aisp_local.cli.reward.common import FOLDER, print_json, size_text
+from aisp_local.cli.reward.common import PATH, print_json, size_text
 
 
 @click.command("list")
-@click.argument("folders", nargs=-1, type=FOLDER)
+@click.argument("folders", nargs=-1, type=PATH)
 @click.option("--json", "json_", is_flag=True, help="Print a JSON list.")
 def list_(folders: tuple[Path, ...], json_: bool) -> None:
     """List the shipped rewards, your own and those in FOLDERS.
