@@ -30,8 +30,8 @@ __all__ = [
 
 
 def load_reward(source: str | os.PathLike[str] | Reward | Callable[..., Any]) -> Reward:
-    """A reward from what lies at a path: a folder with reward.json or a TOML file (docs/reward-rules.md); else by name: a
-    shipped reward ("shipped") or recipe; or a Reward, or a function ``(prompt, responses) -> scores``."""
+    """A reward from what lies at a path: a folder with reward.json or a TOML file (docs/reward-rules.md); else by name:
+    a shipped reward ("shipped") or recipe; or a Reward, or a function ``(prompt, responses) -> scores``."""
     if isinstance(source, (str, os.PathLike)):
         return _from_path(Path(source))
     if isinstance(source, Reward):

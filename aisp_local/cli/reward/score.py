@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from aisp_local.cli.reward.common import FOLDER, print_json
+from aisp_local.cli.reward.common import FOLDER, PATH, print_json
 
 if TYPE_CHECKING:
     from aisp_local.reward_kit.rows import Row
@@ -23,7 +23,7 @@ _AT_ONCE = 64  # rows of a file; what comes through a pipe is scored line by lin
 @click.argument("folder", type=FOLDER)
 @click.argument("texts", nargs=-1)
 @click.option("-p", "--prompt", default="", help="What the responses answer, where a row has no prompt of its own.")
-@click.option("-i", "--input", "input_", type=FOLDER, help="Read this file (.gz: gzipped; -: standard input).")
+@click.option("-i", "--input", "input_", type=PATH, help="Read this file (.gz: gzipped; -: standard input).")
 @click.option(
     "--format",
     "format_",

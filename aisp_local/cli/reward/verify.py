@@ -7,12 +7,12 @@ from pathlib import Path
 
 import click
 
-from aisp_local.cli.reward.common import FOLDER, print_json
+from aisp_local.cli.reward.common import FOLDER, PATH, print_json
 
 
 @click.command()
 @click.argument("folder", type=FOLDER)
-@click.option("--pairs", type=FOLDER, help="Preference pairs (JSONL) that it must rank right as well.")
+@click.option("--pairs", type=PATH, help="Preference pairs (JSONL) that it must rank right as well.")
 @click.option("--json", "json_", is_flag=True, help="Print a JSON object.")
 def verify(folder: Path, pairs: Path | None, json_: bool) -> None:
     """Check a reward FOLDER: files, golden scores, batches, padding, tokens, speed, and whether it ranks answers.
