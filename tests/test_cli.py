@@ -231,7 +231,7 @@ def test_an_interrupt_of_the_baseline_keeps_the_answer(monkeypatch: pytest.Monke
 
 def test_a_long_conversation_forgets_its_oldest_turns_before_answers_are_cut() -> None:
     lines = "".join(f"{STORY} {'It is red. ' * 12}\n" for _ in range(6))
-    out = aisp("chat", "--max-tokens", "128", "--method", "best-of-n", "--time-limit", "0.4", stdin=lines.encode())
+    out = aisp("chat", "--max-tokens", "128", "--method", "best-of-n", "--time-limit", "3", stdin=lines.encode())
     assert out.returncode == 0, out.stderr.decode()
     shown = out.stdout.decode()
     assert shown.count("[reward ") == 6 and "the oldest turn was forgotten" in shown
