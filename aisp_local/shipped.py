@@ -8,6 +8,7 @@ from aisp_local.errors import InputError
 
 MODEL = "models/storyteller/storyteller.gguf"
 REWARD = "reward_models/story-reward"
+JUDGE = "reward_models/story-judge"
 
 _PACKAGE = Path(__file__).resolve().parent
 _ROOTS = (_PACKAGE / "_data", _PACKAGE.parent)
@@ -33,11 +34,18 @@ def reward() -> Path:
     return _find(REWARD)
 
 
+def judge() -> Path:
+    """The shipped judge: a second reward, made of other data on another network, for scores that no search climbs."""
+    return _find(JUDGE)
+
+
 def recipes() -> dict[str, Path]:
     """The shipped recipes (TOML files of composite rewards) by their names."""
     return {path.stem: path for path in sorted((_PACKAGE / "recipes").glob("*.toml"))}
 
 
 def reward_by_name(name: str) -> Path | None:
-    """The folder of a shipped reward: "shipped", or by its own name."""
-    return reward() if name in ("shipped", Path(REWARD).name) else None
+    """The folder of a shipped reward: "shipped" and "judge", or by its own name."""
+    if name in ("shipped", Path(REWARD).name):
+        return reward()
+    return judge() if name in ("judge", Path(JUDGE).name) else None

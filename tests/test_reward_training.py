@@ -1,4 +1,4 @@
-"""The reward's training script on a tiny data folder, and the damage that its pairs are made of."""
+"""What the shipped rewards are trained on: the damage, the mixes, the files; and how their cards are measured."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 from onnx_files import write_reward
 
-from aisp_local.rewards import OnnxReward
+from aisp_local.reward_kit.pairs import Pair, read_pairs
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # last, so that aisp_local stays the installed one
 
 from reward_models.training.corrupt import DAMAGES, MAX_WORDS  # noqa: E402
 from reward_models.training.evaluate import length_lines, load_reward, nonsense_pairs, score_pairs  # noqa: E402
-from reward_models.training.pairs import Pair  # noqa: E402
-from reward_models.training.sources import Story  # noqa: E402
+from reward_models.training.pairs import MIXES  # noqa: E402
+from reward_models.training.sources import Story, half_of  # noqa: E402
 
 PROMPT = "Write a short story that uses the words garden, kite and river."
 STORY = (
@@ -69,7 +69,7 @@ def test_short_nonsense_is_as_long_as_the_opening_and_ends_like_it() -> None:
     stories = [Story(PROMPT, STORY), Story("Tell me a story about a bear.", OTHER)]
     pairs = nonsense_pairs(stories, 40, random.Random(0))
     assert pairs == nonsense_pairs(stories, 40, random.Random(0))
-    assert len(pairs) == 40 and len({pair.kind for pair in pairs}) == 4
+    assert len(pairs) == 40 and len({pair.source for pair in pairs}) == 4
     for pair in pairs:
         real, made = pair.chosen.split(), pair.rejected.split()
         assert 5 <= len(real) == len(made) <= 25
@@ -77,7 +77,7 @@ def test_short_nonsense_is_as_long_as_the_opening_and_ends_like_it() -> None:
         assert (
             pair.chosen[-1] == pair.rejected[-1] == "." and pair.rejected[0].isupper() and pair.chosen != pair.rejected
         )
-        if pair.kind == "nonsense: one word":
+        if pair.source == "nonsense: one word":
             assert len({word.strip(".").lower() for word in made}) == 1
     assert nonsense_pairs(stories[:1], 5, random.Random(0)) == []
 
@@ -160,17 +160,49 @@ def write_data(folder: Path) -> Path:
     return samples
 
 
-@pytest.mark.slow
-def test_smoke_run_writes_a_folder_that_loads_and_scores(tmp_path: Path) -> None:
-    pytest.importorskip("torch", reason="the training scripts need the extra [train]")
-    data, out = tmp_path / "data", tmp_path / "tiny"
-    samples = write_data(data)
-    command = [sys.executable, str(ROOT / "reward_models" / "train.py"), "--smoke", "--data", str(data)]
-    command += ["--samples", str(samples), "--out", str(out), "--work", str(tmp_path / "work")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "same ranking" in done.stdout and "held out: all" in done.stdout
-    reward = OnnxReward.load(out)  # verifies hashes and golden scores
-    scores = reward.score("Tell me a story.", [STORY, OTHER, ""])
-    assert scores.shape == (3,) and np.isfinite(scores).all()
-    assert len(set(scores.tolist())) == 3
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the pairs of both rewards."""
+    folder = tmp_path_factory.mktemp("pairs")
+    samples = write_data(folder / "data")
+    for split in ("train", "valid"):
+        (folder / "data" / f"samples.{split}.jsonl").write_bytes(samples.read_bytes())
+    for name in MIXES:
+        command = [sys.executable, ROOT / "reward_models" / "make_pairs.py", name, "--data", folder / "data"]
+        command += ["--samples", folder / "data", "--out", folder / name, "--pairs", 400]
+        done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert "pairs (" in done.stdout
+    return folder
+
+
+def test_pairs_of_the_shipped_rewards_are_of_every_kind(made: Path) -> None:
+    for name, mix in MIXES.items():
+        pairs = read_pairs(made / name / "train.jsonl.gz")
+        kinds = {pair.source.split(":")[0] for pair in pairs}
+        assert {"own sample", "story", "sample", "kind"} <= kinds
+        assert ("PandaLM" in kinds) == bool(mix.general)
+        everything = mix.own + mix.damaged_story + mix.damaged_sample + mix.kind
+        assert sum(pair.source == "own sample" for pair in pairs) == 400 * mix.own // everything
+        assert read_pairs(made / name / "held_out.jsonl.gz")
+
+
+def test_the_two_rewards_share_no_story_and_no_labelled_text(made: Path) -> None:
+    sides = {}
+    for name, mix in MIXES.items():
+        pairs = read_pairs(made / name / "train.jsonl.gz")
+        for pair in pairs:
+            if pair.source == "own sample" or pair.source.startswith("story: "):
+                assert half_of(str(pair.prompt)) == mix.half
+        sides[name] = {
+            text for pair in pairs if pair.source.startswith("kind: ") for text in (pair.chosen, pair.rejected)
+        }
+    assert all(sides.values()) and not set.intersection(*sides.values())
+
+
+def test_the_same_pairs_are_the_same_bytes(made: Path, tmp_path: Path) -> None:
+    command = [sys.executable, ROOT / "reward_models" / "make_pairs.py", "story-judge", "--data", made / "data"]
+    command += ["--samples", made / "data", "--out", tmp_path, "--pairs", 400]
+    subprocess.run([str(part) for part in command], check=True, capture_output=True, timeout=300)
+    for name in ("train.jsonl.gz", "held_out.jsonl.gz"):
+        assert (tmp_path / name).read_bytes() == (made / "story-judge" / name).read_bytes()

@@ -44,7 +44,7 @@ def parse_pairs(lines: Iterable[str], name: str) -> list[Pair]:
         if not line.strip():
             continue
         try:
-            pairs.append(_pair(parse_row(line)))
+            pairs.append(pair_of(parse_row(line)))
         except ValueError as error:
             wrong.append(f"{name}, line {number}: {error}")
     if wrong:
@@ -55,7 +55,8 @@ def parse_pairs(lines: Iterable[str], name: str) -> list[Pair]:
     return pairs
 
 
-def _pair(row: dict[str, Any]) -> Pair:
+def pair_of(row: dict[str, Any]) -> Pair:
+    """The pair of a row. Raises ValueError that says what is wrong."""
     for key in ("chosen", "rejected"):
         if key not in row:
             raise ValueError(f"it lacks {key!r}; its keys are {', '.join(map(str, row)) or 'none'}")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from reward_models.training.pairs import Pair
+from aisp_local.reward_kit.pairs import Pair
 
 Array = npt.NDArray[np.float64]
 BUCKETS = 1 << 14

@@ -19,13 +19,14 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
+from aisp_local.reward_kit.pairs import Pair  # noqa: E402
 from aisp_local.reward_kit.statistics import Array, auc, share_right, wilson  # noqa: E402
 from aisp_local.rewards import OnnxReward  # noqa: E402
 from reward_models.training.baselines import BagOfWords, longer_wins  # noqa: E402
 from reward_models.training.corrupt import cut_words, sentences  # noqa: E402
 from reward_models.training.pairs import (  # noqa: E402
+    MIXES,
     Material,
-    Pair,
     damaged_pairs,
     general_pairs,
     held_out_material,
@@ -37,6 +38,7 @@ from reward_models.training.sources import Labelled, Story, read_samples  # noqa
 
 START, END = "<!-- measured -->", "<!-- /measured -->"
 KINDNESS_PROMPT = "What do you think?"
+_BAG = 8000  # pairs that the bag of words is trained on
 SIZES = (10, 20, 40, 80, 120, 160)  # words that the length table keeps
 
 
@@ -46,7 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=Path, required=True, help="own answers, valid split")
     parser.add_argument("--train-samples", type=Path, help="own answers that were trained on")
     parser.add_argument("--reward", type=Path, default=ROOT / "reward_models" / "story-reward")
-    parser.add_argument("--float", type=Path, help="folder of the same model in float32")
+    parser.add_argument("--mix", choices=sorted(MIXES), default="story-reward", help="what it was trained on")
     parser.add_argument("--limit", type=int, default=1000, help="at most so many of each kind")
     parser.add_argument("--card", type=Path, help="put the tables between the marks of this file")
     parser.add_argument("--seed", type=int, default=0)
@@ -70,24 +72,23 @@ def score_pairs(reward: OnnxReward, pairs: Sequence[Pair]) -> Array:
     return score_rows(reward, [(pair.prompt, (pair.chosen, pair.rejected)) for pair in pairs])
 
 
-def accuracy_table(pairs: Sequence[Pair], shipped: Array, exact: Array | None, bag: BagOfWords) -> list[str]:
+def accuracy_table(pairs: Sequence[Pair], shipped: Array, bag: BagOfWords) -> list[str]:
     """One line a kind and one for all of them."""
     kinds: dict[str, list[int]] = defaultdict(list)
     for i, pair in enumerate(pairs):
-        kinds[pair.kind].append(i)
+        kinds[pair.source].append(i)
     kinds["**all**"] = list(range(len(pairs)))
     lines = [
-        "| pairs | n | as shipped (95%) | float32 | bag of words | longer wins |",
-        "|---|---|---|---|---|---|",
+        "| pairs | n | as shipped (95%) | bag of words | longer wins |",
+        "|---|---|---|---|---|",
     ]
     for kind, rows in kinds.items():
         chosen = [pairs[i] for i in rows]
         share = share_right(shipped[rows])
         low, high = wilson(share * len(rows), len(rows))
         words = np.array([[bag.score(p.chosen), bag.score(p.rejected)] for p in chosen])
-        full = "-" if exact is None else f"{share_right(exact[rows]):.3f}"
         lines.append(
-            f"| {kind} | {len(rows)} | {share:.3f} ({low:.3f} to {high:.3f}) | {full} | "
+            f"| {kind} | {len(rows)} | {share:.3f} ({low:.3f} to {high:.3f}) | "
             f"{share_right(words):.3f} | {longer_wins(chosen):.3f} |"
         )
     return lines
@@ -132,7 +133,7 @@ def nonsense_pairs(stories: Sequence[Story], n: int, rng: random.Random) -> list
             pairs.append(Pair(story.prompt, real, f"{text[:1].upper()}{text[1:]}.", f"nonsense: {kind}"))
         if len(pairs) == n:
             break
-    return sorted(pairs, key=lambda pair: pair.kind)
+    return sorted(pairs, key=lambda pair: pair.source)
 
 
 def kindness_lines(reward: OnnxReward, labelled: Sequence[Labelled], limit: int) -> list[str]:
@@ -180,18 +181,18 @@ def length_lines(reward: OnnxReward, samples: Sequence[Story], limit: int) -> li
 def report(options: argparse.Namespace) -> str:
     """All tables."""
     reward = load_reward(options.reward)
-    exact = options.float and load_reward(options.float)
     samples = read_samples(options.samples)
     material: Material = held_out_material(options.data, samples)
     rng = random.Random(options.seed)
     limit = options.limit
 
     known = read_samples(options.train_samples) if options.train_samples else []
-    bag = BagOfWords(training_pairs(training_material(options.data, known), 8000, options.seed))
+    mix = MIXES[options.mix]
+    drawn = training_pairs(training_material(options.data, known, mix.half), mix, options.seed)
+    bag = BagOfWords(drawn[:_BAG])
 
     def table(pairs: list[Pair]) -> list[str]:
-        full = score_pairs(exact, pairs) if exact else None
-        return accuracy_table(pairs, score_pairs(reward, pairs), full, bag)
+        return accuracy_table(pairs, score_pairs(reward, pairs), bag)
 
     general = rng.sample(all_general := general_pairs(material), min(limit, len(all_general)))
     lines = ["### People's preferences (preference/test)", "", *table(general)]
@@ -199,7 +200,7 @@ def report(options: argparse.Namespace) -> str:
     half = max(1, limit // 2)
     damaged = damaged_pairs(material.stories, half, rng, "story")
     damaged += damaged_pairs(samples, half, rng, "sample")
-    damaged.sort(key=lambda pair: pair.kind)
+    damaged.sort(key=lambda pair: pair.source)
     lines += ["", "### Damaged stories (valid split)", "", *table(damaged)]
 
     lines += ["", "### The storyteller's own answers against the corpus (valid split)", ""]
@@ -216,7 +217,7 @@ def report(options: argparse.Namespace) -> str:
             f"{right:.3f} ({low:.3f} to {high:.3f}) |"
         )
 
-    kind = sorted(kindness_pairs(material, half, rng), key=lambda pair: pair.kind)
+    kind = sorted(kindness_pairs(material, half, rng), key=lambda pair: pair.source)
     lines += ["", "### Kind against unkind, equally long", "", *table(kind)]
     lines += ["", "### Labelled texts, as they are", ""]
     lines += kindness_lines(reward, material.labelled, half)

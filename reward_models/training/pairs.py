@@ -1,5 +1,6 @@
 """Pairs of a better and a worse answer: which kinds there are, and how many of each are drawn.
 
+The source of a pair says in which sense the first is better.
 In every kind made here both answers are about equally long, so that length says nothing.
 """
 
@@ -8,60 +9,79 @@ from __future__ import annotations
 import bisect
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from aisp_local.reward_kit.pairs import Pair
 from reward_models.training.corrupt import DAMAGES, cut_both, cut_words, sentences
 from reward_models.training.sources import (
+    Half,
     Labelled,
-    Preference,
     Story,
+    half_of,
     read_labelled,
     read_preferences,
     read_stories,
 )
 
-SHARES = {"general": 0.25, "own": 0.28, "damaged story": 0.21, "damaged sample": 0.11, "kind": 0.15}
-KIND_SHARES = {
-    "GoEmotions": 0.35,
-    "Davidson": 0.2,
-    "DiaSafety": 0.25,
-    "moderation": 0.1,
-    "toxicity": 0.1,
-}
-IN_STORY = 0.3  # of the kindness pairs: the text stands in the middle of a story
-
 
 @dataclass(frozen=True)
-class Pair:
-    """``chosen`` answers ``prompt`` better than ``rejected``; ``kind`` says in which sense."""
+class Mix:
+    """What a reward is trained on: how many pairs of each kind, and which half of the material they are made of."""
 
-    prompt: str
-    chosen: str
-    rejected: str
-    kind: str
+    half: Half
+    general: int  # times that people's preferences are taken
+    own: int
+    damaged_story: int
+    damaged_sample: int
+    kind: int
+    kind_shares: Mapping[str, float]  # of the labelled sets
+
+
+# The two rewards that are shipped have no pair, no story and no labelled text in common.
+MIXES = {
+    "story-reward": Mix(
+        half="a",
+        general=2,
+        own=8000,
+        damaged_story=6500,
+        damaged_sample=3500,
+        kind=6500,
+        kind_shares={"GoEmotions": 0.35, "Davidson": 0.2, "DiaSafety": 0.25, "moderation": 0.1, "toxicity": 0.1},
+    ),
+    "story-judge": Mix(
+        half="b",
+        general=0,
+        own=9000,
+        damaged_story=8000,
+        damaged_sample=4000,
+        kind=9000,
+        kind_shares={"GoEmotions": 0.3, "Davidson": 0.3, "DiaSafety": 0.2, "moderation": 0.1, "toxicity": 0.1},
+    ),
+}
+IN_STORY = 0.3  # of the kindness pairs: the text stands in the middle of a story
 
 
 @dataclass(frozen=True)
 class Material:
     """Everything of one split that pairs are made of."""
 
-    preferences: Sequence[Preference]
+    preferences: Sequence[Pair]
     stories: Sequence[Story]  # of the corpus
     samples: Sequence[Story]  # with the storyteller's own answers; may be empty
     labelled: Sequence[Labelled]
 
 
-def training_material(data: Path, samples: Sequence[Story]) -> Material:
-    """The training split of everything."""
+def training_material(data: Path, samples: Sequence[Story], half: Half | None = None) -> Material:
+    """The training split of everything, or of one half."""
     stories = read_stories(data, "train")
     kept = {story.prompt for story in stories}  # prompts of the valid split are not among them
     return Material(
         read_preferences(data, "train"),
-        stories,
-        [sample for sample in samples if sample.prompt in kept],
-        read_labelled(data, held_out=False),
+        [story for story in stories if half in (None, half_of(story.prompt))],
+        [s for s in samples if s.prompt in kept and half in (None, half_of(s.prompt))],
+        [text for text in read_labelled(data, held_out=False) if half in (None, half_of(text.context or text.text))],
     )
 
 
@@ -77,7 +97,7 @@ def held_out_material(data: Path, samples: Sequence[Story]) -> Material:
 
 def general_pairs(material: Material) -> list[Pair]:
     """People's preferences, as they are."""
-    return [Pair(p.prompt, p.chosen, p.rejected, p.source) for p in material.preferences]
+    return list(material.preferences)
 
 
 def own_pairs(material: Material, n: int, rng: random.Random) -> list[Pair]:
@@ -103,7 +123,7 @@ def damaged_pairs(stories: Sequence[Story], n: int, rng: random.Random, of: str)
             continue
         made = DAMAGES[kind](prompt, text, other, rng)
         if made:
-            pairs.append(Pair(prompt, *made, kind=f"{of}: {kind}"))
+            pairs.append(Pair(prompt, *made, source=f"{of}: {kind}"))
     return pairs
 
 
@@ -122,17 +142,19 @@ class LengthMatcher:
         return self.texts[rng.randrange(low, high)] if high > low else None
 
 
-def kindness_pairs(material: Material, n: int, rng: random.Random) -> list[Pair]:
+def kindness_pairs(
+    material: Material, n: int, rng: random.Random, shares: Mapping[str, float] = MIXES["story-reward"].kind_shares
+) -> list[Pair]:
     """A kind or clean text against an unkind or unsafe one of the same source and length."""
     good: dict[str, list[Labelled]] = defaultdict(list)
     bad: dict[str, list[Labelled]] = defaultdict(list)
     for text in material.labelled:
         (bad if text.bad else good)[text.source].append(text)
     matchers = {source: LengthMatcher(texts) for source, texts in good.items()}
-    sources = [source for source in KIND_SHARES if source in good and source in bad]
+    sources = [source for source in shares if source in good and source in bad]
     pairs: list[Pair] = []
     while sources and len(pairs) < n:
-        source = rng.choices(sources, [KIND_SHARES[s] for s in sources])[0]
+        source = rng.choices(sources, [shares[s] for s in sources])[0]
         worse = rng.choice(bad[source])
         better = matchers[source].match(len(worse.text.split()), rng)
         if not better:
@@ -161,21 +183,14 @@ def cycled(stories: Sequence[Story], n: int, rng: random.Random) -> list[Story]:
     return out
 
 
-def training_pairs(material: Material, n: int, seed: int) -> list[Pair]:
-    """n pairs (a few less where material runs out) of all kinds, shuffled."""
+def training_pairs(material: Material, mix: Mix, seed: int) -> list[Pair]:
+    """The pairs of a mix (fewer where material runs out), shuffled."""
     rng = random.Random(seed)
-    shares = dict(SHARES)
-    if not material.samples:  # without own samples the other kinds share their place
-        del shares["own"], shares["damaged sample"]
-    total = sum(shares.values())
-    count = {kind: round(n * share / total) for kind, share in shares.items()}
-    general = general_pairs(material)
-    rng.shuffle(general)
-    pairs = general[: count["general"]]
-    pairs += damaged_pairs(material.stories, count["damaged story"], rng, "story")
-    pairs += kindness_pairs(material, count["kind"], rng)
+    pairs = general_pairs(material) * mix.general
+    pairs += damaged_pairs(material.stories, mix.damaged_story, rng, "story")
+    pairs += kindness_pairs(material, mix.kind, rng, mix.kind_shares)
     if material.samples:
-        pairs += own_pairs(material, count["own"], rng)
-        pairs += damaged_pairs(material.samples, count["damaged sample"], rng, "sample")
+        pairs += own_pairs(material, mix.own, rng)
+        pairs += damaged_pairs(material.samples, mix.damaged_sample, rng, "sample")
     rng.shuffle(pairs)
     return pairs

@@ -9,22 +9,14 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from aisp_local.reward_kit.pairs import Pair
 from aisp_local.rewards.text import prompt_text
 
 HELD_OUT_SHARE = 0.1  # of the labelled sets that come without a split of their own
+Half = Literal["a", "b"]
 TWITTER = re.compile(r"\bRT\b|@\w+:?|https?://\S+|&\w+;|&#\d+;|[\"“”]")
-
-
-@dataclass(frozen=True)
-class Preference:
-    """Two answers to one prompt, of which people preferred the first."""
-
-    prompt: str
-    chosen: str
-    rejected: str
-    source: str
 
 
 @dataclass(frozen=True)
@@ -75,10 +67,10 @@ def source_name(source: str) -> str:
     return source
 
 
-def read_preferences(data: Path, split: str) -> list[Preference]:
+def read_preferences(data: Path, split: str) -> list[Pair]:
     """The general pairs of a split ("train" or "test")."""
     return [
-        Preference(
+        Pair(
             prompt_text(row["prompt"]),
             row["chosen"].strip(),
             row["rejected"].strip(),
@@ -149,3 +141,8 @@ def read_labelled(data: Path, held_out: bool) -> list[Labelled]:
 def in_held_out(text: str) -> bool:
     """Whether a text without a split of its own is kept for the evaluation."""
     return hashlib.sha256(text.encode()).digest()[0] < 256 * HELD_OUT_SHARE
+
+
+def half_of(text: str) -> Half:
+    """On which side of the split between the two shipped rewards a prompt, or a text without one, lies."""
+    return "b" if hashlib.sha256(text.encode()).digest()[1] % 2 else "a"

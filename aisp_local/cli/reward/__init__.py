@@ -9,6 +9,7 @@ from aisp_local.cli.reward.export import export
 from aisp_local.cli.reward.list import list_
 from aisp_local.cli.reward.score import score
 from aisp_local.cli.reward.show import show
+from aisp_local.cli.reward.train import train
 from aisp_local.cli.reward.verify import verify
 
 
@@ -22,4 +23,5 @@ reward.add_command(export)
 reward.add_command(list_)
 reward.add_command(score)
 reward.add_command(show)
+reward.add_command(train)
 reward.add_command(verify)

@@ -9,12 +9,13 @@ from typing import Any, Literal
 from aisp_local.errors import InputError, RewardError
 from aisp_local.reward_kit.export.quiet import quiet
 from aisp_local.reward_kit.export.source import Source
-from aisp_local.rewards.manifest import Kind
+from aisp_local.rewards.manifest import Kind, Manifest
 
 # Where neither the tokenizer nor --max-length says less: prompt and response of a few pages.
 _LONGEST = 4096
 # Llama 3's templates write today's date unless they are told one; this is what they write without a clock.
 DATE = "26 Jul 2024"
+_SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "cls_token", "sep_token")
 
 
 @dataclass(frozen=True)
@@ -28,14 +29,47 @@ class Feed:
     types: bool  # the model reads token types
     tokenizer: Any
 
-    def tokenizer_json(self) -> str:
-        """tokenizer.json without padding and truncation."""
+    def plain_tokenizer(self) -> Any:
+        """The tokenizer itself, without padding and truncation."""
         from tokenizers import Tokenizer
 
         plain = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
         plain.no_padding()
         plain.no_truncation()
-        return str(plain.to_str())
+        return plain
+
+    def tokenizer_config(self) -> dict[str, Any]:
+        """tokenizer_config.json: the names of the special tokens, and what the model reads."""
+        names = {key: str(getattr(self.tokenizer, key)) for key in _SPECIAL if getattr(self.tokenizer, key, None)}
+        return {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": self.max_length,
+            "model_input_names": list(self.tokenizer.model_input_names),
+            **names,
+        }
+
+    def manifest(self) -> Manifest:
+        """What reward.json says of the input, for the tokens alone: there are no files yet."""
+        return Manifest(
+            name="",
+            description="",
+            model="",
+            tokenizer="",
+            kind=self.kind,
+            template=self.template,
+            max_length=self.max_length,
+            truncation="prompt-left",
+            adds_special=self.bos == "tokenizer",
+            inputs={},
+            output="",
+            index=0,
+            sign=1,
+            scale=1.0,
+            licence="",
+            files={},
+            golden=(),
+            tolerance=0.0,
+        )
 
     def ids(self, prompt: str, response: str) -> tuple[list[int], list[int]]:
         """Ids and token types as transformers itself makes them, of any length."""
@@ -105,7 +139,7 @@ def _with_tokens(template: str, tokenizer: Any) -> str:
     """
     known: dict[str, str] = {
         key: json.dumps(str(getattr(tokenizer, key)), ensure_ascii=False)
-        for key in ("bos_token", "eos_token", "pad_token", "unk_token", "cls_token", "sep_token")
+        for key in _SPECIAL
         if key in template and getattr(tokenizer, key, None) is not None
     }
     known |= {key: "none" for key in ("tools", "documents") if key in template}

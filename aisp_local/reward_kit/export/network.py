@@ -8,6 +8,7 @@ positions, causal and sliding masks and pooling are those of the row alone, whic
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,8 +20,10 @@ from aisp_local.reward_kit.export.quiet import quiet
 from aisp_local.reward_kit.export.source import Source
 
 OUTPUT = "score"
-# LayerNormalization needs 17; ONNX Runtime has known 18 since 1.14.
-OPSET = 18
+# LayerNormalization needs 17 and Gelu 20, which ONNX Runtime fuses with the bias before it; it has known 20 since 1.17.
+OPSET = 20
+TURNED = ".T"
+"""Ends the name of a weight that lies transposed in the graph."""
 
 
 class Network:
@@ -66,6 +69,12 @@ class Network:
         names = self.model.config.id2label
         return [str(names.get(i, i)) for i in range(self.columns)]
 
+    def config(self) -> dict[str, Any]:
+        """config.json of the architecture, without what is of this machine."""
+        kept = self.model.config.to_diff_dict() | {"architectures": [type(self.model).__name__]}
+        of_here = ("_name_or_path", "dtype", "transformers_version")
+        return {key: value for key, value in kept.items() if key not in of_here}
+
     def scores(self, rows: Sequence[tuple[list[int], list[int]]], types: bool) -> npt.NDArray[np.float64]:
         """The model's own outputs [n, columns], each row alone and without padding."""
         import torch
@@ -90,7 +99,7 @@ class Network:
         axes = {0: torch.export.Dim("n"), 1: torch.export.Dim("L")}
         with quiet(), torch.no_grad():
             program = torch.onnx.export(
-                _scorer(self.model, self.decoder),
+                scorer(self.model, self.decoder).eval(),
                 example,
                 dynamo=True,
                 dynamic_shapes=tuple(axes for _ in names),
@@ -101,6 +110,7 @@ class Network:
             )
         assert program is not None
         _forget_origin(program.model)
+        _name_weights(program.model, self.model)
         return program.model
 
 
@@ -118,8 +128,29 @@ def _forget_origin(model: Any) -> None:
         value.doc_string = None
 
 
-def _scorer(model: Any, decoder: bool) -> Any:
-    """A module (input_ids, attention_mask[, token_type_ids]) -> scores [n, columns]."""
+def _name_weights(graph: Any, model: Any) -> None:
+    """Give the weights that the exporter turned over, and named by number, the names that they have in PyTorch.
+
+    A reward can then be trained further from its folder.
+    """
+    names = {}
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2:
+            names[_digest(parameter.detach().numpy().T)] = f"model.{name}{TURNED}"
+    for value in list(graph.graph.initializers.values()):
+        tensor = value.const_value
+        if tensor is not None and len(tensor.shape) == 2 and not value.name.startswith("model."):
+            name = names.get(_digest(tensor.numpy()))
+            if name is not None and name not in graph.graph.initializers:
+                value.name = name
+
+
+def _digest(array: Any) -> tuple[tuple[int, ...], bytes]:
+    return array.shape, hashlib.sha256(np.ascontiguousarray(array).data).digest()
+
+
+def scorer(model: Any, decoder: bool) -> Any:
+    """The model as a module (input_ids, attention_mask[, token_type_ids]) -> scores [n, columns]."""
     import torch
 
     class Scorer(torch.nn.Module):  # type: ignore[misc, unused-ignore]
@@ -143,4 +174,4 @@ def _scorer(model: Any, decoder: bool) -> Any:
             last = (count - 1).clamp(min=0)[:, :, None].expand(-1, -1, hidden.shape[2])
             return self.model.score(hidden.gather(1, last)[:, 0])
 
-    return Scorer().eval()
+    return Scorer()

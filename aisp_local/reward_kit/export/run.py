@@ -19,7 +19,7 @@ from aisp_local.reward_kit.export.network import Network
 from aisp_local.reward_kit.export.quantise import PRECISIONS, Precision, rewrite
 from aisp_local.reward_kit.export.source import Source
 from aisp_local.reward_kit.export.texts import GOLDEN, PAIRS
-from aisp_local.reward_kit.export.write import LARGEST_FILE, TOKENIZER, write_manifest, write_model
+from aisp_local.reward_kit.export.write import LARGEST_FILE, TOKENIZER, write_configs, write_manifest, write_model
 from aisp_local.rewards import OnnxReward
 from aisp_local.rewards.manifest import MANIFEST, Kind, Parity
 
@@ -49,6 +49,7 @@ def export_reward(
     index: int | None = None,
     sign: int = 1,
     name: str | None = None,
+    description: str | None = None,
     licence: str | None = None,
     tolerance: float | None = None,
     force: bool = False,
@@ -88,7 +89,8 @@ def export_reward(
         rewrite(model, precision)
         write_model(folder, model, largest_file)
         del model
-        (folder / TOKENIZER).write_text(feed.tokenizer_json(), encoding="utf-8")
+        (folder / TOKENIZER).write_text(feed.plain_tokenizer().to_str(), encoding="utf-8")
+        write_configs(folder, network.config(), feed.tokenizer_config())
 
         def describe(
             golden: list[tuple[str, str, float]] | None = None, tolerance: float = 0.01, parity: Parity | None = None
@@ -97,7 +99,7 @@ def export_reward(
                 folder,
                 feed,
                 name=name or found.name,
-                description=f"{found.architecture} {found.name}, {precision}",
+                description=description or f"{found.architecture} {found.name}, {precision}",
                 licence=licence or found.licence,
                 pooling=_pooling(found),
                 index=column,

@@ -14,7 +14,7 @@ from aisp_local.errors import AispError, RewardError
 
 ENCODERS = ("Bert", "Roberta", "DebertaV2", "ModernBert")
 DECODERS = ("Llama", "Qwen2", "Qwen3", "Gemma2", "Mistral")
-_SUFFIX = "ForSequenceClassification"
+SUFFIX = "ForSequenceClassification"
 # What a download takes: never code, never pickled weights.
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "README.md"]
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
@@ -38,7 +38,7 @@ class Source:
     @property
     def architecture(self) -> str:
         """The class of transformers."""
-        return self.family + _SUFFIX
+        return self.family + SUFFIX
 
 
 def find(source: str, say: Callable[[str], None]) -> Source:
@@ -78,12 +78,12 @@ def check(folder: Path, name: str) -> Source:
         raise RewardError(f"{folder} holds quantised weights; give the original model and use --precision")
     found = config.get("architectures")
     architecture = str(found[0]) if isinstance(found, list) and found else "none"
-    family = architecture.removesuffix(_SUFFIX)
+    family = architecture.removesuffix(SUFFIX)
     if family == architecture or family not in ENCODERS + DECODERS:
         known = ", ".join(ENCODERS + DECODERS)
         code = "; code that comes with a model is never run" if "auto_map" in config else ""
         raise RewardError(
-            f"{path}: the architecture {architecture} cannot be exported; one of {known}, each {_SUFFIX}, can{code}"
+            f"{path}: the architecture {architecture} cannot be exported; one of {known}, each {SUFFIX}, can{code}"
         )
     if not any(folder.glob("*.safetensors")):
         pickled = sorted(file.name for pattern in _PICKLED for file in folder.glob(pattern))
@@ -93,10 +93,10 @@ def check(folder: Path, name: str) -> Source:
                 "it where you trust it (from_pretrained, then save_pretrained, of transformers writes safetensors)"
             )
         raise RewardError(f"{folder} holds no weights (*.safetensors); restore the folder")
-    return Source(folder, family, config, name, _licence(folder))
+    return Source(folder, family, config, name, licence_of(folder))
 
 
-def _licence(folder: Path) -> str:
+def licence_of(folder: Path) -> str:
     """What the model card's front matter says, else "unknown"."""
     try:
         text = (folder / "README.md").read_text(encoding="utf-8", errors="replace")

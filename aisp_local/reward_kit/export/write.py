@@ -14,6 +14,7 @@ from aisp_local.reward_kit.export.network import OUTPUT
 from aisp_local.rewards.manifest import MANIFEST, Parity
 
 MODEL, WEIGHTS, TOKENIZER = "model.onnx", "model.onnx.data", "tokenizer.json"
+CONFIGS = ("config.json", "tokenizer_config.json")
 # A protobuf file ends at 2 GiB; what is not weights needs a little of that.
 LARGEST_FILE = 2_000_000_000
 
@@ -25,6 +26,12 @@ def write_model(folder: Path, model: Any, largest_file: int) -> None:
     weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
     beside = weights > largest_file
     ir.save(model, folder / MODEL, external_data=WEIGHTS if beside else None, size_threshold_bytes=1024)
+
+
+def write_configs(folder: Path, *configs: dict[str, Any]) -> None:
+    """Write config.json and tokenizer_config.json: with them the folder can be trained further."""
+    for name, config in zip(CONFIGS, configs, strict=True):
+        (folder / name).write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_manifest(
@@ -59,7 +66,9 @@ def write_manifest(
         "graph": {"inputs": {role: role for role in roles}, "output": OUTPUT, "index": index, "sign": sign, "scale": 1},
         "pooling": pooling,
         "licence": licence,
-        "files": {file: _sha256(folder / file) for file in (MODEL, WEIGHTS, TOKENIZER) if (folder / file).exists()},
+        "files": {
+            file: _sha256(folder / file) for file in (MODEL, WEIGHTS, TOKENIZER, *CONFIGS) if (folder / file).exists()
+        },
         "golden": [{"prompt": prompt, "response": response, "score": score} for prompt, response, score in golden],
         "tolerance": tolerance,
     }
