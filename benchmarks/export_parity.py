@@ -4,9 +4,8 @@
 
 Makes a small model with random weights and a tokenizer of its own for each architecture, exports it in each
 precision, loads the folder with OnnxReward and compares it with transformers, each text alone and without padding.
-Random weights are the worst case for few bits. The last model has trained weights: those of the shipped reward, as
-a BertForSequenceClassification (which pools at its first token where the shipped one takes the mean, so its scores
-are not the shipped reward's). Needs: pip install 'aisp-local[export]'.
+Random weights are the worst case for few bits. The last model has trained weights: those of the shipped reward, in
+float32 as its int8 file gives them. Needs: pip install 'aisp-local[export]'.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -32,80 +30,18 @@ from aisp_local.reward_kit.export import PRECISIONS, export_reward  # noqa: E402
 from aisp_local.reward_kit.export.parity import LIMITS  # noqa: E402
 from aisp_local.reward_kit.export.quiet import quiet  # noqa: E402
 from aisp_local.reward_kit.export.source import need  # noqa: E402
+from aisp_local.reward_kit.train import backbone as backbones  # noqa: E402
 from aisp_local.rewards import OnnxReward  # noqa: E402
 
 SHIPPED = "Bert (shipped weights)"
 
 
-def shipped_weights() -> dict[str, np.ndarray[Any, Any]]:
-    """float32 arrays of the shipped ONNX file, by name; matrices of layers [in, out]."""
-    import onnx
-    from onnx import numpy_helper
-
-    stored = {t.name: numpy_helper.to_array(t) for t in onnx.load(shipped.reward() / "model.onnx").graph.initializer}
-    whole = {}
-    for name, values in stored.items():
-        if name.endswith(".int8"):
-            scale = stored[f"{name.removesuffix('.int8')}.scale"]
-            whole[name.removesuffix(".int8")] = values.astype(np.float32) * scale
-        elif not name.endswith(".scale"):
-            whole[name] = values
-    return whole
-
-
 def write_shipped(folder: Path) -> Path:
-    """The shipped reward's weights as a Hugging Face folder."""
+    """The shipped reward as a Hugging Face folder."""
     with quiet():
-        import torch
-        from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
-
-        weights = shipped_weights()
-        positions = len(weights["positions"])
-        model = BertForSequenceClassification(
-            BertConfig(
-                vocab_size=30522,
-                hidden_size=384,
-                num_hidden_layers=6,
-                num_attention_heads=12,
-                intermediate_size=1536,
-                max_position_embeddings=positions,
-                num_labels=1,
-            )
-        )
-        names = {
-            "attention_out": "attention.output.dense",
-            "attention_norm": "attention.output.LayerNorm",
-            "up": "intermediate.dense",
-            "down": "output.dense",
-            "norm": "output.LayerNorm",
-            "q": "attention.self.query",
-            "k": "attention.self.key",
-            "v": "attention.self.value",
-        }
-        state = {
-            "bert.embeddings.word_embeddings.weight": weights["words"],
-            "bert.embeddings.position_embeddings.weight": weights["positions"],
-            "bert.embeddings.token_type_embeddings.weight": weights["types"],
-        }
-        for part in ("weight", "bias"):
-            state[f"bert.embeddings.LayerNorm.{part}"] = weights[f"norm.{part}"]
-            state[f"bert.pooler.dense.{part}"] = weights[f"dense.{part}"].T
-            state[f"classifier.{part}"] = weights[f"score.{part}"].T
-            for i in range(6):
-                for ours, theirs in names.items():
-                    state[f"bert.encoder.layer.{i}.{theirs}.{part}"] = weights[f"layers.{i}.{ours}.{part}"].T
-        tensors = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in state.items()}
-        missing, unexpected = model.load_state_dict(tensors, strict=False)
-        assert not unexpected and set(missing) <= {"bert.embeddings.position_ids"}, (missing, unexpected)
-        model.save_pretrained(folder)
-        PreTrainedTokenizerFast(
-            tokenizer_file=str(shipped.reward() / "tokenizer.json"),
-            model_max_length=256,
-            pad_token="[PAD]",
-            cls_token="[CLS]",
-            sep_token="[SEP]",
-            unk_token="[UNK]",
-        ).save_pretrained(folder)
+        found = backbones.load(shipped.reward(), new_head=False)
+        found.model.save_pretrained(folder)
+        found.tokenizer.save_pretrained(folder)
     return folder
 
 

@@ -1,12 +1,11 @@
 """The shipped reward here against the same network in transformers and PyTorch, float32, scores a second on a CPU.
 
-    pip install torch transformers onnx        (nothing else in the project needs transformers)
+    pip install 'aisp-local[export]'
     python benchmarks/reward_speed.py [--only shipped float32 mixed] [--repeats 5]
 
 Both sides go from texts to scores: the PyTorch side is what a competent user would write (fast tokenizer, one padded
-batch, BertModel with its default attention, inference mode), with the weights of the shipped ONNX file. "shipped" is
-the file as it is, int8 weights that are computed in float32; "float32" is the same file with its weights stored as
-float32; "mixed" gives responses of 32 to 256 tokens to both. Sides run in turn, after a pause in which the threads of
+batch, the model with its default attention, inference mode), with the weights of the shipped ONNX file. "shipped" is
+the file as it is, int8 weights that are computed in float32; "float32" is an export with its weights stored as float32; "mixed" gives responses of 32 to 256 tokens to both. Sides run in turn, after a pause in which the threads of
 the other fall asleep; a ratio is the median of those of the pairs. "others" is how many processors other processes kept
 busy meanwhile: a row where that is above 0.1 is measured again, twice at most, since PyTorch's threads wait for one
 another. The last line is one JSON object.
@@ -15,7 +14,6 @@ another. The last line is one JSON object.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import random
@@ -30,11 +28,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
-import onnx  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from onnx import numpy_helper  # noqa: E402
 
+from aisp_local.reward_kit.export import export_reward  # noqa: E402
+from aisp_local.reward_kit.export.quiet import quiet  # noqa: E402
+from aisp_local.reward_kit.export.source import need  # noqa: E402
+from aisp_local.reward_kit.train import backbone as backbones  # noqa: E402
+from aisp_local.reward_kit.train.backbone import Backbone  # noqa: E402
 from aisp_local.rewards import OnnxReward  # noqa: E402
 
 FOLDER = ROOT / "reward_models" / "story-reward"
@@ -43,65 +42,17 @@ WORDS = ("the", "fox", "ran", "to", "river", "and", "saw", "old", "trees", "wher
 PAUSE = 0.3  # seconds; OpenMP's threads spin for 0.2 after their work
 QUIET, TRIES = 0.1, 3  # processors that others may keep busy, or the row is measured again
 AT_LEAST = 32  # responses a measurement: small batches are scored several times in a row
-PARTS = {
-    "q": "attention.self.query",
-    "k": "attention.self.key",
-    "v": "attention.self.value",
-    "attention_out": "attention.output.dense",
-    "up": "intermediate.dense",
-    "down": "output.dense",
-}
-
-
-def weights(path: Path) -> dict[str, np.ndarray]:
-    """The float32 weights of the shipped file, by name; matrices [in, out]."""
-    stored = {t.name: numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
-    found = {name: array for name, array in stored.items() if not name.endswith((".int8", ".scale"))}
-    for name, array in stored.items():
-        if name.endswith(".int8"):
-            whole = name.removesuffix(".int8")
-            found[whole] = array.astype(np.float32) * stored[f"{whole}.scale"]
-    return found
 
 
 class TorchReward:
-    """The reward in transformers: BertModel, mean over the tokens, the head."""
+    """The same network in transformers, with its default attention."""
 
-    def __init__(self, w: dict[str, np.ndarray], tokenizer: Path, max_length: int) -> None:
-        layers = sum(name.endswith(".up.weight") for name in w)
-        config = transformers.BertConfig(
-            vocab_size=len(w["words"]),
-            hidden_size=w["words"].shape[1],
-            num_hidden_layers=layers,
-            num_attention_heads=12,
-            intermediate_size=w["layers.0.up.bias"].shape[0],
-            max_position_embeddings=len(w["positions"]),
-        )
-        state = {
-            "embeddings.word_embeddings.weight": w["words"],
-            "embeddings.position_embeddings.weight": w["positions"],
-            "embeddings.token_type_embeddings.weight": w["types"],
-        }
-        for part in ("weight", "bias"):
-            state[f"embeddings.LayerNorm.{part}"] = w[f"norm.{part}"]
-            for i in range(layers):
-                ours, theirs = f"layers.{i}", f"encoder.layer.{i}"
-                for a, b in PARTS.items():
-                    state[f"{theirs}.{b}.{part}"] = w[f"{ours}.{a}.{part}"].T
-                state[f"{theirs}.attention.output.LayerNorm.{part}"] = w[f"{ours}.attention_norm.{part}"]
-                state[f"{theirs}.output.LayerNorm.{part}"] = w[f"{ours}.norm.{part}"]
-        self.model = transformers.BertModel(config, add_pooling_layer=False)
-        self.model.load_state_dict({k: torch.from_numpy(np.array(v)) for k, v in state.items()})
-        self.model.eval()
-        self.dense = [torch.from_numpy(np.array(w[f"dense.{part}"])) for part in ("weight", "bias")]
-        self.last = [torch.from_numpy(np.array(w[f"score.{part}"])) for part in ("weight", "bias")]
-        self.tokenizer = transformers.PreTrainedTokenizerFast(
-            tokenizer_file=str(tokenizer), pad_token="[PAD]", model_input_names=list(INPUTS)
-        )
-        self.max_length = max_length
+    def __init__(self, found: Backbone, max_length: int) -> None:
+        self.model, self.tokenizer, self.max_length = found.model.eval(), found.tokenizer, max_length
 
-    @torch.inference_mode()
     def score(self, prompt: str, responses: Sequence[str]) -> np.ndarray:
+        import torch
+
         batch = self.tokenizer(
             [prompt] * len(responses),
             list(responses),
@@ -110,49 +61,17 @@ class TorchReward:
             max_length=self.max_length,
             return_tensors="pt",
         )
-        hidden = self.model(**batch).last_hidden_state
-        mask = batch["attention_mask"][:, :, None].float()
-        pooled = (hidden * mask).sum(1) / mask.sum(1)
-        return (torch.tanh(pooled @ self.dense[0] + self.dense[1]) @ self.last[0] + self.last[1])[:, 0].numpy()
+        with torch.inference_mode():
+            return self.model(**batch).logits[:, 0].numpy()
 
 
-INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-
-
-def float32_folder(into: Path) -> Path:
-    """The shipped reward with its weights stored as float32: the same graph without the steps that widen them."""
-    model = onnx.load(FOLDER / "model.onnx")
-    stored = {t.name: t for t in model.graph.initializer}
-    kept = [t for t in model.graph.initializer if not t.name.endswith((".int8", ".scale"))]
-    kept += [numpy_helper.from_array(a, n) for n, a in weights(FOLDER / "model.onnx").items() if f"{n}.int8" in stored]
-    new: dict[str, str] = {}  # value -> the float32 tensor that it is, or what it is gathered from
-    nodes = []
-    for node in model.graph.node:
-        source = node.input[0]
-        if node.op_type == "Cast" and source.endswith(".int8"):
-            new[node.output[0]] = source.removesuffix(".int8")
-        elif node.op_type == "Gather" and source.endswith(".int8"):
-            name = source.removesuffix(".int8")
-            nodes.append(onnx.helper.make_node("Gather", [name, node.input[1]], [node.output[0] + "_wide"], axis=0))
-            new[node.output[0]] = node.output[0] + "_wide"
-        elif (node.op_type == "Gather" and source.endswith(".scale")) or (node.op_type == "Cast" and source in new):
-            new[node.output[0]] = new.get(source, "")
-        elif node.op_type == "Mul" and source in new:
-            new[node.output[0]] = new[source]
-        else:
-            for i, name in enumerate(node.input):
-                node.input[i] = new.get(name, name)
-            nodes.append(node)
-    del model.graph.node[:], model.graph.initializer[:]
-    model.graph.node.extend(nodes)
-    model.graph.initializer.extend(kept)
-    onnx.checker.check_model(model)
-    onnx.save(model, str(into / "model.onnx"))
-    (into / "tokenizer.json").write_bytes((FOLDER / "tokenizer.json").read_bytes())
-    manifest = json.loads((FOLDER / "reward.json").read_text(encoding="utf-8"))
-    manifest["files"]["model.onnx"] = hashlib.sha256((into / "model.onnx").read_bytes()).hexdigest()
-    (into / "reward.json").write_text(json.dumps(manifest), encoding="utf-8")
-    return into
+def float32_folder(found: Backbone, into: Path, max_length: int) -> Path:
+    """The shipped reward exported anew with its weights stored as float32."""
+    with quiet():
+        found.model.save_pretrained(into / "source")
+        found.tokenizer.save_pretrained(into / "source")
+        export_reward(into / "source", into / "float32", precision="fp32", max_length=max_length)
+    return into / "float32"
 
 
 def responses(reward: OnnxReward, lengths: Sequence[int]) -> list[str]:
@@ -224,15 +143,20 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--lengths", type=int, nargs="+", default=[32, 64, 128, 256])
     options = parser.parse_args()
+    need()
+    import torch
+    import transformers
+
     chosen = options.only or ["shipped", "float32", "mixed"]
     shipped = OnnxReward.load(FOLDER, providers=["CPUExecutionProvider"])
-    theirs = TorchReward(weights(FOLDER / "model.onnx"), FOLDER / "tokenizer.json", shipped.manifest.max_length)
+    found, longest = backbones.load(FOLDER, new_head=False), shipped.manifest.max_length
+    theirs = TorchReward(found, longest)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, transformers {transformers.__version__}")
     print("\n| case | scores/s here | scores/s torch | ratio (least to most) | others |\n|---|---|---|---|---|")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for kind in (kind for kind in ("shipped", "float32") if kind in chosen):
-            path = FOLDER if kind == "shipped" else float32_folder(Path(folder))
+            path = FOLDER if kind == "shipped" else float32_folder(found, Path(folder), longest)
             ours = OnnxReward.load(path, providers=["CPUExecutionProvider"])
             for length in options.lengths:
                 for n in options.batches:

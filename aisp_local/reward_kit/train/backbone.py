@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,8 +54,8 @@ class Backbone:
         return max(lists, key=len, default=[])
 
 
-def load(path: Path, *, random_weights: bool = False, seed: int = 0) -> Backbone:
-    """Read a backbone. ``random_weights``: only its shape and tokenizer. Raises RewardError.
+def load(path: Path, *, new_head: bool = True, random_weights: bool = False, seed: int = 0) -> Backbone:
+    """Read a backbone. ``new_head``: its last matrix is drawn anew; ``random_weights``: all are. Raises RewardError.
 
     Only weights in safetensors, GGUF or ONNX are read, and no code that comes with a model is run.
     """
@@ -84,7 +86,7 @@ def load(path: Path, *, random_weights: bool = False, seed: int = 0) -> Backbone
             )
         if random_weights:
             found = Backbone(type(found.model)(found.model.config), found.tokenizer, found.name, found.licence)
-        else:
+        elif new_head:
             for parameter in _outputs(found.model).parameters():
                 torch.nn.init.normal_(parameter, std=_INITIAL if parameter.ndim > 1 else 0.0)
     if getattr(found.tokenizer, "backend_tokenizer", None) is None:
@@ -116,8 +118,12 @@ def _gguf(path: Path) -> Backbone:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     where = {"gguf_file": path.name, "local_files_only": True}
-    model = AutoModelForSequenceClassification.from_pretrained(path.parent, num_labels=1, dtype="float32", **where)
-    model.config.quantization_config = None  # its weights are whole now
+    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar
+        read = AutoModelForSequenceClassification.from_pretrained(path.parent, num_labels=1, dtype="float32", **where)
+    config = read.config
+    del config.quantization_config  # its numbers are whole now, but it would not be written as a whole model
+    model = type(read)(config)
+    model.load_state_dict(read.state_dict())
     tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
     return Backbone(model, tokenizer, path.stem, "unknown")
 

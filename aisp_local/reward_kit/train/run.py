@@ -86,7 +86,8 @@ def train_reward(
     """Fine-tune an encoder (or a decoder) on comparisons, export it as a reward folder and evaluate it.
 
     ``data``: preference pairs or graded texts (``read_examples``); ``held_out``: more of the same, else a tenth of the
-    data by its prompts. ``backbone``: a Hugging Face folder, a GGUF file or a reward folder; None: the shipped reward.
+    data by its prompts. ``backbone``: a Hugging Face folder, a GGUF file or a reward folder; None: the shipped reward's
+    network with a new head.
     ``work``: where checkpoints lie while it runs, by default ``out`` with ".training" behind its name; ``resume`` goes
     on from them. ``device``: "cpu" or "cuda", by default the GPU where there is one.
 
@@ -101,7 +102,8 @@ def train_reward(
     sources.need()
     start = Path(backbone) if backbone is not None else shipped.reward()
     say(f"reading the backbone {start.name}")
-    network = backbones.load(start, random_weights=random_weights, seed=plan.seed)
+    further = backbone is not None and (start / MANIFEST).is_file()
+    network = backbones.load(start, new_head=not further, random_weights=random_weights, seed=plan.seed)
     model = folder / "model"
     if not resume:
         shutil.rmtree(folder, ignore_errors=True)
