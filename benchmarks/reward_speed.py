@@ -5,10 +5,11 @@
 
 Both sides go from texts to scores: the PyTorch side is what a competent user would write (fast tokenizer, one padded
 batch, the model with its default attention, inference mode), with the weights of the shipped ONNX file. "shipped" is
-the file as it is, int8 weights that are computed in float32; "float32" is an export with its weights stored as float32; "mixed" gives responses of 32 to 256 tokens to both. Sides run in turn, after a pause in which the threads of
-the other fall asleep; a ratio is the median of those of the pairs. "others" is how many processors other processes kept
-busy meanwhile: a row where that is above 0.1 is measured again, twice at most, since PyTorch's threads wait for one
-another. The last line is one JSON object.
+the file as it is, int8 weights that are computed in float32; "float32" is an export with its weights stored as float32;
+"mixed" gives responses of 32 to 256 tokens to both. Sides run in turn, after a pause in which the threads of the other
+fall asleep; a ratio is the median of those of the pairs. "others" is how many processors other processes kept busy
+meanwhile: a row where that is above 0.1 is measured again, twice at most, since PyTorch's threads wait for one another.
+The last line is one JSON object.
 """
 
 from __future__ import annotations
