@@ -33,13 +33,15 @@ def judge() -> Iterator[Any]:
     del sys.modules[spec.name]
 
 
-def vowels(sign: float) -> CallableReward:
-    return CallableReward(lambda prompt, texts: [sign * sum(c in "aeiou" for c in text) for text in texts])
+def late_letters(sign: float) -> CallableReward:
+    return CallableReward(
+        lambda prompt, texts: [sign * sum(ord(c) * (i + 1) for i, c in enumerate(text)) for text in texts]
+    )
 
 
 def test_a_judge_that_agrees_and_one_that_does_not(judge: Any) -> None:
     for sign in (1.0, -1.0):
-        found = judge.measure(FakeEngine(), vowels(1.0), vowels(sign), ["a", "b", "c"], OPTIONS)
+        found = judge.measure(FakeEngine(), late_letters(1.0), late_letters(sign), ["a", "b", "c"], OPTIONS)
         spearman, kendall, alike = found["agreement"]
         assert spearman["mean"] == pytest.approx(sign) and kendall["mean"] == pytest.approx(sign)
         assert sign * (alike["mean"] - 0.5) > 0.02  # many ties
