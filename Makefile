@@ -3,13 +3,19 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: chat test lint bench wheel clean
+.PHONY: chat test test-all lint bench wheel clean
 
 chat: $(VENV)/.installed
 	$(BIN)/aisp-local chat
 
 test: $(VENV)/.test lint
 	$(BIN)/pytest
+
+# With PyTorch and transformers: the slow tests too, and those of exporting and training rewards. TORCH names another
+# one than pip would take, such as one without CUDA: make test-all TORCH=torch==2.13.0+cpu
+TORCH ?= torch
+test-all: $(VENV)/.test-all lint
+	$(BIN)/pytest -m "not gpu"
 
 bench: $(VENV)/.installed
 	$(BIN)/aisp-local bench speed --report benchmarks/RESULTS.md
@@ -44,6 +50,10 @@ $(VENV)/.installed: $(VENV)/.binding $(SOURCES)
 
 $(VENV)/.test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check '.[test]'
+	touch $@
+
+$(VENV)/.test-all: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' '.[test,export]'
 	touch $@
 
 # For other machines: any x86-64 processor with AVX2 (or the architecture's base), with a manylinux tag.

@@ -20,6 +20,7 @@ from aisp_local.measure import calibrated, calibration_of, judged
 from aisp_local.native import check_model_file, versions
 from aisp_local.rewards import Reward, load_reward
 from aisp_local.rewards.base import Calibrates, call_parts
+from aisp_local.rewards.interruption import AbandonedError, Interruption, interruptible
 from aisp_local.seeds import RowSeeds
 from aisp_local.timeline import OFF, Timeline
 from aisp_local.types import Baseline, Calibration, Controls, Message, Progress, Prompt, Result
@@ -285,7 +286,8 @@ class Aligner:
                 if isinstance(result, Result):
                     result = replace(result, calibration=calibration_of(task.reward or self.reward))
                 results.append(result)
-            with suppress(KeyboardInterrupt):  # the answers are there already
+            # The answers are there already.
+            with suppress(KeyboardInterrupt, AbandonedError), interruptible(Interruption(stop)):
                 for i, (prompt, result) in enumerate(zip(prompts, results, strict=True)):
                     if baseline and isinstance(result, Result):
                         unaligned = self.baseline(

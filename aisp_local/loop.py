@@ -66,8 +66,9 @@ def search(
     """Spend ``budget`` rollouts in iterations of ``n`` (the last one smaller); return the best ever seen.
 
     ``stop()`` true or ``time_limit`` seconds end the search with the best so far: rows that finished count; rows that
-    were cut short are scored only if no row of the whole search has finished. KeyboardInterrupt ends it at once, with
-    the best of the iterations before.
+    were cut short are scored only if no row of the whole search has finished. After ``stop()`` a reward that waits for
+    a server gets half a second more; then the rows that it has not scored do not count. KeyboardInterrupt ends the
+    search at once, with the best of the iterations before.
     Raises ScoreError when no reward is finite or the reward is broken; when the search ends before its first
     token, KeyboardInterrupt, or InputError for the time limit.
     """
@@ -130,7 +131,7 @@ def search_many(
     timeline: Timeline = getattr(engine, "timeline", OFF)
     # Where decoding leaves the processor alone, noise is drawn meanwhile; else that would only slow it.
     beside = ThreadPoolExecutor(1, "aisp-local-noise") if getattr(engine, "offloaded", False) else nullcontext()
-    with Worker.of(reward, timeline) as worker, beside as pool:
+    with Worker.of(reward, timeline, stop) as worker, beside as pool:
         searches = [
             _Search(
                 task,
@@ -359,7 +360,10 @@ class _Search:
                 self.scorer.add(i, rollouts.texts[i])
         if not rows:
             return
-        rewards = self.scorer.rewards(rows)
+        rows, rewards = self.scorer.rewards(rows)
+        if not rows:
+            return
+        whole = whole and len(rows) == len(rollouts)
         for i, value in zip(rows, rewards, strict=True):
             candidate = Candidate(
                 text=rollouts.texts[i],

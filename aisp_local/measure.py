@@ -10,6 +10,7 @@ from aisp_local.engine import Engine
 from aisp_local.errors import AispError
 from aisp_local.rewards import Reward
 from aisp_local.rewards.base import Calibrates, call
+from aisp_local.rewards.interruption import AbandonedError, Interruption, interruptible
 from aisp_local.seeds import RowSeeds
 from aisp_local.types import Calibration, Controls, Prompt, Result, Sampling
 
@@ -44,7 +45,11 @@ def calibrated(
     )
     if "interrupted" in rollouts.finish_reasons:
         raise KeyboardInterrupt
-    return reward.calibrate(prompt, list(rollouts.texts))
+    try:
+        with interruptible(Interruption(stop)):
+            return reward.calibrate(prompt, list(rollouts.texts))
+    except AbandonedError:
+        raise KeyboardInterrupt from None
 
 
 def calibration_of(reward: Reward) -> Calibration | None:

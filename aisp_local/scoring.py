@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextvars import copy_context
 from types import TracebackType
 
@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from aisp_local.rewards.base import Reward, call_parts
+from aisp_local.rewards.interruption import POLL, AbandonedError, Interruption, interruptible
 from aisp_local.timeline import Timeline
 from aisp_local.types import Prompt
 
@@ -24,16 +25,24 @@ Scored = tuple[npt.NDArray[np.float64], Mapping[str, npt.NDArray[np.float64]], f
 
 
 class Worker:
-    """Scores in a thread of its own where the reward may be called from one, else when the rewards are asked for."""
+    """Scores in a thread of its own where the reward may be called from one, else when the rewards are asked for.
 
-    def __init__(self, pool: ThreadPoolExecutor | None, timeline: Timeline) -> None:
+    Once ``stop()`` is true, a reward that waits for something else is soon told to give up.
+    """
+
+    def __init__(
+        self, pool: ThreadPoolExecutor | None, timeline: Timeline, stop: Callable[[], bool] | None = None
+    ) -> None:
         self._pool, self._timeline = pool, timeline
+        self._over = Interruption(stop)
+        # ``stop`` may be anybody's code: it is asked in the thread of the search alone.
+        self._told = self._over if pool is None else Interruption()
 
     @classmethod
-    def of(cls, reward: Reward, timeline: Timeline) -> Worker:
+    def of(cls, reward: Reward, timeline: Timeline, stop: Callable[[], bool] | None = None) -> Worker:
         """A worker for this reward. One thread: what scores is asked one thing at a time."""
         background = bool(getattr(reward, "background", False))
-        return cls(ThreadPoolExecutor(1, "aisp-local-reward") if background else None, timeline)
+        return cls(ThreadPoolExecutor(1, "aisp-local-reward") if background else None, timeline, stop)
 
     @property
     def background(self) -> bool:
@@ -44,12 +53,25 @@ class Worker:
             # With its context: an engine must know when its own run waits for the call.
             return self._pool.submit(copy_context().run, self._score, reward, prompt, responses)
         done: Future[Scored] = Future()
-        done.set_result(self._score(reward, prompt, responses))
+        try:
+            done.set_result(self._score(reward, prompt, responses))
+        except AbandonedError as error:
+            done.set_exception(error)
         return done
+
+    def result(self, future: Future[Scored]) -> Scored | None:
+        """What a call of ``score`` gave, once it is there; None if the reward gave up."""
+        while not wait([future], timeout=POLL).done:
+            if self._over():
+                self._told.set()
+        try:
+            return future.result()
+        except AbandonedError:
+            return None
 
     def _score(self, reward: Reward, prompt: Prompt, responses: list[str]) -> Scored:
         began = time.perf_counter()
-        with self._timeline.span("score"):
+        with self._timeline.span("score"), interruptible(self._told):
             rewards, parts = call_parts(reward, prompt, responses)
         return rewards, parts, time.perf_counter() - began
 
@@ -59,6 +81,7 @@ class Worker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._told.set()
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
@@ -98,18 +121,25 @@ class Scorer:
         self._pending = {}
         self._futures.append((rows, self._worker.score(self._reward, self._prompt, texts)))
 
-    def rewards(self, rows: Sequence[int]) -> npt.NDArray[np.float64]:
-        """Rewards [n] of these rollouts, all of which were added."""
+    def rewards(self, rows: Sequence[int]) -> tuple[list[int], npt.NDArray[np.float64]]:
+        """Those of these rollouts, all of which were added, that have a reward, and their rewards [n].
+
+        All have one unless the search was stopped and the reward gave up.
+        """
         if self._pending:
             self._submit()
         found: dict[int, float] = {}
         for scored, future in self._futures:
-            values, parts, seconds = future.result()
+            result = self._worker.result(future)
+            if result is None:
+                continue
+            values, parts, seconds = result
             self.seconds += seconds
             found.update(zip(scored, values.tolist(), strict=True))
             for i, row in enumerate(scored):
                 self._parts[row] = {name: float(of[i]) for name, of in parts.items()}
-        return np.array([found[row] for row in rows], np.float64)
+        kept = [row for row in rows if row in found]
+        return kept, np.array([found[row] for row in kept], np.float64)
 
     def parts(self, row: int) -> Mapping[str, float]:
         """What the parts of the reward gave a rollout whose reward ``rewards`` gave; nothing where it has none."""

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from aisp_local import Aligner
 from aisp_local.errors import RewardError, ScoreError
-from aisp_local.rewards import ServerReward, server
+from aisp_local.rewards import Composite, Part, ServerReward, server
+from aisp_local.rewards.function import CallableReward
+from aisp_local.rewards.rules import Length
+from aisp_local.testing import FakeEngine
 
 Behave = Callable[[BaseHTTPRequestHandler, dict[str, Any], int], None]
 PROMPT = "Question: {prompt}\nAnswer: {response}\nIs it kind? yes or no"
@@ -199,6 +207,139 @@ def test_servers_that_misbehave(live: Server, name: str) -> None:
     assert len(live.requests) == requests
     with pytest.warns(UserWarning, match="get the worst score"):
         assert grader(live, timeout=0.5, retries=0, on_failure="worst").score("q", ["a", "b"]).tolist() == [-1, -1]
+
+
+def hang_after(answers: int) -> Behave:
+    """Good answers, then none, on a connection that stays open."""
+
+    def behave(handler: BaseHTTPRequestHandler, request: dict[str, Any], number: int) -> None:
+        if number >= answers:
+            time.sleep(20)
+        send(handler, answer("yes", [{"yes": 0.5 + number / 100, "no": 0.1}]))
+
+    return behave
+
+
+def hung(live: Server, **options: Any) -> ServerReward:
+    return grader(live, timeout=60.0, on_failure="worst", **options)
+
+
+class Stop:
+    """True some time after the server was asked for the given time; notes when."""
+
+    def __init__(self, live: Server, requests: int) -> None:
+        self.live, self.requests, self.since = live, requests, math.inf
+
+    def __call__(self) -> bool:
+        if len(self.live.requests) >= self.requests and self.since == math.inf:
+            self.since = time.monotonic()
+        return self.since < math.inf
+
+
+def searched(reward: Any, stop: Any, judge: Any = None, **options: Any) -> Any:
+    settings: dict[str, Any] = {"method": "best-of-n", "budget": 400, "n": 4, "max_tokens": 10} | options
+    return Aligner(FakeEngine(), reward, judge=judge).generate("p", stop=stop, **settings)
+
+
+@pytest.mark.parametrize("kind", ["alone", "parallel", "part", "part in the foreground"])
+def test_a_search_is_stopped_while_the_server_hangs(live: Server, kind: str) -> None:
+    live.behave = hang_after(6)
+    reward: Any = hung(live, parallel=3 if kind == "parallel" else 1)
+    if "part" in kind:
+        other = (
+            CallableReward(lambda prompt, responses: [0.0] * len(responses))
+            if "foreground" in kind
+            else Length(words=[0, 99])
+        )
+        reward = Composite([reward, other])
+    stop = Stop(live, 7)
+    result = searched(reward, stop)
+    assert time.monotonic() - stop.since < 1.0
+    assert result.status == "interrupted" and result.iterations[-1].iteration == 1
+    assert result.rollouts == 4 and result.reward == max(c.reward for c in result.candidates)
+    live.behave = say("yes")  # and the reward goes on
+    assert reward.score("q", ["r"])[0] == 0.0
+
+
+def test_stopped_before_any_score(live: Server) -> None:
+    live.behave = hang_after(0)
+    stop = Stop(live, 1)
+    with pytest.raises(KeyboardInterrupt):
+        searched(hung(live), stop)
+    assert time.monotonic() - stop.since < 1.0
+
+
+@pytest.mark.parametrize("foreground", [False, True])
+def test_a_keyboard_interrupt_while_the_server_hangs(live: Server, foreground: bool) -> None:
+    live.behave = hang_after(6)
+    reward: Any = hung(live)
+    if foreground:
+        reward = Composite([reward, CallableReward(lambda prompt, responses: [0.0] * len(responses))])
+    since: list[float] = []
+
+    def press() -> None:
+        while len(live.requests) < 7:
+            time.sleep(0.01)
+        since.append(time.monotonic())
+        signal.raise_signal(signal.SIGINT)
+
+    presser = threading.Thread(target=press)
+    presser.start()
+    result = searched(reward, None)
+    assert time.monotonic() - since[0] < 1.0
+    presser.join()
+    assert result.status == "interrupted" and result.rollouts == 4
+
+
+def test_a_calibration_and_a_judge_that_hang(live: Server) -> None:
+    live.behave = hang_after(0)
+    stop = Stop(live, 1)
+    with pytest.raises(KeyboardInterrupt):
+        searched(Composite([Part(hung(live), normalise=True)]), stop)
+    assert time.monotonic() - stop.since < 1.0
+    stop = Stop(live, len(live.requests) + 1)
+    with pytest.warns(UserWarning, match="the judge 'server .*' gave no scores: .* was interrupted"):
+        result = searched(Length(words=[0, 99]), stop, hung(live), budget=8)
+    assert time.monotonic() - stop.since < 1.0
+    assert result.status == "complete" and result.judge is None
+
+
+def test_a_healthy_server_has_time_to_answer(live: Server) -> None:
+    """What is asked when the search stops still counts if the answer comes soon."""
+
+    def behave(handler: BaseHTTPRequestHandler, request: dict[str, Any], number: int) -> None:
+        time.sleep(0.05)
+        send(handler, answer("yes"))
+
+    live.behave = behave
+    result = searched(hung(live), Stop(live, 1))
+    assert result.status == "interrupted" and result.rollouts >= 4
+
+
+@pytest.mark.native
+def test_the_command_ends_with_its_best_answer(live: Server, tmp_path: Path) -> None:
+    live.behave = hang_after(20)
+    prompt = PROMPT.replace("\n", " ")
+    recipe = tmp_path / "grader.toml"
+    recipe.write_text(
+        f'format = 1\n[[part]]\nserver = "{live.url}"\nprompt = "{prompt}"\ntimeout = 60\non_failure = "worst"\n'
+    )
+    command = ["generate", "Tell me a story.", "-r", str(recipe), "--budget", "64", "--max-tokens", "12", "--json"]
+    with subprocess.Popen(
+        [str(Path(sys.executable).with_name("aisp-local")), *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as run:
+        try:
+            while len(live.requests) < 21 and run.poll() is None:
+                time.sleep(0.02)
+            time.sleep(0.2)
+            began = time.monotonic()
+            run.send_signal(signal.SIGINT)
+            out, err = run.communicate(timeout=30)
+        finally:
+            run.kill()
+    assert run.returncode == 0, err
+    assert json.loads(out)["status"] == "interrupted"
+    assert time.monotonic() - began < 3  # the exit of Python and llama.cpp included, on a busy machine
 
 
 def test_a_retry_helps(live: Server) -> None:

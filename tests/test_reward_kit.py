@@ -161,6 +161,34 @@ def test_evaluation_of_a_reward_that_likes_length() -> None:
     assert drawn["accuracy.svg"].count("<circle") == 6
 
 
+def test_long_names_stay_inside_the_plot() -> None:
+    names = ["organisation/" + "name-" * 20 + "subset", "W" * 60, "\u6587" * 60, "<&\x07>", "x"]
+    pairs = [Pair("p", "a" * (i + 1), "b", name) for i, name in enumerate(names)]
+    found = evaluate(CallableReward(lambda p, r: [len(x) for x in r], "reward" * 20), pairs)
+    drawn = ET.fromstring(plots.accuracy(found))
+    texts = list(drawn.iter("{http://www.w3.org/2000/svg}text"))
+    for text in texts:
+        shown = (text.text or "") + "".join(child.tail or "" for child in text)
+        width = float(text.get("font-size", "")) * sum(1.0 if c in "W\u6587" else 0.5 for c in shown)
+        start = float(text.get("x", "")) - width * {"end": 1.0, "middle": 0.5}[text.get("text-anchor", "")]
+        assert start >= 0 and start + width <= 480, shown
+    whole = {child.text for text in texts for child in text}
+    assert {f"{names[0]} (1)", f"{'W' * 60} (1)"} <= whole
+    labels = ["".join(text.itertext()) for text in texts]
+    assert any("organisation/" in label and label.endswith("subset (1)") and "\u2026" in label for label in labels)
+
+
+@given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6))
+def test_the_ends_of_an_axis_are_round(low: float, span: float) -> None:
+    ticks = plots._ticks(low, low + span)
+    step = ticks[1] - ticks[0]
+    assert 3 <= len(ticks) <= 9
+    assert ticks[0] <= low + step * 1e-6 and ticks[-1] >= low + span - step * 1e-6
+    assert ticks[1] > low and ticks[-2] < low + span
+    assert len({plots._number(tick, ticks) for tick in ticks}) == len(ticks)
+    assert f"{step:.1e}"[:3] in ("1.0", "2.0", "2.5", "5.0")
+
+
 def test_a_calibrated_reward_follows_the_diagonal() -> None:
     rng = np.random.default_rng(0)
     margins = rng.normal(0, 2, 4000)

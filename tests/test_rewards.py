@@ -176,13 +176,13 @@ def test_texts_of_many_tokens_a_character_get_shorter(text: str, tokens: int, le
 
 def test_a_template_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[str] = []
-    compile_ = ImmutableSandboxedEnvironment.from_string
+    parse = ImmutableSandboxedEnvironment.parse
 
     def counted(self: Any, source: str, *rest: Any) -> Any:
         compiled.append(source)
-        return compile_(self, source, *rest)
+        return parse(self, source, *rest)
 
-    monkeypatch.setattr(ImmutableSandboxedEnvironment, "from_string", counted)
+    monkeypatch.setattr(ImmutableSandboxedEnvironment, "parse", counted)
     reward = OnnxReward.load(write_reward(tmp_path, input_kind="chat", input_template=LINES))
     reward.score("tell", RESPONSES)
     reward.score("tell", RESPONSES)

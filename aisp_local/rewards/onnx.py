@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from aisp_local.errors import CapacityError, RewardError, ScoreError
+from aisp_local.rewards.chat_template import ChatTemplate, usual_tokens
 from aisp_local.rewards.external_data import external_locations
 from aisp_local.rewards.graph_file import read_graph
 from aisp_local.rewards.manifest import Manifest, check_files, inside, read_manifest
@@ -274,25 +275,14 @@ class OnnxReward:
         return text[: min(len(text) - 1, offsets[-tokens - 1][1])]
 
     @cached_property
-    def _template(self) -> Any:
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        return environment.from_string(self.manifest.template or "")
-
-    def _text(self, turns: Sequence[Message]) -> str:
-        """What the chat template writes."""
+    def _template(self) -> ChatTemplate:
         before, _, after = self._special_ids
-        try:
-            return str(
-                self._template.render(
-                    messages=turns,
-                    bos_token=self._tokenizer.id_to_token(before[0]) if before else "",
-                    eos_token=self._tokenizer.id_to_token(after[-1]) if after else "",
-                )
-            )
-        except Exception as error:  # a template may raise whatever Python can
-            raise ScoreError(f"the chat template of the reward {self.name!r} failed: {error}") from error
+        special = [t.content for t in self._tokenizer.get_added_tokens_decoder().values() if t.special]
+        tokens = usual_tokens(special)
+        # What it puts around a text itself is surer than a name.
+        tokens |= {"bos_token": self._tokenizer.id_to_token(before[0])} if before else {}
+        tokens |= {"eos_token": self._tokenizer.id_to_token(after[-1])} if after else {}
+        return ChatTemplate(self.manifest.template or "", self.name, tokens, special)
 
     def _opening(self, turns: Sequence[Message]) -> tuple[str, list[int]]:
         """What a conversation begins with whatever its response, up to its last special token, and its ids.
@@ -301,7 +291,9 @@ class OnnxReward:
         """
 
         def make(_: str) -> tuple[str, list[int]]:
-            first, second = (self._text([*turns[:-1], {**turns[-1], "content": word}]) for word in ("a", "b"))
+            first, second = (
+                self._template.render([*turns[:-1], {**turns[-1], "content": word}]) for word in ("a", "b")
+            )
             common = os.path.commonprefix([first, second])
             text = common[: max((common.rfind(token) for token in self._boundaries), default=0)]
             if not text or text == common:
@@ -322,7 +314,7 @@ class OnnxReward:
     def _render(self, turns: Sequence[Message], opening: tuple[str, list[int]] = ("", [])) -> list[int]:
         """Ids of the turns as the chat template writes them, of any length."""
         before, _, after = self._special_ids
-        text = self._text(turns)
+        text = self._template.render(turns)
         known, begin = opening
         if known and text.startswith(known):
             ids = begin + self._ids(text[len(known) :])

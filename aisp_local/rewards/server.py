@@ -10,13 +10,12 @@ import http.client
 import ipaddress
 import json
 import math
+import queue
 import re
 import socket
 import threading
-import time
 import warnings
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from aisp_local.errors import RewardError, ScoreError
+from aisp_local.rewards.interruption import POLL, AbandonedError, interruption
 from aisp_local.rewards.rules.base import choice, flag, positive, whole
 from aisp_local.rewards.text import clean, prompt_text
 from aisp_local.types import Prompt
@@ -39,6 +39,35 @@ _MARK = re.compile(r"(?<![\w.])(10|[1-9](?:\.\d+)?)(?![\w]|\.\d)")
 
 class _Retry(Exception):
     """A failure that another attempt may not have."""
+
+
+class _Left:
+    """Whether the caller has left, and what it must shut then: a thread that reads notices nothing else."""
+
+    def __init__(self) -> None:
+        self.lock, self.event = threading.Lock(), threading.Event()
+        self.problem = ""  # what cost a response its score
+        self._open: set[socket.socket] = set()
+
+    @property
+    def gone(self) -> bool:
+        return self.event.is_set()
+
+    def opened(self, sock: socket.socket) -> None:
+        with self.lock:
+            self._open.add(sock)
+        if self.gone:
+            _shut(sock)
+
+    def closed(self, sock: socket.socket | None) -> None:
+        with self.lock:
+            self._open -= {sock}
+
+    def go(self) -> None:
+        self.event.set()
+        with self.lock:
+            for sock in self._open:
+                _shut(sock)
 
 
 class ServerReward:
@@ -116,16 +145,50 @@ class ServerReward:
             )
 
     def score(self, prompt: Prompt, responses: Sequence[str]) -> npt.NDArray[np.float32]:
-        """Scores [n]. Raises ScoreError when the server fails and ``on_failure`` is ``stop``."""
-        question = prompt_text(prompt)
-        if self._parallel == 1 or len(responses) < 2:
-            found = [self._one(question, response) for response in responses]
-        else:
-            with ThreadPoolExecutor(min(self._parallel, len(responses)), "aisp-local-server") as pool:
-                found = list(pool.map(lambda response: self._one(question, response), responses))
-        return np.array(found, np.float32)
+        """Scores [n]. Raises ScoreError when the server fails and ``on_failure`` is ``stop``.
 
-    def _one(self, question: str, response: str) -> float:
+        AbandonedError within a tenth of a second once the caller's interruption is true, whatever the server does.
+        """
+        question, over, done = prompt_text(prompt), interruption(), queue.SimpleQueue[tuple[int, Any]]()
+        asked, left = iter(enumerate(responses)), _Left()
+
+        def work() -> None:
+            while not left.gone:
+                with left.lock:
+                    i, response = next(asked, (-1, ""))
+                if i < 0:
+                    return
+                try:
+                    done.put((i, self._one(question, response, left)))
+                except BaseException as error:  # for the thread that waits
+                    done.put((i, error))
+
+        found = np.zeros(len(responses), np.float32)
+        try:
+            # Daemons: one that hangs where nothing can end it (in a look-up of a name) must not keep the program.
+            for _ in range(min(self._parallel, len(responses))):
+                threading.Thread(target=work, name="aisp-local-server", daemon=True).start()
+            for _ in responses:
+                i, value = self._next(done, over)
+                if isinstance(value, BaseException):
+                    raise value
+                found[i] = value
+                if left.problem and not self._warned:
+                    self._warned = True
+                    warnings.warn(f"{left.problem}; responses that it fails on get the worst score", stacklevel=2)
+        finally:
+            left.go()
+        return found
+
+    def _next(self, done: queue.SimpleQueue[tuple[int, Any]], over: Callable[[], bool]) -> tuple[int, Any]:
+        while True:
+            try:
+                return done.get(timeout=POLL)
+            except queue.Empty:
+                if over():
+                    raise AbandonedError(f"{self.name} was still asked when the search was interrupted") from None
+
+    def _one(self, question: str, response: str, left: _Left) -> float:
         fields = {"prompt": clean(question), "response": clean(response)}
         # In one pass, so that a response with {prompt} in it stays as it is.
         text = _FIELD.sub(lambda match: fields[match[1]], self._prompt)
@@ -133,9 +196,11 @@ class ServerReward:
         problem = ""
         for attempt in range(self._retries + 1):
             if attempt:
-                time.sleep(_BACKOFF * 2 ** (attempt - 1))
+                left.event.wait(_BACKOFF * 2 ** (attempt - 1))
+            if left.gone:
+                raise AbandonedError("nobody waits for the answer")
             try:
-                return self._marked(_json(self._post(body)))
+                return self._marked(_json(self._post(body, left)))
             except _Retry as error:
                 problem = str(error)
             except ScoreError as error:
@@ -144,9 +209,7 @@ class ServerReward:
         sentence = f"the server {self._host}:{self._port} {problem}"
         if self._on_failure == "stop":
             raise ScoreError(f'{sentence}; check it, or set on_failure = "worst"')
-        if not self._warned:
-            self._warned = True
-            warnings.warn(f"{sentence}; responses that it fails on get the worst score", stacklevel=2)
+        left.problem = sentence
         return _WORST[self._scale]
 
     def _request(self, text: str) -> dict[str, Any]:
@@ -162,7 +225,7 @@ class ServerReward:
             request |= {"logprobs": True, "top_logprobs": 20}
         return request
 
-    def _post(self, body: bytes) -> bytes:
+    def _post(self, body: bytes, left: _Left) -> bytes:
         """The body of the answer. Raises _Retry, or ScoreError for what would fail again."""
         kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
         connection = kind(self._host, self._port, timeout=self._timeout)
@@ -172,9 +235,7 @@ class ServerReward:
         def expire() -> None:
             """A socket's own time-out begins anew with every byte."""
             late.set()
-            if sock is not None:
-                with suppress(OSError):
-                    sock.shutdown(socket.SHUT_RDWR)
+            _shut(sock)
 
         timer = threading.Timer(self._timeout, expire)
         timer.daemon = True
@@ -182,6 +243,7 @@ class ServerReward:
         try:
             connection.connect()
             sock = connection.sock
+            left.opened(sock)
             peer = sock.getpeername()[0]
             if not self._allow_remote and not _is_loopback(peer):
                 raise ScoreError(f"is at {peer}, another machine, and allow_remote is not set")
@@ -199,6 +261,7 @@ class ServerReward:
             raise _Retry(f"cannot be used ({said})") from error
         finally:
             timer.cancel()
+            left.closed(sock)
             connection.close()
         if len(data) > _LARGEST:
             raise ScoreError(f"sent more than {_LARGEST >> 20} MiB")
@@ -234,6 +297,12 @@ class ServerReward:
         if word is None:
             raise _Retry(f"said neither yes nor no, but {str(text)[:40]!r}")
         return 0.0 if word[1].lower() == "yes" else -1.0
+
+
+def _shut(sock: socket.socket | None) -> None:
+    if sock is not None:
+        with suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
 
 
 def _json(data: bytes) -> Mapping[str, Any]:
