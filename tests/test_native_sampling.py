@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from aisp_local import shipped
 from aisp_local.engine import LlamaEngine
 from aisp_local.engine.sampling import log_law, pick, picker
-from aisp_local.native import sample_rows
+from aisp_local.errors import DecodeError
+from aisp_local.native import Context, sample_rows
 from aisp_local.native.binding import SAMPLE_SYMBOL
 from aisp_local.seeds import RowSeeds
 from aisp_local.types import Controls, Sampling
@@ -188,8 +189,6 @@ def test_a_row_without_a_law_gives_a_logit_that_shows_it(draw: Draw, sampling: S
 
 @pytest.mark.native
 def test_arguments_without_a_meaning_are_refused() -> None:
-    from aisp_local.errors import DecodeError
-
     with pytest.raises(DecodeError, match="could not sample: llama_sample_rows: invalid arguments"):
         sample_rows(np.zeros((1, 8), np.float32), Sampling(0.0), np.zeros(1), 1)
 
@@ -216,3 +215,24 @@ def test_a_build_without_the_kernel_answers_the_same(monkeypatch: pytest.MonkeyP
     monkeypatch.delattr(llama_cpp, SAMPLE_SYMBOL)
     assert picker(1) is pick
     assert responses() == found
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.8, top_p=0.9)])
+def test_logits_that_are_not_finite_end_the_run(
+    monkeypatch: pytest.MonkeyPatch, sampling: Sampling, kernel: bool
+) -> None:
+    """One NaN among finite logits is enough."""
+    logits = Context.logits
+
+    def damaged(context: Context) -> np.ndarray:
+        found = logits(context).copy()
+        found[1, 700] = np.nan
+        return found
+
+    if not kernel:
+        monkeypatch.delattr(llama_cpp, SAMPLE_SYMBOL)
+    monkeypatch.setattr(Context, "logits", damaged)
+    with LlamaEngine(shipped.model()) as engine, pytest.raises(DecodeError, match="not finite at step 1"):
+        engine.rollout("Once upon a time", Controls(3, sampling=sampling), max_tokens=4, seeds=RowSeeds(1))
