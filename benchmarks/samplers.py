@@ -60,7 +60,7 @@ class Loop:
 
     def __init__(self, model: Model, n: int, sampling: Sampling, way: str, steps: int, threads: int) -> None:
         self.llama: Any = binding()
-        self.n, self.sampling, self.way, self.steps, self.threads = n, sampling, way, steps, threads
+        self.n, self.sampling, self.way, self.steps = n, sampling, way, steps
         cells = -(-(PROMPT + n * steps) // 256) * 256
         self.raw = RawLoop(model, rows=n, n_ctx=cells, threads=threads, flash_attention=None)
         self.n_vocab = model.n_vocab
@@ -75,7 +75,7 @@ class Loop:
         if self.way == NUMPY:
             return pick(self.raw.logits(self.n, self.n_vocab), self.sampling, uniforms)
         if self.way == AT_ONCE:
-            return sample_rows(self.raw.logits(self.n, self.n_vocab), self.sampling, uniforms, self.threads)
+            return sample_rows(self.raw.logits(self.n, self.n_vocab), self.sampling, uniforms)
         if self.way == BY_ROW:
             sample = self.llama.llama_sampler_sample
             return np.array([sample(made, context, i) for i, made in enumerate(self.chains)], np.int32)
@@ -159,7 +159,7 @@ def split(engine: LlamaEngine, n: int, steps: int, repeats: int) -> list[list[An
             mock.patch.object(
                 decode,
                 "picker",
-                lambda threads: parts.timed("draw", picker(threads)),  # noqa: B023
+                lambda: parts.timed("draw", picker()),  # noqa: B023
             ),
         ):
             engine.timeline = line

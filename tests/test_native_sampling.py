@@ -23,11 +23,7 @@ Draw = Callable[[np.ndarray, Sampling, np.ndarray], np.ndarray]
 EPSILON = 3e-6  # of a law's mass: what sums of float32 may round
 
 
-def native(logits: np.ndarray, sampling: Sampling, uniforms: np.ndarray) -> np.ndarray:
-    return sample_rows(logits, sampling, uniforms, 1)
-
-
-both = pytest.mark.parametrize("draw", [pick, pytest.param(native, marks=pytest.mark.native)])
+both = pytest.mark.parametrize("draw", [pick, pytest.param(sample_rows, marks=pytest.mark.native)])
 
 
 def rehash(uniform: float) -> float:
@@ -117,11 +113,11 @@ def test_a_token_is_the_definitions_but_for_rounding(draw: Draw, data: st.DataOb
 def test_a_row_depends_on_nothing_but_itself(logits: np.ndarray, sampling: Sampling, seed: int, threads: int) -> None:
     rng = np.random.default_rng(seed)
     uniforms, order = rng.random(len(logits)), rng.permutation(len(logits))
-    tokens = native(logits, sampling, uniforms)
-    np.testing.assert_array_equal(native(logits[order], sampling, uniforms[order]), tokens[order])
+    tokens = sample_rows(logits, sampling, uniforms)
+    np.testing.assert_array_equal(sample_rows(logits[order], sampling, uniforms[order]), tokens[order])
     np.testing.assert_array_equal(sample_rows(logits, sampling, uniforms, threads), tokens)
     for row in range(len(logits)):
-        assert native(logits[row : row + 1], sampling, uniforms[row : row + 1])[0] == tokens[row]
+        assert sample_rows(logits[row : row + 1], sampling, uniforms[row : row + 1])[0] == tokens[row]
 
 
 @pytest.mark.native
@@ -132,7 +128,7 @@ def test_both_ways_draw_the_same_tokens_of_a_vocabulary() -> None:
     for temperature in (0.7, 1.0, 1.5):
         for sampling in (Sampling(temperature), Sampling(temperature, top_p=0.9), Sampling(temperature, min_p=0.02)):
             uniforms = rng.random(60)
-            np.testing.assert_array_equal(native(logits, sampling, uniforms), pick(logits, sampling, uniforms))
+            np.testing.assert_array_equal(sample_rows(logits, sampling, uniforms), pick(logits, sampling, uniforms))
 
 
 def peaked(size: int) -> np.ndarray:
@@ -190,14 +186,14 @@ def test_a_row_without_a_law_gives_a_logit_that_shows_it(draw: Draw, sampling: S
 @pytest.mark.native
 def test_arguments_without_a_meaning_are_refused() -> None:
     with pytest.raises(DecodeError, match="could not sample: llama_sample_rows: invalid arguments"):
-        sample_rows(np.zeros((1, 8), np.float32), Sampling(0.0), np.zeros(1), 1)
+        sample_rows(np.zeros((1, 8), np.float32), Sampling(0.0), np.zeros(1))
 
 
 @pytest.mark.native
 def test_greedily_and_with_top_k_numpy_goes_on() -> None:
     logits, uniforms = np.stack([peaked(900), peaked(900)[::-1]]), np.array([0.2, 0.7])
     for sampling in (Sampling(), Sampling(0.9, top_k=40), Sampling(0.9, top_k=40, top_p=0.8)):
-        np.testing.assert_array_equal(picker(2)(logits, sampling, uniforms), pick(logits, sampling, uniforms))
+        np.testing.assert_array_equal(picker()(logits, sampling, uniforms), pick(logits, sampling, uniforms))
 
 
 @pytest.mark.native
@@ -213,7 +209,7 @@ def test_a_build_without_the_kernel_answers_the_same(monkeypatch: pytest.MonkeyP
     found = responses()
     assert calls
     monkeypatch.delattr(llama_cpp, SAMPLE_SYMBOL)
-    assert picker(1) is pick
+    assert picker() is pick
     assert responses() == found
 
 

@@ -99,7 +99,7 @@ class Decoder:
         timeline: Timeline,
     ) -> None:
         self._model, self._context, self._head, self._feed = model, context, head, feed
-        self._pick = picker(context.n_threads)
+        self._pick = picker()
         self._first, self._max_tokens = first, max_tokens
         self._open_prompt, self._close_prompt = open_prompt, close_prompt
         self._timeline = timeline

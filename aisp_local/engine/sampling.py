@@ -25,7 +25,7 @@ Pick = Callable[[FloatArray, Sampling, npt.NDArray[np.float64]], npt.NDArray[np.
 """Tokens [k] from logits [k, V] and uniforms [k] in [0, 1)."""
 
 
-def picker(threads: int) -> Pick:
+def picker() -> Pick:
     """``pick``, with llama.cpp's kernel for what it can do if this build has it; tokens differ by rounding only."""
     if not can_sample_rows():
         return pick
@@ -34,7 +34,7 @@ def picker(threads: int) -> Pick:
         # The largest value of a row takes numpy as long as its bytes take to be read.
         if sampling.greedy or sampling.top_k:
             return pick(logits, sampling, uniforms)
-        return sample_rows(logits, sampling, uniforms, threads)
+        return sample_rows(logits, sampling, uniforms)
 
     return choose
 

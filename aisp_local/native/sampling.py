@@ -21,11 +21,12 @@ def can_sample_rows() -> bool:
 
 
 def sample_rows(
-    logits: FloatArray, sampling: Sampling, uniforms: npt.NDArray[np.float64], threads: int
+    logits: FloatArray, sampling: Sampling, uniforms: npt.NDArray[np.float64], threads: int = 1
 ) -> npt.NDArray[np.int32]:
     """Tokens [k] from logits [k, V] and uniforms [k] in [0, 1), as engine.sampling.pick has it.
 
-    Not greedily and without top-k. Raises DecodeError where llama.cpp refuses.
+    Not greedily and without top-k. More ``threads`` than one gain a hundredth of a step where cores are idle, and where
+    they are not they wait for each other, for milliseconds. Raises DecodeError where llama.cpp refuses.
     """
     logits = np.ascontiguousarray(logits, np.float32)
     uniforms = np.ascontiguousarray(uniforms, np.float64)
