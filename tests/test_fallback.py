@@ -96,7 +96,7 @@ def test_an_error_inside_the_callback_comes_out(monkeypatch: pytest.MonkeyPatch)
 
 def as_stock(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     """The binding as if it had neither been patched nor imported."""
-    for name in binding.SYMBOLS:
+    for name in (*binding.SYMBOLS, binding.SAMPLE_SYMBOL):
         monkeypatch.delattr(llama_cpp, name)
     monkeypatch.setattr(llama_cpp, "__version__", version)
     monkeypatch.setattr(binding, "_llama", None)
@@ -127,7 +127,7 @@ def test_a_build_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_command_line_says_it_in_one_line() -> None:
     code = (
         "import llama_cpp; from aisp_local.native import binding\n"
-        "for name in binding.SYMBOLS: delattr(llama_cpp, name)\n"
+        "for name in (*binding.SYMBOLS, binding.SAMPLE_SYMBOL): delattr(llama_cpp, name)\n"
         "from aisp_local.cli.main import main\n"
         "main(['generate', 'Hello', '--budget', '4', '--max-tokens', '4'])"
     )

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from aisp_local.engine.base import Feed, Job, Want
 from aisp_local.engine.head import OutputHead
-from aisp_local.engine.sampling import log_law, log_softmax, pick
+from aisp_local.engine.sampling import log_law, log_softmax, picker
 from aisp_local.errors import DecodeError
 from aisp_local.native import Context, Model
 from aisp_local.timeline import Timeline
@@ -99,6 +99,7 @@ class Decoder:
         timeline: Timeline,
     ) -> None:
         self._model, self._context, self._head, self._feed = model, context, head, feed
+        self._pick = picker()
         self._first, self._max_tokens = first, max_tokens
         self._open_prompt, self._close_prompt = open_prompt, close_prompt
         self._timeline = timeline
@@ -247,10 +248,10 @@ class Decoder:
 
     def _sample(self, logits: FloatArray, column: _Column, uniforms: npt.NDArray[np.float64]) -> Tokens:
         if len(column.samplings) == 1:
-            return pick(logits, column.samplings[0][0], uniforms)
+            return self._pick(logits, column.samplings[0][0], uniforms)
         tokens = np.zeros(len(column.rows), np.int32)
         for sampling, mine in column.samplings:
-            tokens[mine] = pick(logits[mine], sampling, uniforms[mine])
+            tokens[mine] = self._pick(logits[mine], sampling, uniforms[mine])
         return tokens
 
     def _found_stop(self, stops: list[bytes], row: int, token: int) -> bool:

@@ -7,9 +7,12 @@ samples depends on its own numbers only, never on its batch-mates. Rows are take
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 
+from aisp_local.native import can_sample_rows, sample_rows
 from aisp_local.types import FloatArray, Sampling
 
 _FIRST_CANDIDATES = 256
@@ -18,9 +21,29 @@ _TRIES = 8
 _BLOCK = 64  # of weights that are summed before any of them is looked at
 _CACHED = 2**17  # logits that are worked on at a time
 
+Pick = Callable[[FloatArray, Sampling, npt.NDArray[np.float64]], npt.NDArray[np.int32]]
+"""Tokens [k] from logits [k, V] and uniforms [k] in [0, 1)."""
+
+
+def picker() -> Pick:
+    """``pick``, with llama.cpp's kernel for what it can do if this build has it; tokens differ by rounding only."""
+    if not can_sample_rows():
+        return pick
+
+    def choose(logits: FloatArray, sampling: Sampling, uniforms: npt.NDArray[np.float64]) -> npt.NDArray[np.int32]:
+        # The largest value of a row takes numpy as long as its bytes take to be read.
+        if sampling.greedy or sampling.top_k:
+            return pick(logits, sampling, uniforms)
+        return sample_rows(logits, sampling, uniforms)
+
+    return choose
+
 
 def pick(logits: FloatArray, sampling: Sampling, uniforms: npt.NDArray[np.float64]) -> npt.NDArray[np.int32]:
-    """Tokens [k] from logits [k, V] and uniforms [k] in [0, 1)."""
+    """Tokens [k] from logits [k, V] and uniforms [k] in [0, 1).
+
+    A row without a law (NaN or infinity among its logits, or nothing above -infinity) gets the token of such a logit.
+    """
     if sampling.greedy:
         return np.asarray(logits.argmax(axis=1), np.int32)
     k, size = logits.shape
@@ -32,6 +55,12 @@ def pick(logits: FloatArray, sampling: Sampling, uniforms: npt.NDArray[np.float6
 
 
 def _pick(logits: FloatArray, sampling: Sampling, uniforms: npt.NDArray[np.float64]) -> npt.NDArray[np.int32]:
+    lawful = np.isfinite(logits.max(axis=1))
+    if not lawful.all():
+        tokens = np.asarray(logits.argmax(axis=1), np.int32)
+        if lawful.any():
+            tokens[lawful] = _pick(logits[lawful], sampling, uniforms[lawful])
+        return tokens
     if sampling.top_k == 0 and sampling.top_p == 1.0 and sampling.min_p == 0.0:
         return _invert(_tempered(logits, sampling.temperature), uniforms).astype(np.int32)
     if not sampling.top_k:
@@ -98,10 +127,9 @@ def _accept(logits: FloatArray, sampling: Sampling, uniforms: npt.NDArray[np.flo
     for _ in range(_TRIES):
         tokens[left] = drawn = _invert(law, u)
         weight = weights[np.arange(len(left)), drawn]
-        refused = ~_kept(weights, drawn, weight, limit)
-        if sampling.min_p:
-            refused |= weight < sampling.min_p
-        refused &= weight < 1.0  # the likeliest token always stays
+        refused = weight < sampling.min_p
+        if sampling.top_p < 1.0:
+            refused |= ~_kept(weights, drawn, weight, limit)
         if not refused.any():
             return tokens
         left, limit, law, weights = left[refused], limit[refused], law[refused], weights[refused]

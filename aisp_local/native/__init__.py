@@ -4,6 +4,7 @@ from aisp_local.native.binding import FallbackWarning, versions
 from aisp_local.native.context import MAX_SEQUENCES, MAX_THREADS, Context
 from aisp_local.native.control import ControlKind
 from aisp_local.native.model import Model, check_model_file
+from aisp_local.native.sampling import can_sample_rows, sample_rows
 
 __all__ = [
     "MAX_SEQUENCES",
@@ -12,6 +13,8 @@ __all__ = [
     "ControlKind",
     "FallbackWarning",
     "Model",
+    "can_sample_rows",
     "check_model_file",
+    "sample_rows",
     "versions",
 ]

@@ -25,6 +25,7 @@ SYMBOLS = (
     "llama_set_prelogits",
     "llama_model_get_output_rows",
 )
+SAMPLE_SYMBOL = "llama_sample_rows"  # a build can do without it
 OLDEST_STOCK = (0, 3, 30)
 
 _lock = threading.Lock()
