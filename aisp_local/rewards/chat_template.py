@@ -17,7 +17,7 @@ from aisp_local.types import Message
 
 # Templates may write a date; a fixed one, or scores would change from day to day. It is the one that Llama 3's
 # templates write by themselves.
-_NOW = datetime(2024, 7, 26)
+NOW = datetime(2024, 7, 26)
 # Work that a template may do; see metered_jinja. A text that grows turn by turn costs its length at every turn.
 _WORK, _MOST_WORK = 1 << 26, 1 << 30
 _WORK_PER_CHARACTER, _WORK_PER_TURN = 1024, 1 << 18
@@ -72,7 +72,7 @@ class ChatTemplate:
     def _compile(self) -> tuple[MeteredEnvironment, Any]:
         environment = MeteredEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
         environment.filters["tojson"] = environment.metered("tojson", _tojson)
-        environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _NOW.strftime}
+        environment.globals |= {"raise_exception": _raise_exception, "strftime_now": NOW.strftime}
         try:
             tree = environment.parse(self._source)
             named = meta.find_undeclared_variables(tree)

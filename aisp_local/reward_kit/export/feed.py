@@ -9,12 +9,13 @@ from typing import Any, Literal
 from aisp_local.errors import InputError, RewardError
 from aisp_local.reward_kit.export.quiet import quiet
 from aisp_local.reward_kit.export.source import Source
+from aisp_local.rewards.chat_template import NOW
 from aisp_local.rewards.manifest import Kind, Manifest
 
 # Where neither the tokenizer nor --max-length says less: prompt and response of a few pages.
 _LONGEST = 4096
-# Llama 3's templates write today's date unless they are told one; this is what they write without a clock.
-DATE = "26 Jul 2024"
+DATE = NOW.strftime("%d %b %Y")
+"""What Llama 3's templates write without a clock."""
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "cls_token", "sep_token")
 
 
@@ -75,7 +76,9 @@ class Feed:
         """Ids and token types as transformers itself makes them, of any length."""
         if self.kind == "chat":
             turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-            more = {"date_string": DATE} if "date_string" in (self.template or "") else {}
+            # What the templates would take from a clock.
+            clock = {"date_string": DATE, "strftime_now": NOW.strftime}
+            more = {key: value for key, value in clock.items() if key in (self.template or "")}
             ids = list(self.tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True, **more)["input_ids"])
             return ids, [0] * len(ids)
         texts = (prompt, response) if self.kind == "pair" else (response,)
