@@ -30,10 +30,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
-import onnx  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from onnx import numpy_helper  # noqa: E402
 
 from aisp_local.rewards import OnnxReward  # noqa: E402
 
@@ -55,6 +51,9 @@ PARTS = {
 
 def weights(path: Path) -> dict[str, np.ndarray]:
     """The float32 weights of the shipped file, by name; matrices [in, out]."""
+    import onnx
+    from onnx import numpy_helper
+
     stored = {t.name: numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
     found = {name: array for name, array in stored.items() if not name.endswith((".int8", ".scale"))}
     for name, array in stored.items():
@@ -68,6 +67,9 @@ class TorchReward:
     """The reward in transformers: BertModel, mean over the tokens, the head."""
 
     def __init__(self, w: dict[str, np.ndarray], tokenizer: Path, max_length: int) -> None:
+        import torch
+        import transformers
+
         layers = sum(name.endswith(".up.weight") for name in w)
         config = transformers.BertConfig(
             vocab_size=len(w["words"]),
@@ -100,8 +102,9 @@ class TorchReward:
         )
         self.max_length = max_length
 
-    @torch.inference_mode()
     def score(self, prompt: str, responses: Sequence[str]) -> np.ndarray:
+        import torch
+
         batch = self.tokenizer(
             [prompt] * len(responses),
             list(responses),
@@ -110,10 +113,11 @@ class TorchReward:
             max_length=self.max_length,
             return_tensors="pt",
         )
-        hidden = self.model(**batch).last_hidden_state
-        mask = batch["attention_mask"][:, :, None].float()
-        pooled = (hidden * mask).sum(1) / mask.sum(1)
-        return (torch.tanh(pooled @ self.dense[0] + self.dense[1]) @ self.last[0] + self.last[1])[:, 0].numpy()
+        with torch.inference_mode():
+            hidden = self.model(**batch).last_hidden_state
+            mask = batch["attention_mask"][:, :, None].float()
+            pooled = (hidden * mask).sum(1) / mask.sum(1)
+            return (torch.tanh(pooled @ self.dense[0] + self.dense[1]) @ self.last[0] + self.last[1])[:, 0].numpy()
 
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -121,6 +125,9 @@ INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 def float32_folder(into: Path) -> Path:
     """The shipped reward with its weights stored as float32: the same graph without the steps that widen them."""
+    import onnx
+    from onnx import numpy_helper
+
     model = onnx.load(FOLDER / "model.onnx")
     stored = {t.name: t for t in model.graph.initializer}
     kept = [t for t in model.graph.initializer if not t.name.endswith((".int8", ".scale"))]
@@ -224,6 +231,11 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--lengths", type=int, nargs="+", default=[32, 64, 128, 256])
     options = parser.parse_args()
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        parser.error(f"{error}; install it with: pip install torch transformers onnx")
     chosen = options.only or ["shipped", "float32", "mixed"]
     shipped = OnnxReward.load(FOLDER, providers=["CPUExecutionProvider"])
     theirs = TorchReward(weights(FOLDER / "model.onnx"), FOLDER / "tokenizer.json", shipped.manifest.max_length)
