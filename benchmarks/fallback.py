@@ -64,7 +64,7 @@ def measure(name: str, path: Path, n: int, stock: Path, options: argparse.Namesp
     def seconds(side: str) -> float:
         places = [str(stock)] if side == "stock" else []
         places += [os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else []
-        command = [sys.executable, "-c", CHILD, str(path), *SIDES[side]]
+        command = [sys.executable, "-W", "ignore", "-c", CHILD, str(path), *SIDES[side]]
         command += map(str, (n, options.steps, options.threads))
         env = os.environ | {"PYTHONPATH": os.pathsep.join(places)}
         out = subprocess.run(command, env=env, stdout=subprocess.PIPE, check=True).stdout

@@ -1,4 +1,4 @@
-"""Threads, how long they spin, and attention by the patched kernel or written out: what the engine's defaults are chosen by.
+"""Threads, how long they spin, and attention gathered or written out: what the engine's defaults are chosen by.
 
     python benchmarks/threads.py [--rows 16] [--repeats 5] [--only threads attention] [--models 3M 134M]
 
