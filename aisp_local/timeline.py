@@ -56,6 +56,16 @@ class Timeline:
             totals[span.name] = totals.get(span.name, 0.0) + (span.end - span.begin) / 1e9
         return totals
 
+    def overlap(self, name: str, other: str) -> float:
+        """Seconds of the work ``name`` during which some of the work ``other`` ran, in another thread."""
+        return sum(
+            max(0, min(a.end, b.end) - max(a.begin, b.begin)) / 1e9
+            for a in self._spans
+            if a.name == name
+            for b in self._spans
+            if b.name == other and b.thread is not a.thread
+        )
+
     def events(self) -> list[dict[str, Any]]:
         """In the trace event format: the names of process and threads, then complete events, times in microseconds."""
         spans = sorted(self._spans, key=lambda span: (span.begin, -span.end))

@@ -1,6 +1,6 @@
-"""Threads, how long they spin, and the attention kernel: what the engine's defaults are chosen by.
+"""Threads, how long they spin, and attention gathered or written out: what the engine's defaults are chosen by.
 
-    python benchmarks/threads.py [--rows 16] [--repeats 5] [--only threads attention]
+    python benchmarks/threads.py [--rows 16] [--repeats 5] [--only threads attention] [--models 3M 134M]
 
 On the shipped model and on that of `bench speed` with 134 million parameters. Each setting runs in a process of its own
 (an OpenMP runtime reads its environment once), all of them in turn, over and over; printed are tokens a second, medians
@@ -92,9 +92,10 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", nargs="*", default=["threads", "attention"], choices=["threads", "attention"])
+    parser.add_argument("--models", nargs="+", default=["3M", "134M"], choices=["3M", "134M"])
     options = parser.parse_args()
-    small, large = shipped.model(), synthetic.cached(synthetic.Shape())
-    models = {"3M": small, "134M": large}
+    paths = {"3M": shipped.model, "134M": lambda: synthetic.cached(synthetic.Shape())}
+    models = {name: paths[name]() for name in options.models}
     cores, results = available_cores(), {}
     if "threads" in options.only:
         spin = {"GNU's own": {}, "0": {"GOMP_SPINCOUNT": "0"}, "3000": {"GOMP_SPINCOUNT": "3000"}}
@@ -112,8 +113,13 @@ def main() -> int:
         }
         results["threads"] = table(f"{options.rows} rollouts, tokens/s", settings, columns, options.repeats)
     if "attention" in options.only:
-        columns = {f"{name}, {n}": {"path": path, "n": n} for name, path in models.items() for n in (1, 4, 16, 32)}
-        settings = {f"flash attention {flash}": {"flash": flash} for flash in ("on", "off", "default")}
+        columns = {f"{name}, {n}": {"path": path, "n": n} for name, path in models.items() for n in (1, 8, 32, 64)}
+        names = {
+            "on": "gathered cells (flash attention, patch 9)",
+            "off": "written out",
+            "default": "llama.cpp's choice",
+        }
+        settings = {name: {"flash": flash} for flash, name in names.items()}
         results["attention"] = table("model, rollouts; tokens/s", settings, columns, options.repeats)
     print(json.dumps(results))
     return 0

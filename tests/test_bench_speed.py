@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from aisp_local.bench import speed
+from aisp_local.bench.tables import paired, ratio
 from aisp_local.cli.main import main
 
 pytestmark = pytest.mark.native
@@ -23,16 +24,20 @@ def test_every_item_on_the_shipped_model(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout.strip().splitlines()[-1])
     names = [table["name"] for table in found["tables"]]
-    assert names[0] == "ceiling"  # before anything is compared with it
-    assert set(names) == {"ceiling", "raw", "methods", "timeline", "peers", "memory"}
+    assert names[0] == "reached"  # before anything is compared with it
+    assert set(names) == {"reached", "raw", "methods", "timeline", "many", "peers", "memory"}
     by = {table["name"]: table["rows"] for table in found["tables"]}
     assert [row[0] for row in by["raw"]] == [1, 1, 8, 8]
     assert all(row[2] > 0 and row[3] > 0 for row in by["raw"])
     assert by["methods"][0][0] == "best-of-n" and by["methods"][0][2].startswith("1.000")
-    assert abs(by["memory"][0][3] - 1) < 0.5  # a few megabytes here: allocators round
+    many = by["many"]
+    assert [row[1] for row in many] == [4, 8, 8, 4]
+    assert all(row[2] > 0 and 0 < float(row[4].rstrip("%")) <= 100 for row in many)
+    assert many[0][3].startswith("1.000")
+    assert abs(by["memory"][0][4] - 1) < 0.5  # a few megabytes here: allocators round
     assert "sha256 of storyteller.gguf" in found["machine"]
     text = report.read_text(encoding="utf-8")
-    assert text.startswith("# Results\n\nBy hand.\n") and "### Ceiling" in text
+    assert text.startswith("# Results\n\nBy hand.\n") and "### Reached here" in text
     assert list(tmp_path.iterdir()) == [report]
 
 
@@ -52,10 +57,10 @@ def test_pairs_run_in_turned_order() -> None:
         order.append(i)
         return float(len(order))
 
-    seconds = speed.paired([lambda: run(0), lambda: run(1)], 3)
+    seconds = paired([lambda: run(0), lambda: run(1)], 3)
     assert order == [1, 0, 0, 1, 1, 0, 0, 1]  # the first round is not counted
     np.testing.assert_array_equal(seconds, [[3, 4], [6, 5], [7, 8]])
-    assert speed.ratio(np.array([2.0, 4.0, 9.0]), np.array([1.0, 2.0, 3.0])) == [2.0, 2.0, 2.5]
+    assert ratio(np.array([2.0, 4.0, 9.0]), np.array([1.0, 2.0, 3.0])) == [2.0, 2.0, 2.5]
 
 
 @pytest.mark.parametrize(

@@ -224,16 +224,6 @@ def test_an_export_needs_no_network(
     assert read_manifest(tmp_path / "out").kind == "text"
 
 
-@needs_torch
-def test_a_template_with_todays_date_gets_a_fixed_one(models: Callable[[str], Path], tmp_path: Path) -> None:
-    folder = models("Qwen2")
-    path = folder / "chat_template.jinja"
-    path.write_text("{{ 'Today is ' + strftime_now('%d %b %Y') + '.' }}" + path.read_text())
-    export_reward(folder, tmp_path / "out")  # which compares the tokens with those of transformers
-    reward = OnnxReward.load(tmp_path / "out")
-    assert "26 Jul 2024" in reward.tokenizer.decode(reward.token_ids("Hi", "Hello"))
-
-
 def command(*arguments: str | Path) -> Result:
     return CliRunner().invoke(main, ["reward", "export", *map(str, arguments)])
 

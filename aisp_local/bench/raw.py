@@ -20,23 +20,25 @@ Tokens = npt.NDArray[np.int32]
 class RawLoop:
     """Rows that replay rollouts, in a context with the settings of the engine that it is compared to."""
 
-    def __init__(self, model: Model, *, rows: int, n_ctx: int, threads: int, flash_attention: bool | None) -> None:
+    def __init__(
+        self, model: Model, *, rows: int, n_ctx: int, threads: int, flash_attention: bool | None, batch: int = 512
+    ) -> None:
         self._llama: Any = binding()
         params = self._llama.llama_context_default_params()
         params.n_ctx, params.n_seq_max, params.kv_unified = n_ctx, rows + 1, True
-        params.n_batch = params.n_ubatch = 512
+        params.n_batch = params.n_ubatch = self._size = batch
         params.n_threads = params.n_threads_batch = threads
         if flash_attention is not None:
             params.flash_attn_type = int(flash_attention)
         self.context = self._llama.llama_init_from_model(model.pointer, params)
         self._memory = self._llama.llama_get_memory(self.context)
-        self._batch = self._llama.llama_batch_init(512, 0, 1)
+        self._batch = self._llama.llama_batch_init(batch, 0, 1)
         view = np.ctypeslib.as_array
-        self._token, self._pos = view(self._batch.token, (512,)), view(self._batch.pos, (512,))
-        self._logits = view(self._batch.logits, (512,))
-        view(self._batch.n_seq_id, (512,))[:] = 1
+        self._token, self._pos = view(self._batch.token, (batch,)), view(self._batch.pos, (batch,))
+        self._logits = view(self._batch.logits, (batch,))
+        view(self._batch.n_seq_id, (batch,))[:] = 1
         pointers = ctypes.cast(self._batch.seq_id, ctypes.POINTER(ctypes.c_void_p))
-        self._sequence = [view(ctypes.cast(pointers[i], ctypes.POINTER(ctypes.c_int32)), (1,)) for i in range(512)]
+        self._sequence = [view(ctypes.cast(pointers[i], ctypes.POINTER(ctypes.c_int32)), (1,)) for i in range(batch)]
 
     def _decode(self, tokens: Any, positions: Any, sequences: Sequence[int], output: bool) -> None:
         n = len(tokens)
@@ -50,8 +52,8 @@ class RawLoop:
     def start(self, prompt: Tokens, rows: int) -> None:
         """A prompt, and rows 0 to ``rows`` - 1 after it."""
         self._llama.llama_memory_clear(self._memory, False)
-        for start in range(0, len(prompt), 512):
-            part = prompt[start : start + 512]
+        for start in range(0, len(prompt), self._size):
+            part = prompt[start : start + self._size]
             self._decode(part, np.arange(start, start + len(part)), [0] * len(part), False)
         self._llama.llama_synchronize(self.context)
         for row in range(rows):
@@ -67,7 +69,7 @@ class RawLoop:
         return np.ctypeslib.as_array(ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float)), shape=(rows, size))
 
     def prefill(self, tokens: Tokens) -> float:
-        """Seconds for a batch of at most 512 tokens of one sequence, without logits."""
+        """Seconds for a batch of tokens of one sequence, at most ``batch`` of them, without logits."""
         self._llama.llama_memory_clear(self._memory, False)
         begin = time.perf_counter()
         self._decode(tokens, np.arange(len(tokens)), [0] * len(tokens), False)

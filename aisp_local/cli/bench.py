@@ -14,7 +14,7 @@ def bench() -> None:
 
 @bench.command()
 @click.option("-m", "--model", type=click.Path(path_type=Path), multiple=True, help="A GGUF model as well.")
-@click.option("--only", multiple=True, help="raw, methods, peers, growth or memory. Default: all of them.")
+@click.option("--only", multiple=True, help="raw, methods, many, peers, growth or memory. Default: all.")
 @click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="Pairs a ratio is the median of.")
 @click.option("--quick", is_flag=True, help="Small sizes and the shipped model alone: does it run?")
 @click.option("--report", type=click.Path(path_type=Path), help="Also write the tables into this Markdown file.")

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from aisp_local.controllers.weights import effective_sample_size, log_weights, normalise
+from aisp_local.controllers.weights import effective_sample_size, length, log_weights, normalise
 from aisp_local.errors import InputError
 from aisp_local.seeds import RowSeeds
 from aisp_local.types import ControllerInfo, Controls, FloatArray, Rollouts, Sampling
@@ -110,6 +110,6 @@ class Aisp:
         self._u = np.where(by_step.max(axis=0)[:, None] > 0, mean.astype(np.float32), self._u)
         return ControllerInfo(
             ess=effective_sample_size(normalise(log_w)),
-            control_norm=float(np.linalg.norm(self._u.astype(np.float64))),
+            control_norm=length(self._u),
             lambda_=self._lambda,
         )

@@ -11,6 +11,7 @@ from aisp_local.controllers.weights import (
     effective_sample_size,
     importance_weights,
     lambda_for_ess,
+    length,
 )
 from aisp_local.errors import InputError
 from aisp_local.seeds import RowSeeds
@@ -77,6 +78,5 @@ class AispHeld:
         if lambda_ is not None:
             weights = importance_weights(rewards, lambda_)
             ess = effective_sample_size(weights)
-            self._u = (weights @ v.astype(np.float64)).astype(np.float32)
-        norm = float(np.linalg.norm(self._u.astype(np.float64)))
-        return ControllerInfo(ess=ess, control_norm=norm, lambda_=lambda_)
+            self._u = np.einsum("n,nd->d", weights, v, dtype=np.float64).astype(np.float32)
+        return ControllerInfo(ess=ess, control_norm=length(self._u), lambda_=lambda_)

@@ -76,9 +76,7 @@ class Feed:
         """Ids and token types as transformers itself makes them, of any length."""
         if self.kind == "chat":
             turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-            # What the templates would take from a clock.
-            clock = {"date_string": DATE, "strftime_now": NOW.strftime}
-            more = {key: value for key, value in clock.items() if key in (self.template or "")}
+            more = {"date_string": DATE} if "date_string" in (self.template or "") else {}
             ids = list(self.tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True, **more)["input_ids"])
             return ids, [0] * len(ids)
         texts = (prompt, response) if self.kind == "pair" else (response,)
