@@ -2,7 +2,7 @@
 
     python benchmarks/judge.py [REWARD [JUDGE]] [--prompts 24] [--budgets 4 16 64 256] [--strong 512] [--markdown]
 
-REWARD and JUDGE are folders, TOML files or names; by default the shipped reward and judge.toml beside this file.
+REWARD and JUDGE are folders, TOML files or names; by default the shipped reward and the shipped judge.
 Three parts, on prompts that no training saw:
 
 1. How far the two agree on responses of the base model to one prompt.
@@ -274,7 +274,7 @@ def report(found: Mapping[str, Any], markdown: bool) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("reward", nargs="?", help="default: the shipped one")
-    parser.add_argument("judge", nargs="?", default=str(HERE / "judge.toml"), help="default: judge.toml")
+    parser.add_argument("judge", nargs="?", default="judge", help="default: the shipped judge")
     parser.add_argument("--prompts", type=int, default=24)
     parser.add_argument("--rollouts", type=int, default=64, help="of the base model a prompt, for agreement and scale")
     parser.add_argument("--budgets", type=int, nargs="+", default=[4, 16, 64, 256], help="rollouts of both searches")

@@ -77,7 +77,7 @@ def test_the_command(judge: Any, tmp_path: Path, capsys: pytest.CaptureFixture[s
     judge.main([str(reward), *small, "--rows", "8", "--markdown", "--json", str(tmp_path / "found.json")])
     shown = capsys.readouterr().out
     found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
-    assert found["reward"] == "names" and found["judge"] == "plain-text" and found["prompts"] == 2
+    assert found["reward"] == "names" and found["judge"] == "story-judge" and found["prompts"] == 2
     assert "| method | rollouts |" in shown and "| aisp-held | 16 |" in shown
     assert np.isfinite([row["reward"] for row in found["curve"]]).all()
     with pytest.raises(SystemExit):
