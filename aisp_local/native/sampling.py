@@ -25,7 +25,7 @@ def sample_rows(
 ) -> npt.NDArray[np.int32]:
     """Tokens [k] from logits [k, V] and uniforms [k] in [0, 1), as engine.sampling.pick has it.
 
-    Not greedily and without top-k. More ``threads`` than one gain a hundredth of a step where cores are idle, and where
+    Not greedily and without top-k. More ``threads`` than one gain a fiftieth of a step where cores are idle, and where
     they are not they wait for each other, for milliseconds. Raises DecodeError where llama.cpp refuses.
     """
     logits = np.ascontiguousarray(logits, np.float32)
