@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from aisp_local import controllers, shipped
-from aisp_local.engine import Engine, LlamaEngine, Want
+from aisp_local.engine import Engine, LlamaEngine
 from aisp_local.errors import AispError, DecodeError, InputError
 from aisp_local.files import check_output
 from aisp_local.loop import Task, search_many
@@ -23,7 +23,7 @@ from aisp_local.rewards.base import Calibrates, call_parts
 from aisp_local.rewards.interruption import AbandonedError, Interruption, interruptible
 from aisp_local.seeds import RowSeeds
 from aisp_local.timeline import OFF, Timeline
-from aisp_local.types import Baseline, Calibration, Controls, Message, Progress, Prompt, Result
+from aisp_local.types import Baseline, Calibration, Controls, Message, Progress, Prompt, Result, Want
 
 EFFORT = {"low": 32, "medium": 128, "high": 512}
 """Rollouts in all, by the name of the effort."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from aisp_local.controllers.base import Controller, Prepares
-from aisp_local.engine.base import Engine, Job, Want
+from aisp_local.engine.base import Engine, Job
 from aisp_local.errors import AispError, CapacityError, InputError, ScoreError
 from aisp_local.rewards.base import Reward
 from aisp_local.scoring import Scorer, Worker
@@ -25,6 +25,7 @@ from aisp_local.types import (
     Prompt,
     Result,
     Rollouts,
+    Want,
 )
 
 _PATIENCE = 4

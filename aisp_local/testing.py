@@ -8,11 +8,11 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from aisp_local.engine.base import Feed, Job, Want
+from aisp_local.engine.base import Feed, Job
 from aisp_local.engine.sampling import log_law, log_softmax, pick
 from aisp_local.rewards.function import CallableReward
 from aisp_local.seeds import RowSeeds
-from aisp_local.types import Controls, FinishReason, Prompt, Rollouts
+from aisp_local.types import Controls, FinishReason, Prompt, Rollouts, Want
 
 __all__ = ["FakeEngine", "FakeReward"]
 
@@ -93,6 +93,8 @@ class FakeEngine:
                 base = (self._w @ z)[None]
                 logits = (self._w @ (z + self._control(controls, i, step)))[None]
                 token = int(pick(logits, controls.sampling, uniforms[i][step : step + 1])[0])
+                if controls.prefixes is not None and step < len(controls.prefixes[i]):
+                    token = int(controls.prefixes[i][step])
                 tokens[i].append(token)
                 prelogits[i].append(z)
                 logprobs[i].append(float(log_softmax(base.astype(np.float64))[0, token]))

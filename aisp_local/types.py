@@ -28,6 +28,9 @@ class Message(TypedDict):
 Prompt = str | Sequence[Message]
 """Plain text, which the model continues, or messages, which pass through its chat template."""
 
+Want = Literal["kl", "logprobs", "prelogits"]
+"""What a rollout reports only when asked, because it costs: see Rollouts."""
+
 FinishReason = Literal["stop", "length", "interrupted"]
 """``stop``: end-of-generation token or stop string; ``length``: token limit; ``interrupted``: cut short."""
 
@@ -68,13 +71,16 @@ class Controls:
     """What n rollouts are decoded under: ``v[i, t]`` is added to the pre-logits of rollout i at step t.
 
     ``vectors`` is None (the base model), ``[n, T, d]`` (after step T the base model again) or, with
-    ``held``, ``[n, 1, d]``: one vector for all steps.
+    ``held``, ``[n, 1, d]``: one vector for all steps. ``prefixes``: n arrays of tokens with which the responses begin
+    (empty: with none); a row decodes them as its own. ``want``: what the rollouts must report.
     """
 
     n: int
     vectors: FloatArray | None = None
     held: bool = False
     sampling: Sampling = GREEDY
+    prefixes: Sequence[npt.NDArray[np.int32]] | None = None
+    want: frozenset[Want] = frozenset()
 
     def __post_init__(self) -> None:
         if self.n < 1:
@@ -86,6 +92,8 @@ class Controls:
             raise InputError(f"a held control is one vector a rollout, not {v.shape[1]}")
         if v is not None and not np.isfinite(v).all():
             raise InputError("control vectors hold values that are not finite")
+        if self.prefixes is not None and len(self.prefixes) != self.n:
+            raise InputError(f"{len(self.prefixes)} prefixes were given for {self.n} rollouts")
 
 
 @dataclass(frozen=True)

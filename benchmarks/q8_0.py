@@ -23,7 +23,7 @@ from raw import Raw  # noqa: E402
 
 from aisp_local.bench import synthetic  # noqa: E402
 from aisp_local.bench.speed import paired, ratio  # noqa: E402
-from aisp_local.engine.llama import available_cores  # noqa: E402
+from aisp_local.host import available_cores  # noqa: E402
 
 
 def main() -> int:

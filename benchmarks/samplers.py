@@ -26,8 +26,8 @@ from aisp_local.bench import synthetic
 from aisp_local.bench.raw import RawLoop
 from aisp_local.bench.speed import WARM, paired, prompt_of
 from aisp_local.engine import LlamaEngine, decode
-from aisp_local.engine.llama import available_cores
 from aisp_local.engine.sampling import pick, picker
+from aisp_local.host import available_cores
 from aisp_local.native import Context, Model, can_sample_rows, sample_rows
 from aisp_local.native.binding import binding
 from aisp_local.seeds import RowSeeds

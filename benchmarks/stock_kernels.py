@@ -23,7 +23,7 @@ from native_proof import build_stock, unpack
 from aisp_local import shipped
 from aisp_local.bench import synthetic
 from aisp_local.bench.speed import paired, ratio
-from aisp_local.engine.llama import available_cores
+from aisp_local.host import available_cores
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from aisp_local import shipped
 from aisp_local.bench import synthetic
-from aisp_local.engine.llama import available_cores
+from aisp_local.host import available_cores
 
 CHILD = """if True:
     import sys, time

@@ -12,10 +12,10 @@ import synthetic
 from raw import Raw
 
 from aisp_local import shipped
-from aisp_local.engine import Job, LlamaEngine, Want
+from aisp_local.engine import Job, LlamaEngine
 from aisp_local.errors import CapacityError, InputError, ModelError
 from aisp_local.seeds import RowSeeds
-from aisp_local.types import Controls, Message, Rollouts, Sampling
+from aisp_local.types import Controls, Message, Rollouts, Sampling, Want
 
 pytestmark = pytest.mark.native
 

@@ -208,7 +208,7 @@ FAST = ("--rate", "2e-3", "--head-rate", "5e-3", "--batch", 8, "--max-length", 6
 def test_every_kind_of_backbone_learns(tmp_path: Path, family: str) -> None:
     data = write_rows(tmp_path / "data.jsonl", pairs(160))
     source = backbone(tmp_path / "backbone", family)
-    done = run(data, tmp_path / "out", "--backbone", source, "--epochs", 4, *FAST, "--precision", "fp32")
+    done = run(data, tmp_path / "out", "--backbone", source, "--epochs", 8, *FAST, "--precision", "fp32")
     assert done.exit_code == 0, done.output
     reward = OnnxReward.load(tmp_path / "out")
     kind, rude = (reward.score("I met somebody.", [f"{a}, and {b}" for a in t for b in t]) for t in (KIND, RUDE))

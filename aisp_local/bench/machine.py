@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import os
 import platform
 import threading
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from aisp_local.host import processors
 from aisp_local.native import versions
 
 
@@ -64,10 +64,9 @@ def describe() -> dict[str, str]:
                 break
     except OSError:
         pass
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "processor": model,
-        "processors": str(cores),
+        "processors": str(len(processors())),
         "system": platform.system(),
         "python": platform.python_version(),
         **versions(),

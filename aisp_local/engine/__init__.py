@@ -1,6 +1,6 @@
 """Parallel rollouts over llama.cpp."""
 
-from aisp_local.engine.base import Engine, Feed, Job, Want
+from aisp_local.engine.base import Engine, Feed, Job
 from aisp_local.engine.llama import LlamaEngine
 
-__all__ = ["Engine", "Feed", "Job", "LlamaEngine", "Want"]
+__all__ = ["Engine", "Feed", "Job", "LlamaEngine"]

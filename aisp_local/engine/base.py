@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 from aisp_local.errors import InputError
 from aisp_local.seeds import RowSeeds
-from aisp_local.types import Controls, Prompt, Rollouts
-
-Want = Literal["kl", "logprobs", "prelogits"]
-"""What a rollout reports only when asked, because it costs: see types.Rollouts."""
+from aisp_local.types import Controls, Prompt, Rollouts, Want
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +21,9 @@ class Job:
     seeds: RowSeeds
     stop_strings: Sequence[str] = ()
     want: frozenset[Want] = frozenset()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "want", self.want | self.controls.want)
 
     def check(self, d: int) -> None:
         """Raises InputError for what no engine with pre-logits of width ``d`` can do."""

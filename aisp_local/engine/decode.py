@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from aisp_local.engine.base import Feed, Job, Want
+from aisp_local.engine.base import Feed, Job
 from aisp_local.engine.head import OutputHead
 from aisp_local.engine.sampling import log_law, log_softmax, picker
 from aisp_local.errors import DecodeError
 from aisp_local.native import Context, Model
 from aisp_local.timeline import Timeline
-from aisp_local.types import FinishReason, FloatArray, Rollouts, Sampling
+from aisp_local.types import FinishReason, FloatArray, Rollouts, Sampling, Want
 
 Ints = npt.NDArray[np.int64]
 Tokens = npt.NDArray[np.int32]
@@ -118,6 +118,8 @@ class Decoder:
         self._uniforms = np.zeros((rows, max_tokens))
         self._controlled = np.zeros(rows, np.bool_)
         self._bytes = [bytearray() for _ in range(rows)]
+        self._forced = np.zeros(rows, np.int64)  # how many tokens of it are given
+        self._prefix = np.zeros((rows, max_tokens), np.int32)
         self._logprobs = np.zeros((rows, max_tokens), np.float32)
         self._kl = np.zeros(rows)
         self._prelogits: FloatArray | None = None
@@ -201,6 +203,9 @@ class Decoder:
         if not job.controls.sampling.greedy:
             numbers = job.seeds.generator(index, "sampling").random(owner.max_tokens)
             self._uniforms[row, : owner.max_tokens] = numbers
+        prefix = () if job.controls.prefixes is None else job.controls.prefixes[index][: owner.max_tokens]
+        self._forced[row] = len(prefix)
+        self._prefix[row, : len(prefix)] = prefix
         sequence = self._first + row
         if start.sequence is not None:
             self._context.fork(start.sequence, sequence)
@@ -223,6 +228,9 @@ class Decoder:
         with self._timeline.span("sample"):
             step = self._step[rows]
             current = self._sample(logits, column, self._uniforms[rows, step])
+            given = step < self._forced[rows]
+            if given.any():
+                current = np.where(given, self._prefix[rows, step], current)
             if not np.isfinite(logits[np.arange(len(rows)), current]).all():
                 raise DecodeError(
                     f"the model gave logits that are not finite at step {int(step.max()) + 1}; "

@@ -23,16 +23,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from aisp_local.engine.base import Feed, Job, OneJob, Want
+from aisp_local.engine.base import Feed, Job, OneJob
 from aisp_local.engine.cache import PromptCache
 from aisp_local.engine.decode import Decoder, Start
 from aisp_local.engine.head import OutputHead, has_tensor
 from aisp_local.engine.prompts import prompt_tokens
 from aisp_local.errors import CapacityError, InputError
+from aisp_local.host import available_cores, available_memory
 from aisp_local.native import MAX_SEQUENCES, MAX_THREADS, Context, ControlKind, Model
 from aisp_local.seeds import RowSeeds
 from aisp_local.timeline import OFF, Timeline
-from aisp_local.types import Controls, Prompt, Rollouts
+from aisp_local.types import Controls, Prompt, Rollouts, Want
 
 _CTX_STEP = 256  # llama.cpp pads the cache to this
 _SCORES_BYTES = 2**28  # of attention scores in a batch, where they are written out
@@ -40,41 +41,6 @@ _NO_BOUND = 2**31 - 1  # no context is longer
 
 _runs: ContextVar[tuple[object, ...]] = ContextVar("_runs", default=())
 """The runs from within which this code was called, in this thread or, with its context, in another."""
-
-
-def available_cores() -> int:
-    """Cores that this process may use, those of hyper-threads counted once where the system tells them apart."""
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    cores = set()
-    for cpu in allowed:
-        try:
-            with open(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list", encoding="ascii") as file:
-                cores.add(file.read())
-        except OSError:
-            cores.add(str(cpu))
-    return max(1, min(len(cores), _quota(), MAX_THREADS))
-
-
-def _quota() -> int:
-    """Whole processors that a container's limit leaves, at least one; many without a limit."""
-    try:
-        with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
-            quota, period = file.read().split()
-        return MAX_THREADS if quota == "max" else max(1, int(quota) // int(period))
-    except (OSError, ValueError):
-        return MAX_THREADS
-
-
-def available_memory() -> int | None:
-    """Bytes of memory that can be had without swapping; None where the system does not say."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None
 
 
 class LlamaEngine:
@@ -108,7 +74,7 @@ class LlamaEngine:
         self.model = Model(model, n_gpu_layers=n_gpu_layers)
         self.timeline: Timeline = OFF
         self._control: ControlKind = control
-        self._threads = available_cores() if threads is None else threads
+        self._threads = min(available_cores(), MAX_THREADS) if threads is None else threads
         self._parallel = parallel
         self._memory_limit = memory_limit
         self._n_ubatch = n_ubatch

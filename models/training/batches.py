@@ -6,13 +6,22 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from training.corpus import Example, PromptMaker
+from training.corpus import Example
 from training.tokenizer import END_OF_TEXT, TURN_END, render_prompt
+
+Item = TypeVar("Item", contravariant=True)
+
+
+class Maker(Protocol[Item]):
+    """Makes an example of a text of the corpus, afresh in every epoch."""
+
+    def make(self, item: Item, rng: random.Random) -> Example: ...
 
 
 @dataclass(frozen=True)
@@ -85,8 +94,8 @@ def group(sequences: list[Document], batch_tokens: int, rng: random.Random, pool
 
 
 def epochs(
-    stories: list[str],
-    prompts: PromptMaker,
+    corpus: Sequence[Item],
+    maker: Maker[Item],
     tokenizer: Tokenizer,
     *,
     batch_tokens: int,
@@ -98,7 +107,7 @@ def epochs(
     epoch, seen = 0, 0
     while True:
         rng = random.Random(f"{seed} {epoch}")
-        examples = [prompts.make(story, rng) for story in stories]
+        examples = [maker.make(item, rng) for item in corpus]
         batches = group(encode(tokenizer, examples, limit), batch_tokens, rng)
         yield from batches[max(0, start - seen) :]
         seen += len(batches)

@@ -19,15 +19,17 @@ from training.tokenizer import CHAT_TEMPLATE, END_OF_TEXT, SPECIAL_TOKENS, TURN_
 MATRICES = gguf.GGMLQuantizationType.Q8_0
 
 
-def write_gguf(path: Path, network: Network, tokenizer: Tokenizer, name: str) -> None:
+def write_gguf(
+    path: Path, network: Network, tokenizer: Tokenizer, *, name: str, description: str, licence: str
+) -> None:
     """Write matrices as Q8_0 and norms as F32, whole or not at all."""
     shape = network.shape
     temporary = path.with_suffix(".tmp")
     writer = gguf.GGUFWriter(temporary, "llama")
     writer.add_name(name)
     writer.add_author("aisp-local")
-    writer.add_license("cdla-sharing-1.0")
-    writer.add_description("A very small storyteller, trained from scratch on TinyStories")
+    writer.add_license(licence)
+    writer.add_description(description)
     writer.add_languages(["en"])
     writer.add_context_length(shape.context)
     writer.add_embedding_length(shape.width)

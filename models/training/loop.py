@@ -15,8 +15,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional as F
 
-from training.batches import Document, collate, epochs
-from training.corpus import PromptMaker
+from training.batches import Document, Item, Maker, collate, epochs
 from training.network import Network, Shape
 from training.optimise import Average, Optimiser, relative_rate
 
@@ -108,7 +107,8 @@ def save(path: Path, state: dict) -> None:
 def train(
     shape: Shape,
     tokenizer: Tokenizer,
-    stories: list[str],
+    corpus: Sequence[Item],
+    maker: Maker[Item],
     validation: Sequence[Document],
     plan: Plan,
     work: Path,
@@ -133,8 +133,8 @@ def train(
     averaged = Network(shape).to(device)
     workers = Workers(network, device, plan.emphasis)
     batches = epochs(
-        stories,
-        PromptMaker(stories),
+        corpus,
+        maker,
         tokenizer,
         batch_tokens=plan.batch_tokens,
         limit=plan.limit,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from aisp_local.errors import AispError, InputError
+from aisp_local.host import processors
 from aisp_local.reward_kit.export.network import scorer
 from aisp_local.reward_kit.train.backbone import Backbone
 from aisp_local.reward_kit.train.plan import Plan
@@ -112,7 +113,7 @@ class Trainer:
         self.per_pass = max(1, math.ceil(len(draw(0)) / plan.batch))
         self.every = max(1, self.per_pass // plan.evaluations)
         # One core a thread waits far less than one operation spread over the cores.
-        self.threads = 1 if device != "cpu" else max(1, min(4, len(os.sched_getaffinity(0)), plan.batch))
+        self.threads = 1 if device != "cpu" else max(1, min(4, len(processors()), plan.batch))
         self.half = device != "cpu" or _bfloat16_is_faster()
 
     @property

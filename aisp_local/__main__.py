@@ -1,0 +1,5 @@
+"""``python -m aisp_local`` is the command ``aisp-local``."""
+
+from aisp_local.cli.main import main
+
+main()
