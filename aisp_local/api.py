@@ -241,7 +241,8 @@ class Aligner:
             RowSeeds(seed, index)
         wants: dict[Want, bool] = {"kl": kl, "logprobs": logprobs}
         # No response is longer than the context, so that no control needs to be.
-        common = {"d": self.engine.d, "max_tokens": min(max_tokens, self.engine.n_ctx), "seed": seed} | options
+        common: dict[str, Any] = {"d": self.engine.d, "max_tokens": min(max_tokens, self.engine.n_ctx), "seed": seed}
+        common |= {"head": lambda: self.engine.head} | options
         began = time.perf_counter()
         with self._recorded(timeline):
             # A prompt that its reward cannot be calibrated on leaves the others alone.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from aisp_local.controllers.base import Controller, Prepares
+from aisp_local.controllers.base import Chooses, Controller, Prepares
 from aisp_local.engine.base import Engine, Job
 from aisp_local.errors import AispError, CapacityError, InputError, ScoreError
 from aisp_local.rewards.base import Reward
@@ -441,15 +441,18 @@ class _Search:
         if self.best is None:
             name, n = self.scorer.name, len(self.candidates)
             return ScoreError(f"the reward {name!r} gave no finite score in {n} rollouts")
-        # Finite first, best first, earlier first on ties.
+        answer = self.best
+        if isinstance(self.task.controller, Chooses):
+            answer = self.candidates[self.task.controller.choose(np.array([c.reward for c in self.candidates]))]
+        # The answer, then finite first, best first, earlier first on ties.
         ranked = sorted(
             self.candidates,
-            key=lambda c: -c.reward if np.isfinite(c.reward) else float("inf"),
+            key=lambda c: (c is not answer, -c.reward if np.isfinite(c.reward) else float("inf")),
         )
         complete = len(self.candidates) == self.budget
         return Result(
-            answer=self.best.text,
-            reward=self.best.reward,
+            answer=answer.text,
+            reward=answer.reward,
             method=method,
             budget=budget,
             seed=seed,

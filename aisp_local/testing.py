@@ -9,14 +9,27 @@ import numpy as np
 import numpy.typing as npt
 
 from aisp_local.engine.base import Feed, Job
-from aisp_local.engine.sampling import log_law, log_softmax, pick
+from aisp_local.engine.law import HeadLaw
+from aisp_local.engine.sampling import log_law, log_softmax, pick, sparse_law
 from aisp_local.rewards.function import CallableReward
 from aisp_local.seeds import RowSeeds
-from aisp_local.types import Controls, FinishReason, Prompt, Rollouts, Want
+from aisp_local.types import Controls, FinishReason, FloatArray, Laws, Prompt, Rollouts, Want
 
 __all__ = ["FakeEngine", "FakeReward"]
 
 FakeReward = CallableReward
+
+
+class _Head(HeadLaw):
+    def __init__(self, weight: FloatArray) -> None:
+        self._weight = weight
+
+    @property
+    def weight(self) -> FloatArray:
+        return self._weight
+
+    def logits(self, prelogits: FloatArray) -> FloatArray:
+        return np.asarray(prelogits @ self._weight.T)
 
 
 class FakeEngine:
@@ -35,6 +48,10 @@ class FakeEngine:
     @property
     def d(self) -> int:
         return int(self._z.shape[1])
+
+    @property
+    def head(self) -> HeadLaw:
+        return _Head(self._w)
 
     @property
     def n_ctx(self) -> int:
@@ -80,6 +97,7 @@ class FakeEngine:
         reasons: list[FinishReason] = ["interrupted"] * n
         logprobs: list[list[float]] = [[] for _ in range(n)]
         prelogits: list[list[npt.NDArray[np.float32]]] = [[] for _ in range(n)]
+        laws: list[tuple[int, int, int, float]] = []
         kl = np.zeros(n, np.float32)
         uniforms = [seeds.generator(i, "sampling").random(max_tokens) for i in range(n)]
         for step in range(max_tokens):
@@ -97,6 +115,8 @@ class FakeEngine:
                     token = int(controls.prefixes[i][step])
                 tokens[i].append(token)
                 prelogits[i].append(z)
+                _, drawn, chances = sparse_law(logits, controls.sampling)
+                laws += [(i, step, int(t), float(p)) for t, p in zip(drawn, chances, strict=True)]
                 logprobs[i].append(float(log_softmax(base.astype(np.float64))[0, token]))
                 if controls.vectors is not None:
                     p = log_law(logits, controls.sampling)[0]
@@ -119,6 +139,7 @@ class FakeEngine:
             prelogits=[np.array(rows, np.float32).reshape(-1, self.d) for rows in prelogits]
             if "prelogits" in want
             else None,
+            laws=_laws(laws) if "laws" in want else None,
         )
 
     def _control(self, controls: Controls, row: int, step: int) -> npt.NDArray[np.float32]:
@@ -126,6 +147,11 @@ class FakeEngine:
         if v is None or (not controls.held and step >= v.shape[1]):
             return np.zeros(self.d, np.float32)
         return np.asarray(v[row, 0 if controls.held else step])
+
+
+def _laws(entries: Sequence[tuple[int, int, int, float]]) -> Laws:
+    row, step, token, p = zip(*entries, strict=True) if entries else ((), (), (), ())
+    return Laws(np.array(row, np.int32), np.array(step, np.int32), np.array(token, np.int32), np.array(p, np.float32))
 
 
 def _text(tokens: Sequence[int], stop_strings: Sequence[str] = ()) -> str:

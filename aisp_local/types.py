@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, Protocol, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,7 @@ class Message(TypedDict):
 Prompt = str | Sequence[Message]
 """Plain text, which the model continues, or messages, which pass through its chat template."""
 
-Want = Literal["kl", "logprobs", "prelogits"]
+Want = Literal["kl", "laws", "logprobs", "prelogits"]
 """What a rollout reports only when asked, because it costs: see Rollouts."""
 
 FinishReason = Literal["stop", "length", "interrupted"]
@@ -97,6 +97,23 @@ class Controls:
 
 
 @dataclass(frozen=True)
+class Laws:
+    """The laws from which n rollouts were sampled: one entry for each step and each token that could be drawn [K].
+
+    A token could be drawn if its probability at temperature 1 is at least ``min_p`` of the likeliest one's (0.001 where
+    there is no ``min_p``: what is below is left out). Entries of a step lie together.
+    """
+
+    row: npt.NDArray[np.int32]  # of the rollout
+    step: npt.NDArray[np.int32]
+    token: npt.NDArray[np.int32]
+    probability: FloatArray  # sums to 1 over each step of a row
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+
+@dataclass(frozen=True)
 class Rollouts:
     """n responses to one prompt. Lists are in the order of the controls' rows.
 
@@ -104,7 +121,7 @@ class Rollouts:
     base model at temperature 1, without truncation; None when it was not asked for, as is ``kl``:
     sum over the tokens of KL(law sampled from || base law at the same temperature) in nats, for greedy decoding
     under control KL(softmax(W(z + v)) || softmax(W z)). The base law is not truncated, else it could be infinite.
-    ``prelogits[i]`` has the shape ``[len(tokens[i]), d]`` (before the control); None when not asked for.
+    ``prelogits[i]`` has the shape ``[len(tokens[i]), d]`` (before the control). None when not asked for, as ``laws``.
     """
 
     tokens: Sequence[npt.NDArray[np.int32]]  # n arrays, with the end-of-generation token where it was drawn
@@ -115,9 +132,30 @@ class Rollouts:
     base_logprobs: Sequence[FloatArray] | None = None
     kl: FloatArray | None = None  # [n]
     prelogits: Sequence[FloatArray] | None = None
+    laws: Laws | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
+
+
+class Head(Protocol):
+    """The output head on the host, for methods that follow the score function."""
+
+    @property
+    def weight(self) -> FloatArray:
+        """The output matrix W [V, d]."""
+
+    def score(self, prelogits: FloatArray, tokens: npt.NDArray[np.int32], temperature: float) -> FloatArray:
+        """Gradient of ``log p(token)`` by the pre-logits, ``W^T (e_token - p) / temperature`` [N, d].
+
+        ``prelogits`` [N, d] with their control, ``tokens`` [N]; p is the law at the temperature, without truncation.
+        """
+
+    def law(self, prelogits: FloatArray, temperature: float) -> FloatArray:
+        """Probabilities [N, V] at the temperature, without truncation."""
+
+    def fisher(self, vectors: FloatArray, law: FloatArray, temperature: float) -> FloatArray:
+        """``F u`` [N, d] of vectors u [N, d] under laws p [N, V]: ``W^T (p * y - p (p . y))``, ``y = W u``."""
 
 
 @dataclass(frozen=True)
@@ -203,7 +241,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Result:
-    """An aligned answer and how it was found. ``candidates`` are all scored rollouts, best first."""
+    """An aligned answer and how it was found. ``candidates`` are all scored rollouts: the answer's, then best first."""
 
     answer: str
     reward: float

@@ -8,23 +8,44 @@ from typing import Any
 
 from aisp_local.controllers.aisp import Aisp
 from aisp_local.controllers.aisp_held import AispHeld
+from aisp_local.controllers.aisp_static import AispStatic
 from aisp_local.controllers.base import Controller
 from aisp_local.controllers.best_of_n import BestOfN
+from aisp_local.controllers.misvo import Misvo
+from aisp_local.controllers.soft_best_of_n import SoftBestOfN
 from aisp_local.errors import InputError
+from aisp_local.types import Head
 
-METHODS: dict[str, Callable[..., Controller]] = {method.name: method for method in (Aisp, AispHeld, BestOfN)}
+METHODS: dict[str, Callable[..., Controller]] = {
+    method.name: method for method in (Aisp, AispHeld, AispStatic, BestOfN, Misvo, SoftBestOfN)
+}
 
-__all__ = ["METHODS", "Aisp", "AispHeld", "BestOfN", "Controller", "create"]
+__all__ = ["METHODS", "Aisp", "AispHeld", "AispStatic", "BestOfN", "Controller", "Misvo", "SoftBestOfN", "create"]
 
 
-def create(method: str, *, d: int, max_tokens: int, seed: int, prompt_index: int = 0, **options: Any) -> Controller:
-    """The controller of a method id. Raises InputError for an unknown method or option."""
+def create(
+    method: str,
+    *,
+    d: int,
+    max_tokens: int,
+    seed: int,
+    prompt_index: int = 0,
+    head: Callable[[], Head] | None = None,
+    **options: Any,
+) -> Controller:
+    """The controller of a method id; ``head`` is asked by methods that follow the score function.
+
+    Raises InputError for an unknown method or option.
+    """
     builder = METHODS.get(method)
     if builder is None:
         raise InputError(f"method {method!r} is unknown; use one of {', '.join(sorted(METHODS))}")
-    common = {"d": d, "max_tokens": max_tokens, "seed": seed, "prompt_index": prompt_index}
-    known = set(inspect.signature(builder).parameters) - set(common)
+    common: dict[str, Any] = {"d": d, "max_tokens": max_tokens, "seed": seed, "prompt_index": prompt_index}
+    parameters = set(inspect.signature(builder).parameters)
+    known = parameters - set(common) - {"head"}
     unknown = sorted(set(options) - known)
     if unknown:
         raise InputError(f"method {method!r} has no option {unknown[0]!r}; its options are {', '.join(sorted(known))}")
+    if head is not None and "head" in parameters:
+        common["head"] = head()
     return builder(**common, **options)

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
+from aisp_local.controllers.noise import trajectories
 from aisp_local.controllers.weights import effective_sample_size, length, log_weights, normalise
 from aisp_local.errors import InputError
 from aisp_local.seeds import RowSeeds
@@ -72,12 +73,8 @@ class Aisp:
 
     def _draw(self, n: int) -> FloatArray:
         """``sigma * eps`` [n, T, d] of the next iteration."""
-        seeds = RowSeeds(self._seed, self._prompt_index, self._iteration + 1)
-        noise = np.empty((n, *self._u.shape), np.float32)
-        for row in range(n):
-            seeds.generator(row, "noise").standard_normal(dtype=np.float32, out=noise[row])
-        noise *= np.float32(self._sigma)
-        return noise
+        seeds, (steps, d) = RowSeeds(self._seed, self._prompt_index, self._iteration + 1), self._u.shape
+        return trajectories(seeds, n, steps, d, self._sigma)
 
     def ask(self, n: int) -> Controls:
         v, self._noise = self._noise, None

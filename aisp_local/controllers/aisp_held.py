@@ -7,6 +7,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
+from aisp_local.controllers.noise import antithetic
 from aisp_local.controllers.weights import (
     effective_sample_size,
     importance_weights,
@@ -58,14 +59,8 @@ class AispHeld:
 
     def ask(self, n: int) -> Controls:
         self._iteration += 1
-        seeds = RowSeeds(self._seed, self._prompt_index, self._iteration)
-        v = np.empty((n, 1, len(self._u)), np.float32)
-        for row in range(0, n, 2):
-            noise = seeds.generator(row, "noise").standard_normal((1, len(self._u)), dtype=np.float32)
-            noise *= np.float32(self._sigma)
-            v[row] = self._u + noise
-            if row + 1 < n:
-                v[row + 1] = self._u - noise
+        noise = antithetic(RowSeeds(self._seed, self._prompt_index, self._iteration), n, len(self._u))
+        v = (self._u + np.float32(self._sigma) * noise)[:, None]
         self._v = v
         return Controls(n=n, vectors=v, held=True, sampling=self._sampling)
 

@@ -30,3 +30,11 @@ class Prepares(Protocol):
 
     def prepare(self, n: int) -> None:
         """Draw what the next ``ask(n)`` needs whatever is told until then; in another thread, while rows decode."""
+
+
+@runtime_checkable
+class Chooses(Protocol):
+    """A controller whose answer need not be the best rollout."""
+
+    def choose(self, rewards: npt.NDArray[np.float64]) -> int:
+        """The index of the answer among all rollouts so far [N], in the order they were told; one is finite."""

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from aisp_local.errors import InputError
 from aisp_local.seeds import RowSeeds
-from aisp_local.types import Controls, Prompt, Rollouts, Want
+from aisp_local.types import Controls, Head, Prompt, Rollouts, Want
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +68,10 @@ class Engine(Protocol):
     @property
     def n_ctx(self) -> int:
         """The model's context in tokens."""
+
+    @property
+    def head(self) -> Head:
+        """The output head on the host."""
 
     def room(self, prompt: Prompt) -> int:
         """How many tokens a response to the prompt may have; less than 1 if the prompt alone is too long."""

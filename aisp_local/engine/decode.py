@@ -13,11 +13,11 @@ import numpy.typing as npt
 
 from aisp_local.engine.base import Feed, Job
 from aisp_local.engine.head import OutputHead
-from aisp_local.engine.sampling import log_law, log_softmax, picker
+from aisp_local.engine.sampling import log_law, log_softmax, picker, sparse_law
 from aisp_local.errors import DecodeError
 from aisp_local.native import Context, Model
 from aisp_local.timeline import Timeline
-from aisp_local.types import FinishReason, FloatArray, Rollouts, Sampling, Want
+from aisp_local.types import FinishReason, FloatArray, Laws, Rollouts, Sampling, Want
 
 Ints = npt.NDArray[np.int64]
 Tokens = npt.NDArray[np.int32]
@@ -57,6 +57,7 @@ class _Open:
     steps: int = 0
     n_tokens: int = 0
     done: dict[int, _Rollout] = field(default_factory=dict)
+    laws: list[tuple[Ints, Ints, Ints, FloatArray]] = field(default_factory=list)  # rollout, step, token, probability
 
     @property
     def n(self) -> int:
@@ -275,6 +276,12 @@ class Decoder:
         z = self._context.prelogits() if needs_head or "prelogits" in want else None
         if self._prelogits is not None and z is not None:
             self._prelogits[active, step] = z
+        if "laws" in want:
+            for owner, mine in column.jobs:
+                if "laws" in owner.job.want:
+                    drawn, tokens, law = sparse_law(logits[mine], owner.job.controls.sampling)
+                    row = mine[drawn]
+                    owner.laws.append((self._index[active[row]], step[row], tokens, law))
         if not want & {"kl", "logprobs"}:
             return
         controlled = self._controlled[active]
@@ -352,4 +359,13 @@ class Decoder:
             base_logprobs=[r.logprobs for r in rows if r.logprobs is not None] if "logprobs" in want else None,
             kl=np.array([row.kl for row in rows], np.float32) if "kl" in want else None,
             prelogits=[r.prelogits for r in rows if r.prelogits is not None] if "prelogits" in want else None,
+            laws=_laws(owner.laws) if "laws" in want else None,
         )
+
+
+def _laws(parts: list[tuple[Ints, Ints, Ints, FloatArray]]) -> Laws:
+    if not parts:
+        nothing = np.zeros(0, np.int32)
+        return Laws(nothing, nothing, nothing, np.zeros(0, np.float32))
+    row, step, token, p = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return Laws(row.astype(np.int32), step.astype(np.int32), token.astype(np.int32), p.astype(np.float32))

@@ -12,6 +12,7 @@ import numpy as np
 from gguf import GGUFReader
 from gguf.quants import dequantize
 
+from aisp_local.engine.law import HeadLaw
 from aisp_local.errors import ModelError
 from aisp_local.types import FloatArray
 
@@ -22,7 +23,7 @@ _SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})\.gguf")
 _NAMES = ("output.weight", "token_embd.weight", "output.bias", "output.scale")
 
 
-class OutputHead:
+class OutputHead(HeadLaw):
     """``logits = softcap(scale (s W z + b))``: what llama.cpp does with the input z of its output matrix.
 
     Rows of W [V, d] come from the engine where ``read(start, stop)`` has them (it gives None where it has not), else
@@ -59,6 +60,7 @@ class OutputHead:
         scale = number("logit_scale", scales.get(architecture, 0.0)) or 1.0
         self.scale = 1 / scale if architecture.startswith("granite") or architecture == "minicpm" else scale
         self.matrix_scale = float(self._values("output.scale")[0]) if "output.scale" in self._tensors else 1.0
+        self.gain = self.scale * self.matrix_scale
         biased = "output.bias" in self._tensors and architecture != "qwen2vl"  # llama.cpp reads it and leaves it out
         self.bias = self._values("output.bias") if biased else None
 
@@ -94,6 +96,10 @@ class OutputHead:
         if torch is not None and isinstance(z, torch.Tensor):
             return self._logits(torch, z, *self._on(torch, z.device))  # type: ignore[no-any-return]
         return self._logits(np, z, self.weight, self.bias)  # type: ignore[no-any-return]
+
+    def logits(self, prelogits: FloatArray) -> FloatArray:
+        """``project`` for numpy alone."""
+        return self.project(prelogits)
 
     def project_first(self, prelogits: FloatArray, m: int = 256) -> FloatArray:
         """The first ``m`` logits [..., m] of pre-logits [..., d], without the rest of W."""

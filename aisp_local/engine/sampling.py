@@ -18,6 +18,7 @@ from aisp_local.types import FloatArray, Sampling
 _FIRST_CANDIDATES = 256
 _BINS, _DEPTH = 4096, 24.0  # of logits below the largest, for the search of top-p's threshold
 _TRIES = 8
+_LEAST = 1e-3  # of the likeliest token's probability: what is kept of a law that nothing truncates
 _BLOCK = 64  # of weights that are summed before any of them is looked at
 _CACHED = 2**17  # logits that are worked on at a time
 
@@ -87,6 +88,24 @@ def log_law(logits: FloatArray, sampling: Sampling) -> npt.NDArray[np.float64]:
             x = np.where(mask, x, -np.inf)
         x /= sampling.temperature
     return log_softmax(x)
+
+
+def sparse_law(
+    logits: FloatArray, sampling: Sampling
+) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp], npt.NDArray[np.float32]]:
+    """Rows, tokens and probabilities [K] of the law that ``pick`` samples from, if ``min_p`` alone truncates it.
+
+    Without ``min_p``: of the tokens that are at least 0.001 times as likely as the likeliest.
+    """
+    top = logits.max(axis=1)
+    depth = np.float32(np.log(sampling.min_p or _LEAST))
+    # Flat indices: numpy finds those of a row far sooner than pairs of them.
+    flat = np.flatnonzero((logits >= (top + depth)[:, None]).ravel())
+    rows, tokens = np.divmod(flat, logits.shape[1])
+    x = logits[rows, tokens] - top[rows]
+    weights = np.exp(x / np.float32(sampling.temperature or 1.0))
+    total = np.bincount(rows, weights, minlength=len(logits))
+    return rows, tokens, (weights / total[rows]).astype(np.float32)
 
 
 def log_softmax(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
