@@ -21,6 +21,7 @@ from aisp_local.types import (
     Candidate,
     ControllerInfo,
     IterationStats,
+    Limits,
     Progress,
     Prompt,
     Result,
@@ -28,6 +29,7 @@ from aisp_local.types import (
     Want,
 )
 
+NO_LIMITS = Limits()
 _PATIENCE = 4
 """Decode steps that other searches go on for before one of them waits for its rewards; see ``_Searches.next``."""
 
@@ -59,6 +61,7 @@ def search(
     prompt_index: int = 0,
     stop_strings: Sequence[str] = (),
     time_limit: float | None = None,
+    limits: Limits = NO_LIMITS,
     stop: Callable[[], bool] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     want: frozenset[Want] = frozenset(),
@@ -69,7 +72,7 @@ def search(
     ``stop()`` true or ``time_limit`` seconds end the search with the best so far: rows that finished count; rows that
     were cut short are scored only if no row of the whole search has finished. After ``stop()`` a reward that waits for
     a server gets half a second more; then the rows that it has not scored do not count. KeyboardInterrupt ends the
-    search at once, with the best of the iterations before.
+    search at once, with the best of the iterations before. ``limits`` are looked at between iterations.
     Raises ScoreError when no reward is finite or the reward is broken; when the search ends before its first
     token, KeyboardInterrupt, or InputError for the time limit.
     """
@@ -84,6 +87,7 @@ def search(
         seed=seed,
         stop_strings=stop_strings,
         time_limit=time_limit,
+        limits=limits,
         stop=stop,
         on_progress=None if on_progress is None else lambda _, progress: on_progress(progress),
         want=want,
@@ -107,6 +111,7 @@ def search_many(
     at_once: int | None = None,
     stop_strings: Sequence[str] = (),
     time_limit: float | None = None,
+    limits: Limits = NO_LIMITS,
     stop: Callable[[], bool] | None = None,
     on_progress: Callable[[int, Progress], None] | None = None,
     want: frozenset[Want] = frozenset(),
@@ -142,6 +147,7 @@ def search_many(
                 max_tokens=max_tokens,
                 seed=seed,
                 stop_strings=stop_strings,
+                limits=limits,
                 want=want,
                 clock=clock,
                 start=start,
@@ -280,6 +286,7 @@ class _Search:
         max_tokens: int,
         seed: int,
         stop_strings: Sequence[str],
+        limits: Limits,
         want: frozenset[Want],
         clock: Callable[[], float],
         start: float,
@@ -289,7 +296,7 @@ class _Search:
     ) -> None:
         self.task, self.scorer = task, scorer
         self.budget, self.n, self.max_tokens, self.seed = budget, n, max_tokens, seed
-        self.stop_strings, self.want = stop_strings, want
+        self.stop_strings, self.limits, self.want = stop_strings, limits, want
         self.iterations = -(-budget // n)
         self.iteration = 0  # the one that runs, from 1
         self.clock, self.start, self.timeline, self.on_progress = clock, start, timeline, on_progress
@@ -302,16 +309,20 @@ class _Search:
         self.stats: list[IterationStats] = []
         self.best: Candidate | None = None
         self.error: AispError | None = None  # that ended it
+        self.why: str | None = None  # it ended before its budget was spent, by itself
+        self.idle = 0  # iterations without a better rollout
+        self.asked = 0  # rollouts
         self.n_tokens = 0
 
     @property
     def more(self) -> bool:
-        return self.iteration < self.iterations and self.error is None
+        return self.asked < self.budget and self.error is None and self.why is None
 
     def ask(self) -> Job:
         """The job of the next iteration."""
         self.iteration += 1
-        size = self._size(self.iteration)
+        size = self._size()
+        self.asked += size
         with self.timeline.span("ask"):
             try:
                 if self.prepared is not None:
@@ -325,13 +336,28 @@ class _Search:
         seeds = RowSeeds(self.seed, self.task.index, self.iteration)
         self.job = Job(self.task.prompt, controls, self.max_tokens, seeds, self.stop_strings, self.want)
         if self.pool is not None and self.more:
-            self.prepared = self.pool.submit(self._prepare, self._size(self.iteration + 1))
+            self.prepared = self.pool.submit(self._prepare, self._size())
         self.scorer.begin(size)
         self.report(0, size, 0)
         return self.job
 
-    def _size(self, iteration: int) -> int:
-        return min(self.n, self.budget - (iteration - 1) * self.n)
+    def _size(self) -> int:
+        """Rollouts of the next iteration."""
+        size = min(self.n, self.budget - self.asked)
+        if self.limits.tokens is None:
+            return size
+        mean = self.n_tokens / self.asked if self.n_tokens else self.max_tokens
+        return max(min(size, int((self.limits.tokens - self.n_tokens) / mean)), 0 if self.asked else 1)
+
+    def _limit(self, better: bool) -> str | None:
+        """Which of its own limits ends the search, if one does."""
+        self.idle = 0 if better else self.idle + 1
+        target, patience = self.limits.target_reward, self.limits.patience
+        if target is not None and self.best is not None and self.best.reward >= target:
+            return "target"
+        if self.limits.tokens is not None and self._size() == 0:
+            return "token-limit"
+        return "patience" if patience is not None and self.idle >= patience else None
 
     def _prepare(self, size: int) -> None:
         if isinstance(self.task.controller, Prepares):
@@ -364,7 +390,7 @@ class _Search:
         rows, rewards = self.scorer.rewards(rows)
         if not rows:
             return
-        whole = whole and len(rows) == len(rollouts)
+        whole, before = whole and len(rows) == len(rollouts), self.best
         for i, value in zip(rows, rewards, strict=True):
             candidate = Candidate(
                 text=rollouts.texts[i],
@@ -382,6 +408,8 @@ class _Search:
             self.candidates.append(candidate)
             if np.isfinite(value) and (self.best is None or value > self.best.reward):
                 self.best = candidate
+        if whole and self.asked < self.budget:
+            self.why = self._limit(self.best is not before)
         began = self.clock()
         with self.timeline.span("update"):
             info = self.task.controller.tell(rollouts, rewards) if whole else ControllerInfo()
@@ -402,7 +430,7 @@ class _Search:
             ess=info.ess,
             control_norm=info.control_norm,
             lambda_=info.lambda_,
-            kl=None if rollouts.kl is None else float(rollouts.kl[rows].mean()),
+            kl=info.kl if rollouts.kl is None else float(rollouts.kl[rows].mean()),
             n_nonfinite=len(rewards) - len(finite),
         )
         self.seconds = now - self.start
@@ -458,7 +486,7 @@ class _Search:
             seed=seed,
             candidates=tuple(ranked),
             iterations=tuple(self.stats),
-            status="complete" if complete else why or "interrupted",
+            status="complete" if complete else self.why or why or "interrupted",
             seconds=self.seconds,
             n_tokens=self.n_tokens,
         )

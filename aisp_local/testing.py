@@ -111,12 +111,14 @@ class FakeEngine:
                 base = (self._w @ z)[None]
                 logits = (self._w @ (z + self._control(controls, i, step)))[None]
                 token = int(pick(logits, controls.sampling, uniforms[i][step : step + 1])[0])
-                if controls.prefixes is not None and step < len(controls.prefixes[i]):
-                    token = int(controls.prefixes[i][step])
+                prefix = [] if controls.prefixes is None else controls.prefixes[i][: max_tokens - 1]
+                if step < len(prefix):
+                    token = int(prefix[step])
                 tokens[i].append(token)
                 prelogits[i].append(z)
                 _, drawn, chances = sparse_law(logits, controls.sampling)
-                laws += [(i, step, int(t), float(p)) for t, p in zip(drawn, chances, strict=True)]
+                if step >= len(prefix):
+                    laws += [(i, step, int(t), float(p)) for t, p in zip(drawn, chances, strict=True)]
                 logprobs[i].append(float(log_softmax(base.astype(np.float64))[0, token]))
                 if controls.vectors is not None:
                     p = log_law(logits, controls.sampling)[0]

@@ -6,6 +6,7 @@ pre-logits, ``V`` size of the vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypedDict
@@ -72,7 +73,8 @@ class Controls:
 
     ``vectors`` is None (the base model), ``[n, T, d]`` (after step T the base model again) or, with
     ``held``, ``[n, 1, d]``: one vector for all steps. ``prefixes``: n arrays of tokens with which the responses begin
-    (empty: with none); a row decodes them as its own. ``want``: what the rollouts must report.
+    (empty: with none); the last token of a longest response is never one of them. ``want``: what the rollouts report;
+    steps of a prefix have no laws.
     """
 
     n: int
@@ -144,6 +146,10 @@ class Head(Protocol):
     @property
     def weight(self) -> FloatArray:
         """The output matrix W [V, d]."""
+
+    @property
+    def gain(self) -> float:
+        """What logits are multiplied with."""
 
     def score(self, prelogits: FloatArray, tokens: npt.NDArray[np.int32], temperature: float) -> FloatArray:
         """Gradient of ``log p(token)`` by the pre-logits, ``W^T (e_token - p) / temperature`` [N, d].
@@ -221,6 +227,7 @@ class ControllerInfo:
     ess: float | None = None
     control_norm: float | None = None
     lambda_: float | None = None
+    kl: float | None = None  # of the law that the iteration was sampled from, nats, mean over its rollouts
 
 
 @dataclass(frozen=True)
@@ -268,8 +275,32 @@ class Result:
         return len(self.candidates)
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What ends one search before its budget of rollouts is spent; None: nothing does.
+
+    ``target_reward``: once a rollout has it. ``patience``: after so many iterations in a row without a better rollout.
+    ``tokens``: as many rollouts are decoded as will fit, judged by the mean length of those before.
+    """
+
+    target_reward: float | None = None
+    patience: int | None = None
+    tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.target_reward is not None and not math.isfinite(self.target_reward):
+            raise InputError(f"the target reward is {self.target_reward}; it must be a number")
+        if self.patience is not None and self.patience < 1:
+            raise InputError(f"the patience is {self.patience} iterations; it must be at least 1")
+        if self.tokens is not None and self.tokens < 1:
+            raise InputError(f"the budget is {self.tokens} tokens; it must be at least 1")
+
+
 RESULT_STATUS = {
     "complete": "The whole budget was spent.",
+    "target": "The target reward was reached.",
+    "patience": "No better answer was found in as many iterations as were allowed.",
+    "token-limit": "The budget of tokens was spent.",
     "interrupted": "Interrupted: this is the best answer that was found so far.",
     "time-limit": "The time limit was reached: this is the best answer that was found so far.",
 }

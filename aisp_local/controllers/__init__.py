@@ -12,15 +12,16 @@ from aisp_local.controllers.aisp_static import AispStatic
 from aisp_local.controllers.base import Controller
 from aisp_local.controllers.best_of_n import BestOfN
 from aisp_local.controllers.misvo import Misvo
+from aisp_local.controllers.score import Score
 from aisp_local.controllers.soft_best_of_n import SoftBestOfN
 from aisp_local.errors import InputError
 from aisp_local.types import Head
 
 METHODS: dict[str, Callable[..., Controller]] = {
-    method.name: method for method in (Aisp, AispHeld, AispStatic, BestOfN, Misvo, SoftBestOfN)
+    method.name: method for method in (Aisp, AispHeld, AispStatic, BestOfN, Misvo, Score, SoftBestOfN)
 }
 
-__all__ = ["METHODS", "Aisp", "AispHeld", "AispStatic", "BestOfN", "Controller", "Misvo", "SoftBestOfN", "create"]
+__all__ = ["METHODS", "Aisp", "AispHeld", "AispStatic", "BestOfN", "Controller", "Misvo", "Score", "SoftBestOfN", "create"]
 
 
 def create(

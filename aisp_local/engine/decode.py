@@ -120,7 +120,6 @@ class Decoder:
         self._controlled = np.zeros(rows, np.bool_)
         self._bytes = [bytearray() for _ in range(rows)]
         self._forced = np.zeros(rows, np.int64)  # how many tokens of it are given
-        self._prefix = np.zeros((rows, max_tokens), np.int32)
         self._logprobs = np.zeros((rows, max_tokens), np.float32)
         self._kl = np.zeros(rows)
         self._prelogits: FloatArray | None = None
@@ -160,13 +159,27 @@ class Decoder:
 
     def _fill(self) -> None:
         """Give every free row a rollout, as long as there are any."""
+        read: list[tuple[int, Tokens, int]] = []  # sequence, tokens, the first one's position
         for row, owner in enumerate(self._owner):
             if owner is not None:
                 continue
             job = self._job_with_work()
             if job is None:
-                return
-            self._begin(row, job)
+                break
+            self._begin(row, job, read)
+        if read:
+            self._read(read)
+
+    def _read(self, parts: list[tuple[int, Tokens, int]]) -> None:
+        """Decode what sequences begin with, many at a time and without logits."""
+        tokens = np.concatenate([part for _, part, _ in parts])
+        sequences = np.concatenate([np.full(len(part), sequence) for sequence, part, _ in parts])
+        positions = np.concatenate([np.arange(first, first + len(part)) for _, part, first in parts])
+        size = self._context.n_batch
+        with self._timeline.span("prefill"):
+            for i in range(0, len(tokens), size):
+                some = slice(i, i + size)
+                self._context.decode(tokens[some], positions[some], sequences[some], outputs=False)
 
     def _job_with_work(self) -> _Open | None:
         for owner in self._jobs:
@@ -190,7 +203,7 @@ class Decoder:
         self._jobs.append(_Open(job, max_tokens, start, stops=stops))
         return self._jobs[-1]
 
-    def _begin(self, row: int, owner: _Open) -> None:
+    def _begin(self, row: int, owner: _Open, read: list[tuple[int, Tokens, int]]) -> None:
         job, start, index = owner.job, owner.start, owner.next_row
         owner.next_row += 1
         self._owner[row] = owner
@@ -204,9 +217,6 @@ class Decoder:
         if not job.controls.sampling.greedy:
             numbers = job.seeds.generator(index, "sampling").random(owner.max_tokens)
             self._uniforms[row, : owner.max_tokens] = numbers
-        prefix = () if job.controls.prefixes is None else job.controls.prefixes[index][: owner.max_tokens]
-        self._forced[row] = len(prefix)
-        self._prefix[row, : len(prefix)] = prefix
         sequence = self._first + row
         if start.sequence is not None:
             self._context.fork(start.sequence, sequence)
@@ -217,8 +227,23 @@ class Decoder:
         else:
             vector = vectors[index][: owner.max_tokens]
             self._context.set_control(sequence, vector, start.position, held=job.controls.held)
+        self._forced[row] = 0
+        if job.controls.prefixes is not None:
+            self._begin_with(row, owner, job.controls.prefixes[index][: owner.max_tokens - 1], read)
         if "prelogits" in job.want and self._prelogits is None:
             self._prelogits = np.zeros((len(self._owner), self._max_tokens, self._model.d), np.float32)
+
+    def _begin_with(self, row: int, owner: _Open, prefix: Tokens, read: list[tuple[int, Tokens, int]]) -> None:
+        """The response begins with these tokens: read at once, or step by step where each step has to report."""
+        size, start = len(prefix), owner.start
+        self._tokens[row, :size] = prefix
+        if owner.job.want & {"kl", "logprobs", "prelogits"}:
+            self._forced[row] = size
+        elif size:
+            read.append((self._first + row, np.array([start.token, *prefix[:-1]], np.int32), start.position))
+            self._step[row], self._position[row], self._current[row] = size, start.position + size, prefix[-1]
+            if owner.stops:
+                self._bytes[row] += b"".join(self._model.piece(int(token)) for token in prefix)
 
     def _decode(self, column: _Column) -> None:
         context, rows, owners, want = self._context, column.rows, column.owners, column.want
@@ -231,7 +256,7 @@ class Decoder:
             current = self._sample(logits, column, self._uniforms[rows, step])
             given = step < self._forced[rows]
             if given.any():
-                current = np.where(given, self._prefix[rows, step], current)
+                current = np.where(given, self._tokens[rows, step], current)
             if not np.isfinite(logits[np.arange(len(rows)), current]).all():
                 raise DecodeError(
                     f"the model gave logits that are not finite at step {int(step.max()) + 1}; "
@@ -289,8 +314,8 @@ class Decoder:
         if needs_head and z is not None:
             base = np.where(controlled[:, None], self._head().project(z), logits)
         if "logprobs" in want:
-            law = log_softmax(base.astype(np.float64))
-            self._logprobs[active, step] = law[np.arange(len(active)), current]
+            logprobs = log_softmax(base.astype(np.float64))
+            self._logprobs[active, step] = logprobs[np.arange(len(active)), current]
         if "kl" in want:
             for i in np.flatnonzero(controlled):
                 sampling = owners[i].job.controls.sampling

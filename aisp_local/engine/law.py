@@ -15,8 +15,8 @@ _BYTES = 2**24  # of logits at a time
 class HeadLaw(ABC):
     """``logits = softcap(gain W z + b)``; see types.Head."""
 
-    softcap = 0.0
-    gain = 1.0
+    softcap: float = 0.0
+    gain: float = 1.0
 
     @property
     @abstractmethod
