@@ -390,6 +390,13 @@ class _Search:
         rows, rewards = self.scorer.rewards(rows)
         if not rows:
             return
+        assert self.job is not None
+        prefixes = self.job.controls.prefixes
+        given = (
+            [0] * len(rollouts)
+            if prefixes is None
+            else [min(map(len, pair)) for pair in zip(prefixes, rollouts.tokens, strict=True)]
+        )
         whole, before = whole and len(rows) == len(rollouts), self.best
         for i, value in zip(rows, rewards, strict=True):
             candidate = Candidate(
@@ -398,6 +405,7 @@ class _Search:
                 iteration=self.iteration,
                 row=i + 1,
                 n_tokens=len(rollouts.tokens[i]),
+                n_given=given[i],
                 finish_reason=rollouts.finish_reasons[i],
                 kl=None if rollouts.kl is None else float(rollouts.kl[i]),
                 logprob=None

@@ -9,6 +9,8 @@ from aisp_local.errors import InputError
 MODEL = "models/storyteller/storyteller.gguf"
 REWARD = "reward_models/story-reward"
 JUDGE = "reward_models/story-judge"
+TALKER = "models/talker/talker.gguf"
+TALKER_REWARD = "reward_models/cheer"
 
 _PACKAGE = Path(__file__).resolve().parent
 _ROOTS = (_PACKAGE / "_data", _PACKAGE.parent)
@@ -37,6 +39,16 @@ def reward() -> Path:
 def judge() -> Path:
     """The shipped judge: a second reward, made of other data on another network, for scores that no search climbs."""
     return _find(JUDGE)
+
+
+def talker() -> Path:
+    """A second, smaller language model of another kind of text, for comparisons (GGUF)."""
+    return _find(TALKER)
+
+
+def talker_reward() -> Path:
+    """What rewards the second model's answers in comparisons: how glad they sound."""
+    return _find(TALKER_REWARD)
 
 
 def recipes() -> dict[str, Path]:

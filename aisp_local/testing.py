@@ -91,8 +91,9 @@ class FakeEngine:
         on_step: Callable[[int, int, int], None] | None = None,
     ) -> Rollouts:
         """See engine.base.Engine. Raises InputError for what no engine can do."""
-        Job(prompt, controls, max_tokens, seeds, stop_strings, want).check(self.d)
-        n = controls.n
+        job = Job(prompt, controls, max_tokens, seeds, stop_strings, want)
+        job.check(self.d)
+        n, want = controls.n, job.want
         tokens: list[list[int]] = [[] for _ in range(n)]
         reasons: list[FinishReason] = ["interrupted"] * n
         logprobs: list[list[float]] = [[] for _ in range(n)]
@@ -111,9 +112,11 @@ class FakeEngine:
                 base = (self._w @ z)[None]
                 logits = (self._w @ (z + self._control(controls, i, step)))[None]
                 token = int(pick(logits, controls.sampling, uniforms[i][step : step + 1])[0])
-                prefix = [] if controls.prefixes is None else controls.prefixes[i][: max_tokens - 1]
+                prefix: Sequence[int] = (
+                    [] if controls.prefixes is None else controls.prefixes[i][: max_tokens - 1].tolist()
+                )
                 if step < len(prefix):
-                    token = int(prefix[step])
+                    token = prefix[step]
                 tokens[i].append(token)
                 prelogits[i].append(z)
                 _, drawn, chances = sparse_law(logits, controls.sampling)
@@ -143,6 +146,9 @@ class FakeEngine:
             else None,
             laws=_laws(laws) if "laws" in want else None,
         )
+
+    def _prefix(self, controls: Controls, row: int, max_tokens: int) -> list[int]:
+        return [] if controls.prefixes is None else [int(token) for token in controls.prefixes[row][: max_tokens - 1]]
 
     def _control(self, controls: Controls, row: int, step: int) -> npt.NDArray[np.float32]:
         v = controls.vectors

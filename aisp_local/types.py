@@ -173,6 +173,7 @@ class Candidate:
     iteration: int
     row: int = 1
     n_tokens: int = 0
+    n_given: int = 0  # of them were taken over from an earlier rollout
     finish_reason: FinishReason = "stop"
     kl: float | None = None
     logprob: float | None = None  # sum of base_logprobs, None if not computed

@@ -27,13 +27,13 @@ from typing import Any
 import numpy as np
 
 from aisp_local import Aligner, Result, shipped
+from aisp_local.bench.contest import prompt_sets
 from aisp_local.engine import Engine
 from aisp_local.files import check_output, write_output
 from aisp_local.measure import calibrated
 from aisp_local.reward_kit.statistics import spearman
 from aisp_local.rewards import Reward, load_reward
 
-HERE = Path(__file__).parent
 METHODS = ("best-of-n", "aisp-held")
 BASE = {"method": "best-of-n", "temperature": 0.7}
 
@@ -287,7 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--markdown", action="store_true")
     parser.add_argument("-m", "--model")
     options = parser.parse_args(arguments)
-    texts = json.loads((HERE / "prompts.json").read_text(encoding="utf-8"))["evaluation"]
+    texts = prompt_sets()["stories"]["evaluation"]
     if not 1 <= options.prompts <= len(texts):
         parser.error(f"--prompts is {options.prompts}; there are {len(texts)}")
     if min(options.budgets) < 1 or options.rollouts < 2:

@@ -234,3 +234,75 @@ def test_an_update_leaves_no_thread_running(method: str) -> None:
     """
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True)
     assert float(done.stdout) < 0.01
+
+
+def test_static_is_aisp_that_never_learns() -> None:
+    static = controllers.create("aisp-static", d=D, max_tokens=T, seed=3, sigma=0.7)
+    learning = aisp(sigma=0.7)
+    first = static.ask(4).vectors
+    assert first is not None and learning.ask(4).vectors is not None
+    for controller in (static, learning):
+        controller.tell(finished([T] * 4), np.array([0.0, 1.0, 5.0, 2.0]))
+    second, moved = static.ask(4).vectors, learning.ask(4).vectors
+    assert second is not None and moved is not None
+    np.testing.assert_allclose(second, moved - learning.mean, atol=1e-6)
+    fresh = aisp(sigma=0.7, seed=3).ask(4).vectors
+    np.testing.assert_array_equal(first, fresh)
+
+
+def test_soft_best_of_n_follows_its_law() -> None:
+    rewards = np.array([0.0, 1.0, np.nan, 2.0])
+    law = np.exp(rewards[[0, 1, 3]] / 0.8)
+    law /= law.sum()
+    chosen = []
+    for seed in range(3000):
+        controller: Any = controllers.create("soft-best-of-n", d=D, max_tokens=T, seed=seed, lambda_=0.8)
+        chosen.append(controller.choose(rewards))
+    counts = np.bincount(chosen, minlength=4) / len(chosen)
+    assert counts[2] == 0
+    np.testing.assert_allclose(counts[[0, 1, 3]], law, atol=0.03)
+
+
+def test_misvo_against_its_formulas() -> None:
+    """One update on the fake model, with an independent computation of g and F u in float64."""
+    engine = FakeEngine(d=D)
+    w = engine.head.weight.astype(np.float64)
+    eta, lambda_, temperature = 0.7, 0.5, 0.9
+    controller: Any = controllers.create(
+        "misvo",
+        d=D,
+        max_tokens=T,
+        seed=0,
+        head=lambda: engine.head,
+        eta=eta,
+        lambda_=lambda_,
+        temperature=temperature,
+    )
+    rewards, u = np.array([1.0, -2.0, 0.5, 4.0, 0.0]), np.zeros((T, D))
+    pbar = np.zeros((T, len(w)))
+    for iteration in (1, 2):
+        rollouts = engine.rollout("", controller.ask(5), max_tokens=T, seeds=RowSeeds(2, iteration=iteration))
+        assert rollouts.prelogits is not None
+
+        def law(z: np.ndarray) -> np.ndarray:
+            x = np.exp(w @ z / temperature)
+            return np.asarray(x / x.sum())
+
+        if iteration == 1:
+            for t in range(T):
+                here = [law(z[t]) for z in rollouts.prelogits if len(z) > t]
+                pbar[t] = np.mean(here, axis=0) if here else 0
+        g = np.zeros((T, D))
+        for i, (tokens, z) in enumerate(zip(rollouts.tokens, rollouts.prelogits, strict=True)):
+            others = np.delete(rewards, i).mean()
+            for t, token in enumerate(tokens):
+                p = law(z[t] + u[t])
+                g[t] += (rewards[i] - others) / 5 * (w.T @ (np.eye(len(w))[token] - p)) / temperature
+        pull = np.zeros((T, D))
+        for t in range(T):
+            y = w @ u[t]
+            pull[t] = w.T @ (pbar[t] * y - pbar[t] * (pbar[t] @ y)) / temperature**2
+        u = u + eta * (g - lambda_ * pull)
+        controller.tell(rollouts, rewards)
+        np.testing.assert_allclose(controller.mean, u, rtol=2e-4, atol=2e-5)
+    assert np.abs(u).max() > 0.1

@@ -14,7 +14,7 @@ from aisp_local.errors import InputError, ScoreError
 from aisp_local.loop import search
 from aisp_local.seeds import RowSeeds
 from aisp_local.testing import FakeEngine, FakeReward
-from aisp_local.types import Controls, Progress, Prompt, Result, Rollouts, Sampling
+from aisp_local.types import Controls, Limits, Progress, Prompt, Result, Rollouts, Sampling
 
 
 def vowels(prompt: Prompt, responses: Sequence[str]) -> list[float]:
@@ -24,7 +24,14 @@ def vowels(prompt: Prompt, responses: Sequence[str]) -> list[float]:
 def run(method: str = "aisp", reward: Any = vowels, **options: Any) -> Result:
     settings: dict[str, Any] = {"budget": 12, "n": 4, "max_tokens": 10, "seed": 0} | options
     engine = settings.pop("engine", None) or FakeEngine()
-    controller = controllers.create(method, d=engine.d, max_tokens=settings["max_tokens"], seed=settings["seed"])
+    controller = controllers.create(
+        method,
+        d=engine.d,
+        max_tokens=settings["max_tokens"],
+        seed=settings["seed"],
+        head=lambda: engine.head,
+        **settings.pop("options", {}),
+    )
     return search(engine, controller, FakeReward(reward), "p", method=method, **settings)
 
 
@@ -214,6 +221,62 @@ def test_the_time_limit_ends_the_search() -> None:
 def test_time_limits_that_are_none(limit: float) -> None:
     with pytest.raises(InputError, match="must be greater than 0"):
         run(time_limit=limit)
+
+
+def test_a_target_reward_ends_the_search() -> None:
+    whole = run(budget=24)
+    target = whole.iterations[2].best_so_far
+    reached = next(s.iteration for s in whole.iterations if s.best_so_far >= target)
+    result = run(budget=24, limits=Limits(target_reward=target))
+    assert (result.status, result.rollouts, result.reward) == ("target", 4 * reached, target)
+    assert run(budget=24, limits=Limits(target_reward=1e9)).status == "complete"
+
+
+def test_patience_ends_a_search_that_finds_nothing_better() -> None:
+    rising = iter(range(10_000))
+    assert run(budget=40, limits=Limits(patience=1), reward=lambda p, r: [next(rising) for _ in r]).status == "complete"
+    falling = iter(range(10_000, 0, -1))
+    result = run(budget=40, limits=Limits(patience=2), reward=lambda p, r: [next(falling) for _ in r])
+    assert (result.status, len(result.iterations)) == ("patience", 3)
+
+
+def test_a_budget_of_tokens_is_kept() -> None:
+    whole = run("best-of-n", budget=40)
+    for tokens in (1, 60, 150, 250):
+        result = run("best-of-n", budget=40, limits=Limits(tokens=tokens))
+        assert result.rollouts < 40 and result.status == "token-limit"
+        # Lengths are not known before: the last iteration may be longer than the mean of those before, or shorter.
+        assert result.n_tokens <= max(tokens + 15, 10)
+        assert result.n_tokens >= 0.6 * tokens
+        assert [c.text for c in whole.candidates if (c.iteration, c.row) == (1, 1)] == [
+            c.text for c in result.candidates if (c.iteration, c.row) == (1, 1)
+        ]
+    assert run("best-of-n", budget=8, limits=Limits(tokens=10_000)).status == "complete"
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"target_reward": float("nan")}, "the target reward is nan"),
+        ({"patience": 0}, "the patience is 0"),
+        ({"tokens": 0}, "the budget is 0 tokens"),
+    ],
+)
+def test_limits_that_are_none(limits: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Limits(**limits)
+
+
+def test_soft_best_of_n_draws_its_answer() -> None:
+    best = run("best-of-n", budget=24)
+    assert run("soft-best-of-n", budget=24, options={"lambda_": 1e-9}).answer == best.answer
+    answers = [run("soft-best-of-n", budget=24, seed=seed, options={"lambda_": 1e9}) for seed in range(40)]
+    places = [[c.reward for c in r.candidates[1:]].count(r.reward) for r in answers]
+    assert len({r.reward for r in answers}) > 2 and places, "at a great lambda any of them may win"
+    for result in answers:
+        assert result.candidates[0].text == result.answer and result.rollouts == 24
+        rest = [c.reward for c in result.candidates[1:]]
+        assert rest == sorted(rest, reverse=True)
 
 
 def test_rewards_that_are_not_finite_never_win() -> None:

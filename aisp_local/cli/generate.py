@@ -84,6 +84,7 @@ def as_json(result: Result) -> dict[str, Any]:
                 "iteration": c.iteration,
                 "row": c.row,
                 "n_tokens": c.n_tokens,
+                "n_given": c.n_given,
                 "finish_reason": c.finish_reason,
                 "kl": c.kl,
                 "parts": dict(c.parts),

@@ -21,7 +21,18 @@ METHODS: dict[str, Callable[..., Controller]] = {
     method.name: method for method in (Aisp, AispHeld, AispStatic, BestOfN, Misvo, Score, SoftBestOfN)
 }
 
-__all__ = ["METHODS", "Aisp", "AispHeld", "AispStatic", "BestOfN", "Controller", "Misvo", "Score", "SoftBestOfN", "create"]
+__all__ = [
+    "METHODS",
+    "Aisp",
+    "AispHeld",
+    "AispStatic",
+    "BestOfN",
+    "Controller",
+    "Misvo",
+    "Score",
+    "SoftBestOfN",
+    "create",
+]
 
 
 def create(

@@ -20,8 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from aisp_local.controllers.weights import NOISE, length
-from aisp_local.errors import InputError
-from aisp_local.types import ControllerInfo, Controls, FloatArray, Head, Laws, Rollouts, Sampling
+from aisp_local.types import ControllerInfo, Controls, Head, Rollouts, Sampling
 
 Array = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.integer]
@@ -79,14 +78,22 @@ class Score:
         if self.reuse and self._iteration > self.reuse_from:
             rng = np.random.default_rng([*self._seedkey, self._iteration, 99])
             pre = [np.zeros(0, np.int32)] * n
-            pool = sorted(self._pool, key=lambda c: -c[0])[:self.elite]
+            pool = sorted(self._pool, key=lambda c: -c[0])[: self.elite]
             self._pool = pool
             for j in range(int(round(self.reuse * n))):
                 r, toks = pool[int(rng.integers(len(pool)))]
                 cut = int(len(toks) * self.depth * rng.random())
-                pre[j] = toks[:cut]; self._parent[j] = r
+                pre[j] = toks[:cut]
+                self._parent[j] = r
         self._pre = pre
-        return Controls(n=n, vectors=v, prefixes=pre, held=True if v is not None else False, sampling=self._sampling, want=frozenset({"laws"}))
+        return Controls(
+            n=n,
+            vectors=v,
+            prefixes=pre,
+            held=True if v is not None else False,
+            sampling=self._sampling,
+            want=frozenset({"laws"}),
+        )
 
     def tell(self, rollouts: Rollouts, rewards: npt.NDArray[np.float64]) -> ControllerInfo:
         laws, head = rollouts.laws, self._head
@@ -97,11 +104,12 @@ class Score:
         n = len(rewards)
         idx = np.union1d(laws.token, np.concatenate(rollouts.tokens))
         W = head.weight[idx] * np.float32(head.gain / T)
-        where = np.zeros(head.weight.shape[0], np.int64); where[idx] = np.arange(len(idx))
+        where = np.zeros(head.weight.shape[0], np.int64)
+        where[idx] = np.arange(len(idx))
         tok = where[laws.token]
         group = self._groups(laws)
         yu = W @ self._u.astype(np.float32)
-        kl = self._kl(laws, group, -yu[tok]) / n   # KL(p_u||p_0)
+        kl = self._kl(laws, group, -yu[tok]) / n  # KL(p_u||p_0)
         spread = rewards.std()
         if not spread > NOISE * np.abs(rewards).max():
             return ControllerInfo(control_norm=length(self._u.astype(np.float32)), kl=kl)
@@ -109,14 +117,15 @@ class Score:
             order = np.argsort(np.argsort(rewards)).astype(float)
             A = (order - order.mean()) / order.std()
         elif self.o["pool"]:
-            base = np.array(self._all[-self.o["pool"] * n:])
+            base = np.array(self._all[-self.o["pool"] * n :])
             A = (rewards - base.mean()) / base.std()
         else:
             A = rewards - rewards.mean()
             kid = np.isfinite(self._parent)
             if kid.any() and self.pbase:
                 for grp in (kid, ~kid):
-                    if grp.sum() > 1: A[grp] = rewards[grp] - rewards[grp].mean()
+                    if grp.sum() > 1:
+                        A[grp] = rewards[grp] - rewards[grp].mean()
             A = A / A.std()
         if self.o["clip"]:
             A = np.clip(A, -self.o["clip"], self.o["clip"])
@@ -126,7 +135,9 @@ class Score:
         live = np.concatenate([np.arange(k) >= f for k, f in zip(lens, forced)])
         a_tok = np.repeat(A, lens) * live
         lv = laws.step >= forced[laws.row]
-        c = np.bincount(sampled, a_tok, minlength=len(idx)) - np.bincount(tok, lv * A[laws.row] * laws.probability, minlength=len(idx))
+        c = np.bincount(sampled, a_tok, minlength=len(idx)) - np.bincount(
+            tok, lv * A[laws.row] * laws.probability, minlength=len(idx)
+        )
         g = (c / n) @ W
         if self.o["natural"]:
             # Fisher over tokens: sum_t Cov_p(W)
@@ -151,33 +162,41 @@ class Score:
             lo, hi = 0.0, 1.0
             for _ in range(20):
                 m = (lo + hi) / 2
-                if self._total(laws, group, m * yn[tok], yu[tok]) / n > self._max_kl: hi = m
-                else: lo = m
+                if self._total(laws, group, m * yn[tok], yu[tok]) / n > self._max_kl:
+                    hi = m
+                else:
+                    lo = m
             new = new * lo
         self._u = new
         return ControllerInfo(control_norm=length(self._u.astype(np.float32)), kl=kl)
 
     def _groups(self, laws):
         key = laws.row.astype(np.int64) * 100000 + laws.step
-        change = np.empty(len(key), bool); change[0] = True; change[1:] = key[1:] != key[:-1]
+        change = np.empty(len(key), bool)
+        change[0] = True
+        change[1:] = key[1:] != key[:-1]
         return np.cumsum(change) - 1
 
     def _kl(self, laws, group, x):
         """sum over steps of KL(p || q), q ~ p exp(x)"""
         G = group[-1] + 1
         e = np.bincount(group, laws.probability * x, minlength=G)
-        m = np.full(G, -np.inf); np.maximum.at(m, group, x)
+        m = np.full(G, -np.inf)
+        np.maximum.at(m, group, x)
         z = np.bincount(group, laws.probability * np.exp(x - m[group]), minlength=G)
         return float((np.log(z) + m - e).sum())
 
     def _total(self, laws, group, yn, yu):
         """KL(p_new || p_0) along these steps: p_0 ~ p exp(-yu), p_new ~ p exp(yn - yu)"""
         G = group[-1] + 1
+
         def norm(x):
-            m = np.full(G, -np.inf); np.maximum.at(m, group, x)
+            m = np.full(G, -np.inf)
+            np.maximum.at(m, group, x)
             w = laws.probability * np.exp(x - m[group])
             z = np.bincount(group, w, minlength=G)
             return w / z[group], np.log(z) + m
+
         p, ln = norm(yn - yu)
         _, l0 = norm(-yu)
         return float(np.bincount(group, p * yn, minlength=G).sum() - (ln - l0).sum())

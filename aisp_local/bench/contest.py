@@ -1,0 +1,253 @@
+"""Alignment methods against each other; runs are kept as they come, so that a contest can be stopped and gone on with.
+
+Each method has one knob that is tuned, with as many values each, on prompts of their own at the smallest budget; its
+published setting, where there is one, is a row of its own. All see the same prompts, seeds and numbers of rollouts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aisp_local.api import Aligner
+from aisp_local.engine import LlamaEngine
+from aisp_local.errors import InputError
+from aisp_local.seeds import RowSeeds
+from aisp_local.types import Controls, Message, Result
+
+Settings = Mapping[str, float]
+Say = Callable[[str], None]
+
+_GROUP = 4  # prompts in one batch; what is kept at a time
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method that takes part. ``grid``: the settings that are tried in tuning, none for one that stays as it is."""
+
+    label: str
+    method: str
+    n: int = 16
+    settings: Settings = field(default_factory=dict)
+    grid: Sequence[Settings] = ()
+
+
+def _grid(**values: Sequence[float]) -> list[Settings]:
+    """One setting for each value of the one knob."""
+    ((knob, tried),) = values.items()
+    return [{knob: value} for value in tried]
+
+
+PUBLISHED = {"sigma": 0.5**0.5, "lambda_": 0.3, "alpha": 0.999}
+
+ENTRIES = (
+    Entry("score", "score"),
+    Entry("best-of-n", "best-of-n", grid=_grid(temperature=(0.3, 0.4, 0.6, 0.8, 1.0))),
+    Entry("aisp", "aisp", grid=_grid(sigma=(0.3, 0.5, 0.7, 1.0, 1.4))),
+    Entry("aisp, published", "aisp", n=32, settings=PUBLISHED),
+    Entry("aisp-static", "aisp-static", grid=_grid(sigma=(0.3, 0.5, 0.7, 1.0, 1.4))),
+    Entry("aisp-held", "aisp-held", grid=_grid(sigma=(0.3, 0.5, 0.7, 1.0, 1.4))),
+    Entry("misvo", "misvo", grid=_grid(eta=(0.3, 1.0, 3.0, 10.0, 30.0))),
+    Entry("misvo, published", "misvo", settings={"eta": 0.1, "temperature": 1.0}),
+)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A model, what rewards its answers, and prompts for both."""
+
+    name: str
+    model: str
+    reward: str
+    tuning: Sequence[str]
+    evaluation: Sequence[str]
+    max_tokens: int = 96
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is kept of one search. ``rewards`` are in the order of the rollouts, as is ``given``: tokens of each that
+    were taken from an earlier rollout. ``kl``: of the law sampled from, in the last iteration, nats; as the engine
+    computes it against the whole base law where ``exact``. ``logprob``: of the answer's tokens under the base model."""
+
+    pair: str
+    label: str
+    prompt: str
+    seed: int
+    budget: int
+    n: int
+    settings: Settings
+    rewards: list[float]
+    given: list[int]
+    answer: str
+    seconds: float
+    n_tokens: int
+    kl: float | None = None
+    exact_kl: float | None = None
+    logprob: float | None = None
+    answer_tokens: int = 0
+
+
+def prompt_sets() -> dict[str, dict[str, list[str]]]:
+    """Prompts by what they are about ("stories", "dialogs"), each for "tuning" and "evaluation"."""
+    text = resources.files("aisp_local.bench").joinpath("prompts.json").read_text(encoding="utf-8")
+    return json.loads(text)  # type: ignore[no-any-return]
+
+
+class Store:
+    """Runs in a file of JSON lines, each line whole; a run that is there already is not made again."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._found: dict[str, Run] = {}
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").split("\n")
+            # What an interrupt left of a line is cut off.
+            path.write_text("".join(line + "\n" for line in lines[:-1]), encoding="utf-8")
+            for number, line in enumerate(lines[:-1], 1):
+                try:
+                    run = Run(**json.loads(line))
+                except (ValueError, TypeError) as error:
+                    raise InputError(f"{path}, line {number} is no run of a contest; give another file") from error
+                self._found[_key(run)] = run
+
+    def get(self, run: Run) -> Run | None:
+        """The kept run with the same question."""
+        return self._found.get(_key(run))
+
+    def add(self, runs: Sequence[Run]) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(asdict(run)) + "\n" for run in runs))
+        self._found |= {_key(run): run for run in runs}
+
+
+def _key(run: Run) -> str:
+    asked = [run.pair, run.label, run.prompt, run.seed, run.budget, run.n, sorted(run.settings.items())]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+
+
+class Contest:
+    """The contest of one pair."""
+
+    def __init__(self, pair: Pair, aligner: Aligner, store: Store, *, budgets: Sequence[int], seed: int, say: Say):
+        self.pair, self.aligner, self._store = pair, aligner, store
+        self.budgets, self._seed, self._say = sorted(budgets), seed, say
+
+    def play(self, entries: Sequence[Entry], exact_kl_prompts: int) -> dict[str, list[Run]]:
+        """The runs on the evaluation prompts by the entries' labels."""
+        played = {}
+        for entry in entries:
+            settings = {**entry.settings, **self._tune(entry)}
+            runs = list(self._runs(entry, settings, self.pair.evaluation, max(self.budgets), exact_kl_prompts))
+            played[entry.label] = runs
+            best = np.mean([max(run.rewards) for run in runs])
+            self._say(f"{self.pair.name}: {entry.label} {_shown(settings)}: mean best reward {best:.3f}")
+        return played
+
+    def _tune(self, entry: Entry) -> Settings:
+        """The setting with the highest mean best reward on the tuning prompts."""
+        means = []
+        for settings in entry.grid:
+            runs = self._runs(entry, settings, self.pair.tuning, min(self.budgets), 0)
+            means.append(float(np.mean([max(run.rewards) for run in runs])))
+            self._say(f"{self.pair.name}: tuning {entry.label}, {_shown(settings)}: {means[-1]:.3f}")
+        return entry.grid[int(np.argmax(means))] if means else {}
+
+    def _runs(
+        self, entry: Entry, settings: Settings, prompts: Sequence[str], budget: int, exact_kl_prompts: int
+    ) -> Iterator[Run]:
+        for start in range(0, len(prompts), _GROUP):
+            group = prompts[start : start + _GROUP]
+            asked = [
+                Run(
+                    self.pair.name, entry.label, text, self._seed + start, budget, entry.n, dict(settings),
+                    [], [], "", 0.0, 0,
+                )
+                for text in group
+            ]  # fmt: skip
+            found = [self._store.get(run) for run in asked]
+            if any(run is None for run in found):
+                made = self._search(entry, settings, group, asked, start < exact_kl_prompts)
+                self._store.add(made)
+                found = list(made)
+            yield from (run for run in found if run is not None)
+
+    def _search(
+        self, entry: Entry, settings: Settings, group: Sequence[str], asked: Sequence[Run], exact_kl: bool
+    ) -> list[Run]:
+        messages: list[list[Message]] = [[{"role": "user", "content": text}] for text in group]
+        common: dict[str, Any] = {
+            "method": entry.method,
+            "n": entry.n,
+            "max_tokens": self.pair.max_tokens,
+            "seed": asked[0].seed,
+            **settings,
+        }
+        began = time.perf_counter()
+        results = self.aligner.generate_many(messages, budget=asked[0].budget, **common)
+        seconds = (time.perf_counter() - began) / len(group)
+        exact: list[float | None] = [None] * len(group)
+        if exact_kl:
+            # Again, since the second output product would be in the seconds.
+            again = self.aligner.generate_many(messages, budget=asked[0].budget, kl=True, **common)
+            exact = [_last_kl(result) for result in again if isinstance(result, Result)]
+        runs = []
+        for run, prompt, result, kl in zip(asked, messages, results, exact, strict=True):
+            if not isinstance(result, Result):
+                raise result
+            rollouts = sorted(result.candidates, key=lambda c: (c.iteration, c.row))
+            logprob, length = self._base_logprob(prompt, result.answer)
+            runs.append(
+                Run(
+                    **{
+                        **asdict(run),
+                        "rewards": [c.reward for c in rollouts],
+                        "given": [c.n_given for c in rollouts],
+                        "answer": result.answer,
+                        "seconds": seconds,
+                        "n_tokens": result.n_tokens,
+                        "kl": result.iterations[-1].kl,
+                        "exact_kl": kl,
+                        "logprob": logprob,
+                        "answer_tokens": length,
+                    }
+                )
+            )
+        return runs
+
+    def _base_logprob(self, prompt: list[Message], answer: str) -> tuple[float | None, int]:
+        """Log-probability of an answer under the base model at temperature 1, and its number of tokens."""
+        engine = self.aligner.engine
+        if not isinstance(engine, LlamaEngine):
+            return None, 0
+        tokens = engine.model.tokenize(answer, add_special=False, parse_special=False)
+        if not len(tokens):
+            return None, 0
+        rollouts = engine.rollout(
+            prompt,
+            Controls(n=1, prefixes=[tokens]),
+            max_tokens=len(tokens) + 1,
+            seeds=RowSeeds(0),
+            want=frozenset({"logprobs"}),
+        )
+        assert rollouts.base_logprobs is not None
+        return float(rollouts.base_logprobs[0][: len(tokens)].sum()), len(tokens)
+
+
+def _last_kl(result: Result) -> float | None:
+    """Mean KL of the last iteration's rollouts that took nothing from others."""
+    last = result.iterations[-1].iteration
+    kls = [c.kl for c in result.candidates if c.iteration == last and c.n_given == 0 and c.kl is not None]
+    return float(np.mean(kls)) if kls else None
+
+
+def _shown(settings: Settings) -> str:
+    return ", ".join(f"{name.rstrip('_')} {value:.3g}" for name, value in settings.items()) or "as it is"

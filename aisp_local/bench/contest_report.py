@@ -1,0 +1,130 @@
+"""What the runs of a contest say: one table a pair."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from aisp_local.bench.contest import Run
+from aisp_local.bench.tables import Table
+
+Array = npt.NDArray[np.float64]
+
+BASE = "best-of-n"
+_DRAWS = 4000
+
+
+def interval(values: Array) -> tuple[float, float, float]:
+    """Mean over prompts and its 95% bootstrap interval."""
+    rng = np.random.default_rng(0)
+    means = values[rng.integers(0, len(values), (_DRAWS, len(values)))].mean(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(values.mean()), float(low), float(high)
+
+
+def best_at(runs: Sequence[Run], budget: int) -> Array:
+    """Best reward of each run's first ``budget`` rollouts."""
+    return np.array([np.max(run.rewards[:budget]) for run in runs])
+
+
+def needed(runs: Sequence[Run], reward: float) -> int | None:
+    """The least number of rollouts whose mean best reward is at least ``reward``; None if all are too few."""
+    so_far = np.mean([np.maximum.accumulate(run.rewards) for run in runs], axis=0)
+    reached = np.flatnonzero(so_far >= reward)
+    return int(reached[0]) + 1 if len(reached) else None
+
+
+def last_mean(run: Run) -> float:
+    """Mean reward of the last iteration's rollouts that took nothing from earlier ones: samples of the law itself."""
+    rewards, given = np.array(run.rewards[-run.n :]), np.array(run.given[-run.n :])
+    return float(rewards[given == 0].mean()) if (given == 0).any() else float("nan")
+
+
+def diversity(text: str) -> float:
+    """Product over n = 2, 3, 4 of the share of n-grams of words that are different."""
+    words, product = text.split(), 1.0
+    for n in (2, 3, 4):
+        grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+        product *= len(set(grams)) / len(grams) if grams else 1.0
+    return product
+
+
+def summary(played: Mapping[str, Sequence[Run]], budgets: Sequence[int]) -> list[dict[str, Any]]:
+    """One entry of figures for each method; ``sd`` is the base model's spread within a prompt, as best-of-n samples."""
+    base = played[BASE]
+    sd = float(np.mean([np.std(run.rewards) for run in base]))
+    middle = float(np.mean([np.mean(run.rewards) for run in base]))
+    goal = float(best_at(base, max(budgets)).mean())
+    rows = []
+    for label, runs in played.items():
+        row: dict[str, Any] = {"method": label, "settings": dict(runs[0].settings), "n": runs[0].n}
+        for budget in budgets:
+            row[f"best_{budget}"] = interval(best_at(runs, budget))
+            row[f"difference_{budget}"] = interval(best_at(runs, budget) - best_at(base, budget))
+        row["rollouts_to_base_best"] = needed(runs, goal)
+        row["last_mean_sd"] = (float(np.nanmean([last_mean(run) for run in runs])) - middle) / sd
+        row["best_sd_over_base"] = (float(best_at(runs, max(budgets)).mean()) - goal) / sd
+        row["kl"] = _mean([run.kl for run in runs])
+        row["exact_kl"] = _mean([run.exact_kl for run in runs])
+        row["diversity"] = float(np.mean([diversity(run.answer) for run in runs]))
+        logprobs = [(run.logprob, run.answer_tokens) for run in runs if run.logprob is not None and run.answer_tokens]
+        row["logprob"] = float(np.mean([total / tokens for total, tokens in logprobs])) if logprobs else None
+        row["seconds"] = float(np.mean([run.seconds for run in runs]))
+        row["sd"], row["base_mean"] = sd, middle
+        rows.append(row)
+    return rows
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    found = [value for value in values if value is not None]
+    return float(np.mean(found)) if found else None
+
+
+def table(pair: str, rows: Sequence[Mapping[str, Any]], budgets: Sequence[int], prompts: int) -> Table:
+    """The figures for people."""
+    least, most = min(budgets), max(budgets)
+    columns = [
+        "method",
+        *(f"best of {budget} [95%]" for budget in budgets),
+        *(f"over best-of-n at {budget} [95%]" for budget in budgets if budget in (least, most) or len(budgets) < 3),
+        f"rollouts to best-of-{most}",
+        "mean of the last iteration, sd above the base",
+        "its KL, nats",
+        "diversity",
+        "log-likelihood a token",
+        "seconds",
+    ]
+    made = Table(
+        f"contest-{pair}",
+        f"{pair}: {prompts} prompts; the base has mean {rows[0]['base_mean']:.2f} and sd {rows[0]['sd']:.2f}",
+        columns,
+    )
+    for row in rows:
+        settings = ", ".join(f"{name.rstrip('_')} {value:.3g}" for name, value in row["settings"].items())
+        kl = row["exact_kl"] if row["exact_kl"] is not None else row["kl"]
+        made.rows.append(
+            [
+                f"{row['method']} ({settings})" if settings else row["method"],
+                *(_spread(row[f"best_{budget}"]) for budget in budgets),
+                *(
+                    _spread(row[f"difference_{budget}"], sign=True)
+                    for budget in budgets
+                    if budget in (least, most) or len(budgets) < 3
+                ),
+                row["rollouts_to_base_best"] or "-",
+                f"{row['last_mean_sd']:+.2f}",
+                "-" if kl is None else f"{kl:.1f}",
+                f"{row['diversity']:.2f}",
+                "-" if row["logprob"] is None else f"{row['logprob']:.2f}",
+                f"{row['seconds']:.1f}",
+            ]
+        )
+    return made
+
+
+def _spread(values: tuple[float, float, float], sign: bool = False) -> str:
+    form = "{:+.2f}" if sign else "{:.2f}"
+    return f"{form.format(values[0])} [{form.format(values[1])}, {form.format(values[2])}]"

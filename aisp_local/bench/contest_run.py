@@ -1,0 +1,120 @@
+"""The contests of several pairs, and the files that are left of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from aisp_local import shipped
+from aisp_local.api import Aligner
+from aisp_local.bench.contest import ENTRIES, Contest, Entry, Pair, Store, prompt_sets
+from aisp_local.bench.contest_report import BASE, summary, table
+from aisp_local.bench.machine import describe
+from aisp_local.errors import InputError
+from aisp_local.files import write_output
+
+
+def shipped_pairs() -> list[Pair]:
+    """The pairs that come with the project."""
+    sets, model = prompt_sets(), str(shipped.model())
+    rewards = {
+        "stories": shipped.reward(),
+        "stories-judge": shipped.judge(),
+        "stories-words": Path(__file__).with_name("words.toml"),
+    }
+    stories, dialogs = sets["stories"], sets["dialogs"]
+    pairs = [
+        Pair(name, model, str(reward), stories["tuning"], stories["evaluation"]) for name, reward in rewards.items()
+    ]
+    talker, cheer = str(shipped.talker()), str(shipped.talker_reward())
+    return [*pairs, Pair("dialogs", talker, cheer, dialogs["tuning"], dialogs["evaluation"])]
+
+
+def chosen_pairs(
+    model: Path | None,
+    reward: Path | None,
+    prompts: Path | None,
+    names: Sequence[str],
+    max_prompts: int | None,
+    max_tokens: int,
+) -> list[Pair]:
+    """The pairs of a command line. Raises InputError for what does not fit together."""
+    if model is None and reward is None and prompts is None:
+        pairs = shipped_pairs()
+        unknown = sorted(set(names) - {pair.name for pair in pairs})
+        if unknown:
+            raise InputError(f"the pair {unknown[0]!r} is unknown; use {', '.join(pair.name for pair in pairs)}")
+        pairs = [pair for pair in pairs if not names or pair.name in names]
+    else:
+        if names:
+            raise InputError("--pair names a shipped pair; leave it out, or -m, -r and --prompts")
+        lists = prompt_sets()["stories"] if prompts is None else _read_prompts(prompts)
+        path = shipped.model() if model is None else model
+        scorer = shipped.reward() if reward is None else reward
+        pairs = [Pair(Path(path).stem, str(path), str(scorer), lists["tuning"], lists["evaluation"])]
+    return [
+        replace(pair, tuning=pair.tuning[:max_prompts], evaluation=pair.evaluation[:max_prompts], max_tokens=max_tokens)
+        for pair in pairs
+    ]
+
+
+def _read_prompts(path: Path) -> dict[str, list[str]]:
+    try:
+        lists = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as JSON ({error}); give a file of prompts") from error
+    for name in ("tuning", "evaluation"):
+        found = lists.get(name) if isinstance(lists, dict) else None
+        if (
+            not isinstance(found, list)
+            or not found
+            or not all(isinstance(text, str) and text.strip() for text in found)
+        ):
+            raise InputError(f"{path} has no list of prompts {name!r}; give an object with tuning and evaluation")
+    return {name: lists[name] for name in ("tuning", "evaluation")}
+
+
+def chosen_entries(labels: Sequence[str]) -> list[Entry]:
+    """The rows of a command line, best-of-n among them. Raises InputError for an unknown one."""
+    unknown = sorted(set(labels) - {entry.label for entry in ENTRIES})
+    if unknown:
+        raise InputError(f"the row {unknown[0]!r} is unknown; use {', '.join(entry.label for entry in ENTRIES)}")
+    return [entry for entry in ENTRIES if not labels or entry.label in labels or entry.label == BASE]
+
+
+def run(
+    pairs: Sequence[Pair],
+    entries: Sequence[Entry],
+    out: Path,
+    *,
+    budgets: Sequence[int],
+    exact_kl: int,
+    seed: int,
+    threads: int | None,
+    say: Callable[[str], None],
+    show: Callable[[str], None],
+) -> None:
+    """Play the contests and write report.md and report.json. Raises InputError when OUT cannot be used."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out} cannot be made ({error.strerror}); give another folder") from error
+    store = Store(out / "runs.jsonl")
+    machine = describe()
+    text = [", ".join(f"{name} {value}" for name, value in machine.items()), ""]
+    reports = []
+    for pair in pairs:
+        with Aligner.load(pair.model, pair.reward, threads=threads) as aligner:
+            played = Contest(pair, aligner, store, budgets=budgets, seed=seed, say=say).play(entries, exact_kl)
+        rows = summary(played, budgets)
+        made = table(pair.name, rows, budgets, len(pair.evaluation)).markdown()
+        show(made)
+        text.append(made)
+        reports.append(
+            {"pair": pair.name, "model": Path(pair.model).name, "reward": Path(pair.reward).name, "rows": rows}
+        )
+        # Whole after every pair: a contest that is stopped has a report of what it finished.
+        write_output(out / "report.md", "\n".join(text))
+        write_output(out / "report.json", json.dumps({"machine": machine, "pairs": reports}, indent=1) + "\n")
