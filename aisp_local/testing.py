@@ -98,7 +98,7 @@ class FakeEngine:
         reasons: list[FinishReason] = ["interrupted"] * n
         logprobs: list[list[float]] = [[] for _ in range(n)]
         prelogits: list[list[npt.NDArray[np.float32]]] = [[] for _ in range(n)]
-        laws: list[tuple[int, int, int, float]] = []
+        laws: list[tuple[int, int, int, float, float]] = []
         kl = np.zeros(n, np.float32)
         uniforms = [seeds.generator(i, "sampling").random(max_tokens) for i in range(n)]
         for step in range(max_tokens):
@@ -119,9 +119,9 @@ class FakeEngine:
                     token = prefix[step]
                 tokens[i].append(token)
                 prelogits[i].append(z)
-                _, drawn, chances = sparse_law(logits, controls.sampling)
                 if step >= len(prefix):
-                    laws += [(i, step, int(t), float(p)) for t, p in zip(drawn, chances, strict=True)]
+                    _, *law = sparse_law(logits, controls.sampling, controls.shift)
+                    laws += [(i, step, int(t), float(p), float(q)) for t, p, q in zip(*law, strict=True)]
                 logprobs[i].append(float(log_softmax(base.astype(np.float64))[0, token]))
                 if controls.vectors is not None:
                     p = log_law(logits, controls.sampling)[0]
@@ -157,9 +157,10 @@ class FakeEngine:
         return np.asarray(v[row, 0 if controls.held else step])
 
 
-def _laws(entries: Sequence[tuple[int, int, int, float]]) -> Laws:
-    row, step, token, p = zip(*entries, strict=True) if entries else ((), (), (), ())
-    return Laws(np.array(row, np.int32), np.array(step, np.int32), np.array(token, np.int32), np.array(p, np.float32))
+def _laws(entries: Sequence[tuple[int, int, int, float, float]]) -> Laws:
+    row, step, token, p, base = zip(*entries, strict=True) if entries else ((), (), (), (), ())
+    rows, steps, tokens = (np.array(column, np.int32) for column in (row, step, token))
+    return Laws(rows, steps, tokens, np.array(p, np.float32), np.array(base, np.float32))
 
 
 def _text(tokens: Sequence[int], stop_strings: Sequence[str] = ()) -> str:

@@ -74,7 +74,8 @@ class Controls:
     ``vectors`` is None (the base model), ``[n, T, d]`` (after step T the base model again) or, with
     ``held``, ``[n, 1, d]``: one vector for all steps. ``prefixes``: n arrays of tokens with which the responses begin
     (empty: with none); the last token of a longest response is never one of them. ``want``: what the rollouts report;
-    steps of a prefix have no laws.
+    steps of a prefix have no laws. ``shift`` [V]: what a control that all rows hold adds to the logits, for the laws'
+    base probabilities.
     """
 
     n: int
@@ -83,6 +84,7 @@ class Controls:
     sampling: Sampling = GREEDY
     prefixes: Sequence[npt.NDArray[np.int32]] | None = None
     want: frozenset[Want] = frozenset()
+    shift: FloatArray | None = None
 
     def __post_init__(self) -> None:
         if self.n < 1:
@@ -103,13 +105,15 @@ class Laws:
     """The laws from which n rollouts were sampled: one entry for each step and each token that could be drawn [K].
 
     A token could be drawn if its probability at temperature 1 is at least ``min_p`` of the likeliest one's (0.001 where
-    there is no ``min_p``: what is below is left out). Entries of a step lie together.
+    there is no ``min_p``: what is below is left out). With ``Controls.shift`` there are also the tokens that the base
+    model could draw. Entries of a step lie together; both probabilities sum to 1 over a step of a row.
     """
 
     row: npt.NDArray[np.int32]  # of the rollout
     step: npt.NDArray[np.int32]
     token: npt.NDArray[np.int32]
-    probability: FloatArray  # sums to 1 over each step of a row
+    probability: FloatArray  # 0 for a token that the base model alone could draw
+    base: FloatArray  # the base model's at the same temperature, among the step's entries
 
     def __len__(self) -> int:
         return len(self.row)
@@ -146,6 +150,12 @@ class Head(Protocol):
     @property
     def weight(self) -> FloatArray:
         """The output matrix W [V, d]."""
+
+    def take(self, tokens: npt.NDArray[np.integer[Any]]) -> FloatArray:
+        """Rows of the output matrix [k, d]."""
+
+    def shift(self, u: FloatArray) -> FloatArray:
+        """What u [d] adds to the logits [V]; of soft-capped ones to first order."""
 
     @property
     def gain(self) -> float:

@@ -121,11 +121,28 @@ def test_laws_of_the_fake_and_of_steps_read_at_once(engine: LlamaEngine) -> None
 @pytest.mark.parametrize("sampling", [Sampling(0.7, min_p=0.1), Sampling(1.0, min_p=0.02), Sampling(1.3)])
 def test_sparse_laws_are_the_dense_ones(sampling: Sampling) -> None:
     logits = (np.random.default_rng(0).standard_normal((5, 300)) * 3).astype(np.float32)
-    rows, tokens, p = sparse_law(logits, sampling)
+    rows, tokens, p, base = sparse_law(logits, sampling)
+    np.testing.assert_array_equal(p, base)
     dense = np.zeros(logits.shape)
     dense[rows, tokens] = p
     np.testing.assert_allclose(dense, np.exp(log_law(logits, sampling)), atol=1e-6 if sampling.min_p else 2e-2)
     assert (np.diff(rows) >= 0).all()
+
+
+def test_sparse_laws_have_the_base_laws_tokens_too() -> None:
+    rng, sampling = np.random.default_rng(0), Sampling(0.8, min_p=0.05)
+    base = (rng.standard_normal((4, 200)) * 3).astype(np.float32)
+    shift = (rng.standard_normal(200) * 4).astype(np.float32)
+    rows, tokens, p, q = sparse_law(base + shift, sampling, shift)
+    sampled, expected = np.zeros(base.shape), np.exp(log_law(base, Sampling(0.8)))
+    sampled[rows, tokens] = p
+    np.testing.assert_allclose(sampled, np.exp(log_law(base + shift, sampling)), atol=1e-5)
+    for row in range(4):
+        mine = rows == row
+        assert set(np.flatnonzero(np.exp(log_law(base, sampling))[row])) <= set(tokens[mine])
+        inside = expected[row, tokens[mine]]
+        np.testing.assert_allclose(q[mine], inside / inside.sum(), rtol=1e-4)
+    assert (p == 0).any()
 
 
 def test_head_law_score_and_fisher_against_differences() -> None:

@@ -1,32 +1,53 @@
-"""Score-function steps on one held control, inside a trust region of nats.
+"""Score-function steps on a held control inside a trust region of nats; rollouts that begin as the best so far did.
 
-Responses are sampled at a temperature under ``p_u = softmax(W (z + u) / T)``, one control u for all steps, cut by
-min-p to a few tokens. Of each step the engine reports those tokens and their probabilities, so that everything below is
-exact and costs nothing per vocabulary entry:
+Responses are sampled under one control u at all steps, ``p_u = softmax(W (z + u) / T)``, cut by min-p to a few tokens.
+Of every step the engine reports those tokens and their probabilities, so that nothing below costs anything per entry of
+the vocabulary:
 
-    g  = mean_i A_i sum_t W^T (e_{y_it} - p_it) / T        A: rewards, standardised over the iteration
-    u <- u + eta g,  eta: KL(p_{u + eta g} || p_u) = ``step`` nats over a response
+    g  =  1/n sum_i A_i sum_t W^T (e_{y_it} - p_it) / T            A: rewards, standardised
+    u <-  u + eta g,   eta such that eta g alone is ``step`` nats from the base model,
 
-and u shrinks where KL(p_u || p_0), the sum over a response's tokens, would be above ``max_kl``. Both are taken over the
-iteration's own responses. Source: the score function is REINFORCE's (Williams 1992), with a trust region as in natural
-policy gradients (Kakade 2001, arXiv 1502.05477).
+and u is made shorter where ``KL(p_u || p_0)`` would be above the budget that ``strength`` names. Both divergences are
+means over the iteration's own steps, times the mean length of a response. The base law, which does not become peaked as
+p_u does, measures the steps: by the Fisher matrix of p_u they would grow without end.
+
+From the second iteration on a part of the rollouts begin as one of the best so far did, up to a place drawn at random;
+they go on under the newest u. Their rewards are compared among themselves, and only what they sampled enters g.
+
+Sources: REINFORCE (Williams 1992); a trust region in nats as in TRPO (arXiv 1502.05477); resampling suffixes as in
+QAlign (arXiv 2504.03790), without its Markov chain.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 
+from aisp_local.controllers.beginnings import Beginnings
+from aisp_local.controllers.tilts import Steps
 from aisp_local.controllers.weights import NOISE, length
-from aisp_local.types import ControllerInfo, Controls, Head, Rollouts, Sampling
+from aisp_local.errors import InputError
+from aisp_local.seeds import RowSeeds
+from aisp_local.types import ControllerInfo, Controls, FloatArray, Head, Rollouts, Sampling
 
 Array = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.integer]
+Divergence = Callable[[FloatArray], float]
+
+FULL_KL = 100.0
+"""Nats over a response that a strength of 1 allows."""
+
+_REFINEMENTS = 4  # of the factor that shortens u: its divergence is nearly quadratic
 
 
 class Score:
+    """Options: ``strength`` (0: the base model; the law sampled from stays within ``100 strength^2`` nats of it over a
+    response), ``step`` (nats an iteration), ``reuse`` (share of an iteration's rollouts that begin as one of the
+    ``elite`` best), ``temperature``, ``min_p``.
+    """
+
     name = "score"
 
     def __init__(
@@ -37,172 +58,103 @@ class Score:
         seed: int,
         head: Head | None = None,
         prompt_index: int = 0,
+        strength: float = 0.5,
         step: float = 1.0,
-        max_kl: float = 25.0,
+        reuse: float = 0.5,
+        elite: int = 4,
         temperature: float = 0.7,
         min_p: float = 0.02,
-        power: float = 0.0,
-        beta: float = 0.0,
-        rank: int = 0,
-        decay: float = 1.0,
-        leave: float = 0.0,
-        natural: float = 0.0,
-        pool: int = 0,
-        clip: float = 0.0,
-        lenc: float = 0.0,
-        reuse: float = 0.0,
-        reuse_from: int = 1,
-        elite: int = 4,
-        depth: float = 1.0,
-        pbase: int = 1,
     ) -> None:
-        self._step, self._max_kl = step, max_kl
+        if not 0.0 <= strength <= 1.0:
+            raise InputError(f"strength is {strength}; it must be in [0, 1]")
+        if not step > 0 or not math.isfinite(step):
+            raise InputError(f"step is {step} nats; it must be greater than 0")
+        if not 0.0 <= reuse <= 1.0:
+            raise InputError(f"reuse is {reuse}; it must be in [0, 1]")
+        if elite < 1:
+            raise InputError(f"elite is {elite} responses; it must be at least 1")
+        if not temperature > 0:
+            raise InputError(f"temperature is {temperature}; score samples, so it must be greater than 0")
         self._head, self._sampling = head, Sampling(temperature, min_p=min_p)
-        self._u: Array = np.zeros(d)
+        self._max_kl, self._step, self._reuse = FULL_KL * strength**2, step, reuse
+        self._seed, self._prompt_index = seed, prompt_index
+        self._u: FloatArray = np.zeros(d, np.float32)
+        self._best = Beginnings(elite)
+        self._given: npt.NDArray[np.int64] = np.zeros(0, np.int64)  # tokens [n] that the rollouts began with
         self._iteration = 0
-        self._m = np.zeros(d)
-        self.o = dict(rank=rank, decay=decay, beta=beta, natural=natural, pool=pool, clip=clip, lenc=lenc)
-        self._all: list[float] = []
-        self.reuse, self.reuse_from, self.elite, self.depth, self.pbase = reuse, reuse_from, elite, depth, pbase
-        self._pool = []
-        self._seedkey = (seed, prompt_index)
-        self._F = None
-        self._last = None
+
+    @property
+    def mean(self) -> FloatArray:
+        """u [d], a copy."""
+        return self._u.copy()
 
     def ask(self, n: int) -> Controls:
         self._iteration += 1
-        v = None
-        if self._u.any():
-            v = np.broadcast_to(self._u.astype(np.float32), (n, 1, len(self._u))).copy()
-        pre, self._parent = None, np.full(n, np.nan)
-        if self.reuse and self._iteration > self.reuse_from:
-            rng = np.random.default_rng([*self._seedkey, self._iteration, 99])
-            pre = [np.zeros(0, np.int32)] * n
-            pool = sorted(self._pool, key=lambda c: -c[0])[: self.elite]
-            self._pool = pool
-            for j in range(int(round(self.reuse * n))):
-                r, toks = pool[int(rng.integers(len(pool)))]
-                cut = int(len(toks) * self.depth * rng.random())
-                pre[j] = toks[:cut]
-                self._parent[j] = r
-        self._pre = pre
+        seeds = RowSeeds(self._seed, self._prompt_index, self._iteration)
+        prefixes = [np.zeros(0, np.int32)] * n
+        reused = round(self._reuse * n) if len(self._best) else 0
+        for row in range(n - reused, n):
+            prefixes[row] = self._best.draw(seeds.generator(row, "noise"))
+        self._given = np.array([len(prefix) for prefix in prefixes])
+        controlled = self._head is not None and bool(self._u.any())
         return Controls(
             n=n,
-            vectors=v,
-            prefixes=pre,
-            held=True if v is not None else False,
+            vectors=np.tile(self._u, (n, 1, 1)) if controlled else None,
+            held=controlled,
             sampling=self._sampling,
+            prefixes=prefixes if self._given.any() else None,
             want=frozenset({"laws"}),
+            shift=self._head.shift(self._u) if controlled and self._head is not None else None,
         )
 
     def tell(self, rollouts: Rollouts, rewards: npt.NDArray[np.float64]) -> ControllerInfo:
-        laws, head = rollouts.laws, self._head
-        self._all += list(rewards)
-        if self.reuse:
-            self._pool += [(float(r), t) for r, t in zip(rewards, rollouts.tokens)]
-        T = self._sampling.temperature
-        n = len(rewards)
-        idx = np.union1d(laws.token, np.concatenate(rollouts.tokens))
-        W = head.weight[idx] * np.float32(head.gain / T)
-        where = np.zeros(head.weight.shape[0], np.int64)
-        where[idx] = np.arange(len(idx))
-        tok = where[laws.token]
-        group = self._groups(laws)
-        yu = W @ self._u.astype(np.float32)
-        kl = self._kl(laws, group, -yu[tok]) / n  # KL(p_u||p_0)
-        spread = rewards.std()
-        if not spread > NOISE * np.abs(rewards).max():
-            return ControllerInfo(control_norm=length(self._u.astype(np.float32)), kl=kl)
-        if self.o["rank"]:
-            order = np.argsort(np.argsort(rewards)).astype(float)
-            A = (order - order.mean()) / order.std()
-        elif self.o["pool"]:
-            base = np.array(self._all[-self.o["pool"] * n :])
-            A = (rewards - base.mean()) / base.std()
-        else:
-            A = rewards - rewards.mean()
-            kid = np.isfinite(self._parent)
-            if kid.any() and self.pbase:
-                for grp in (kid, ~kid):
-                    if grp.sum() > 1:
-                        A[grp] = rewards[grp] - rewards[grp].mean()
-            A = A / A.std()
-        if self.o["clip"]:
-            A = np.clip(A, -self.o["clip"], self.o["clip"])
-        lens = np.array([len(t) for t in rollouts.tokens])
-        sampled = where[np.concatenate(rollouts.tokens)]
-        forced = np.zeros(n, int) if self._pre is None else np.array([len(x) for x in self._pre])
-        live = np.concatenate([np.arange(k) >= f for k, f in zip(lens, forced)])
-        a_tok = np.repeat(A, lens) * live
-        lv = laws.step >= forced[laws.row]
-        c = np.bincount(sampled, a_tok, minlength=len(idx)) - np.bincount(
-            tok, lv * A[laws.row] * laws.probability, minlength=len(idx)
-        )
-        g = (c / n) @ W
-        if self.o["natural"]:
-            # Fisher over tokens: sum_t Cov_p(W)
-            P = np.bincount(tok, laws.probability, minlength=len(idx)) / n
-            mean = np.zeros((group[-1] + 1, W.shape[1]), np.float32)
-            np.add.at(mean, group, laws.probability[:, None] * W[tok])
-            F = (W * P[:, None].astype(np.float32)).T @ W - mean.T @ mean / n
-            self._F = F if self._F is None else self._F + F
-            Fm = self._F / self._iteration
-            w, Q = np.linalg.eigh(Fm.astype(np.float64))
-            w = np.maximum(w, 0) + 0.1 * w.mean()
-            g = ((g @ Q) * w ** -self.o["natural"]) @ Q.T
-        self._m = self.o["beta"] * self._m + g
-        D = self._m
-        yd = (W @ D.astype(np.float32))[tok]
-        var = self._var(laws, group, yd) / n
-        eta = math.sqrt(2 * self._step * self.o["decay"] ** (self._iteration - 1) / max(var, 1e-12))
-        new = self._u + eta * D
-        yn = W @ new.astype(np.float32)
-        total = self._total(laws, group, yn[tok], yu[tok]) / n
-        if total > self._max_kl:
-            lo, hi = 0.0, 1.0
-            for _ in range(20):
-                m = (lo + hi) / 2
-                if self._total(laws, group, m * yn[tok], yu[tok]) / n > self._max_kl:
-                    hi = m
-                else:
-                    lo = m
-            new = new * lo
-        self._u = new
-        return ControllerInfo(control_norm=length(self._u.astype(np.float32)), kl=kl)
+        self._best.add(rewards, rollouts.tokens)
+        laws = rollouts.laws
+        if laws is None or self._head is None or not len(laws):
+            return ControllerInfo(control_norm=length(self._u))
+        lengths = np.array([len(tokens) for tokens in rollouts.tokens])
+        whole = self._given == 0
+        mean_length = float(lengths[whole].mean() if whole.any() else lengths.mean())
+        drawn = [tokens[given:] for tokens, given in zip(rollouts.tokens, self._given, strict=True)]
+        vocabulary, place = np.unique(np.concatenate([laws.token, *drawn]), return_inverse=True)
+        rows = self._head.take(vocabulary) * np.float32(self._head.gain / self._sampling.temperature)
+        entry, token = place[: len(laws)], place[len(laws) :]
+        steps = Steps(laws)
 
-    def _groups(self, laws):
-        key = laws.row.astype(np.int64) * 100000 + laws.step
-        change = np.empty(len(key), bool)
-        change[0] = True
-        change[1:] = key[1:] != key[:-1]
-        return np.cumsum(change) - 1
+        def change(u: FloatArray) -> FloatArray:
+            """What u adds to the entries' logits [K]. Without BLAS, whose threads spin on cores that decode next."""
+            return np.asarray(np.einsum("vd,d->v", rows, u)[entry])
 
-    def _kl(self, laws, group, x):
-        """sum over steps of KL(p || q), q ~ p exp(x)"""
-        G = group[-1] + 1
-        e = np.bincount(group, laws.probability * x, minlength=G)
-        m = np.full(G, -np.inf)
-        np.maximum.at(m, group, x)
-        z = np.bincount(group, laws.probability * np.exp(x - m[group]), minlength=G)
-        return float((np.log(z) + m - e).sum())
+        kl = mean_length * steps.divergence(change(self._u))
+        advantages = self._advantages(rewards)
+        if advantages is not None and self._max_kl > 0:
+            weights = np.bincount(token, np.repeat(advantages, [len(row) for row in drawn]), len(vocabulary))
+            weights -= np.bincount(entry, advantages[laws.row] * laws.probability, len(vocabulary))
+            gradient = np.einsum("vd,v->d", rows, (weights / len(rewards)).astype(np.float32))
+            variance = mean_length * steps.variance(change(gradient))
+            if variance > 0:
+                self._u = self._u + np.float32(math.sqrt(2 * self._step / variance)) * gradient
+                self._shorten(lambda y: mean_length * steps.divergence(y), change(self._u))
+        return ControllerInfo(control_norm=length(self._u), kl=kl)
 
-    def _total(self, laws, group, yn, yu):
-        """KL(p_new || p_0) along these steps: p_0 ~ p exp(-yu), p_new ~ p exp(yn - yu)"""
-        G = group[-1] + 1
+    def _shorten(self, divergence: Divergence, y: FloatArray) -> None:
+        """Keep u, which adds y to the logits, within its budget of nats."""
+        total, factor = divergence(y), 1.0
+        if total <= self._max_kl:
+            return
+        for _ in range(_REFINEMENTS):
+            factor *= math.sqrt(self._max_kl / total)
+            total = divergence(y * np.float32(factor))
+        self._u = self._u * np.float32(factor)
 
-        def norm(x):
-            m = np.full(G, -np.inf)
-            np.maximum.at(m, group, x)
-            w = laws.probability * np.exp(x - m[group])
-            z = np.bincount(group, w, minlength=G)
-            return w / z[group], np.log(z) + m
-
-        p, ln = norm(yn - yu)
-        _, l0 = norm(-yu)
-        return float(np.bincount(group, p * yn, minlength=G).sum() - (ln - l0).sum())
-
-    def _var(self, laws, group, y):
-        G = group[-1] + 1
-        e = np.bincount(group, laws.probability * y, minlength=G)
-        e2 = np.bincount(group, laws.probability * y * y, minlength=G)
-        return float((e2 - e * e).sum())
+    def _advantages(self, rewards: npt.NDArray[np.float64]) -> Array | None:
+        """Rewards [n] against those of rollouts that began alike (anew or not); None where they do not differ."""
+        result = np.zeros(len(rewards))
+        for group in (self._given == 0, self._given > 0):
+            mine = group & np.isfinite(rewards)
+            if mine.sum() > 1:
+                result[mine] = rewards[mine] - rewards[mine].mean()
+        spread = float(result.std())
+        if not spread > NOISE * float(np.abs(rewards[np.isfinite(rewards)]).max(initial=0.0)):
+            return None
+        return result / spread

@@ -57,7 +57,7 @@ class _Open:
     steps: int = 0
     n_tokens: int = 0
     done: dict[int, _Rollout] = field(default_factory=dict)
-    laws: list[tuple[Ints, Ints, Ints, FloatArray]] = field(default_factory=list)  # rollout, step, token, probability
+    laws: list[tuple[Ints, Ints, Ints, FloatArray, FloatArray]] = field(default_factory=list)  # the columns of Laws
 
     @property
     def n(self) -> int:
@@ -304,9 +304,11 @@ class Decoder:
         if "laws" in want:
             for owner, mine in column.jobs:
                 if "laws" in owner.job.want:
-                    drawn, tokens, law = sparse_law(logits[mine], owner.job.controls.sampling)
+                    controls = owner.job.controls
+                    rows = logits if len(mine) == len(logits) else logits[mine]
+                    drawn, tokens, law, base_law = sparse_law(rows, controls.sampling, controls.shift)
                     row = mine[drawn]
-                    owner.laws.append((self._index[active[row]], step[row], tokens, law))
+                    owner.laws.append((self._index[active[row]], step[row], tokens, law, base_law))
         if not want & {"kl", "logprobs"}:
             return
         controlled = self._controlled[active]
@@ -388,9 +390,9 @@ class Decoder:
         )
 
 
-def _laws(parts: list[tuple[Ints, Ints, Ints, FloatArray]]) -> Laws:
+def _laws(parts: list[tuple[Ints, Ints, Ints, FloatArray, FloatArray]]) -> Laws:
     if not parts:
-        nothing = np.zeros(0, np.int32)
-        return Laws(nothing, nothing, nothing, np.zeros(0, np.float32))
-    row, step, token, p = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return Laws(row.astype(np.int32), step.astype(np.int32), token.astype(np.int32), p.astype(np.float32))
+        nothing, none = np.zeros(0, np.int32), np.zeros(0, np.float32)
+        return Laws(nothing, nothing, nothing, none, none)
+    row, step, token, p, base = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return Laws(row.astype(np.int32), step.astype(np.int32), token.astype(np.int32), p, base)

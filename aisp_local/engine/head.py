@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 from gguf import GGUFReader
 from gguf.quants import dequantize
 
@@ -44,6 +45,7 @@ class OutputHead(HeadLaw):
         self._matrix = self._tensors[name]
         self.d, self.n_vocab = (int(size) for size in self._matrix.shape)
         self._weights: dict[str, Any] = {}
+        self._taken: tuple[FloatArray, npt.NDArray[np.bool_]] | None = None  # rows, and which of them are known
         fields = readers[0].fields
         architecture = str(fields["general.architecture"].contents())
 
@@ -78,6 +80,20 @@ class OutputHead(HeadLaw):
             return found
         part = np.asarray(self._matrix.data[start:stop])
         return np.asarray(dequantize(part, self._matrix.tensor_type), np.float32)
+
+    def take(self, tokens: npt.NDArray[np.integer[Any]]) -> FloatArray:
+        """Rows of W as float32 [k, d]: only these are dequantised, and kept for the next time."""
+        if "numpy" in self._weights:
+            return np.asarray(self.weight[tokens])
+        if self._taken is None:
+            # Memory that is never touched is never taken.
+            self._taken = np.empty((self.n_vocab, self.d), np.float32), np.zeros(self.n_vocab, np.bool_)
+        rows, known = self._taken
+        new = np.unique(tokens[~known[tokens]])
+        if len(new):
+            rows[new] = dequantize(np.asarray(self._matrix.data[new]), self._matrix.tensor_type)
+            known[new] = True
+        return np.asarray(rows[tokens])
 
     @property
     def weight(self) -> FloatArray:

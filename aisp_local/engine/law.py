@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,15 @@ class HeadLaw(ABC):
     @abstractmethod
     def weight(self) -> FloatArray:
         """W [V, d]."""
+
+    def take(self, tokens: npt.NDArray[np.integer[Any]]) -> FloatArray:
+        """Rows of W [k, d]."""
+        return np.asarray(self.weight[tokens])
+
+    def shift(self, u: FloatArray) -> FloatArray:
+        """What u [d] adds to the logits [V]; of soft-capped ones to first order."""
+        # Without BLAS, whose threads would spin on the cores that decode next.
+        return np.asarray(np.einsum("vd,d->v", self.weight, u) * np.float32(self.gain))
 
     @abstractmethod
     def logits(self, prelogits: FloatArray) -> FloatArray:

@@ -91,21 +91,35 @@ def log_law(logits: FloatArray, sampling: Sampling) -> npt.NDArray[np.float64]:
 
 
 def sparse_law(
-    logits: FloatArray, sampling: Sampling
-) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp], npt.NDArray[np.float32]]:
-    """Rows, tokens and probabilities [K] of the law that ``pick`` samples from, if ``min_p`` alone truncates it.
+    logits: FloatArray, sampling: Sampling, shift: FloatArray | None = None
+) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp], FloatArray, FloatArray]:
+    """Rows, tokens, probabilities and base probabilities [K] of the law that ``pick`` samples from.
 
-    Without ``min_p``: of the tokens that are at least 0.001 times as likely as the likeliest.
+    If ``min_p`` alone truncates it; without it, of the tokens that are at least 0.001 times as likely as the likeliest.
+    ``shift`` [V]: what a control added to the logits; then the tokens of the base law are there as well.
     """
-    top = logits.max(axis=1)
-    depth = np.float32(np.log(sampling.min_p or _LEAST))
+    k, size = logits.shape
+    depth, temperature = np.float32(np.log(sampling.min_p or _LEAST)), np.float32(sampling.temperature or 1.0)
+    least = logits.max(axis=1) + depth
+    kept = logits >= least[:, None]
+    if shift is not None:
+        base = logits - shift
+        kept |= base >= (base.max(axis=1) + depth)[:, None]
     # Flat indices: numpy finds those of a row far sooner than pairs of them.
-    flat = np.flatnonzero((logits >= (top + depth)[:, None]).ravel())
-    rows, tokens = np.divmod(flat, logits.shape[1])
-    x = logits[rows, tokens] - top[rows]
-    weights = np.exp(x / np.float32(sampling.temperature or 1.0))
-    total = np.bincount(rows, weights, minlength=len(logits))
-    return rows, tokens, (weights / total[rows]).astype(np.float32)
+    rows, tokens = np.divmod(np.flatnonzero(kept.ravel()), size)
+    x = logits[rows, tokens]
+    weights = np.exp((x - least[rows]) / temperature)
+    if shift is None:
+        p = _shares(weights, rows, k)
+        return rows, tokens, p, p
+    others = (base[rows, tokens] - base.max(axis=1)[rows]) / temperature
+    weights[x < least[rows]] = 0.0
+    return rows, tokens, _shares(weights, rows, k), _shares(np.exp(others), rows, k)
+
+
+def _shares(weights: FloatArray, rows: npt.NDArray[np.intp], k: int) -> FloatArray:
+    """Weights divided by their sum over each row."""
+    return np.asarray(weights / np.bincount(rows, weights, k)[rows], np.float32)
 
 
 def log_softmax(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
