@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -150,6 +151,37 @@ def test_clocks_decide_nothing() -> None:
         return recorder.events, list(map(key, out))
 
     assert run(0.0) == run(0.06)
+
+
+@pytest.mark.native
+def test_rewards_are_computed_while_rows_decode() -> None:
+    """The first eight responses of an iteration do not wait for the others."""
+    n, left, scoring = 24, [], threading.Event()
+
+    class Told(Slow):
+        def score(self, prompt: Prompt, responses: Sequence[str]) -> Any:
+            scoring.set()
+            return super().score(prompt, responses)
+
+    def progress(report: Progress) -> None:
+        if report.stats is None:
+            # That a row ended is reported by the step's progress, and known to the scorer after it.
+            if left and left[-1] <= n - 8 and report.rows_active:
+                assert scoring.wait(10)
+            left.append(report.rows_active)
+
+    with Aligner(LlamaEngine(shipped.model(), threads=1), Told(0.0)) as aligner:
+        aligner.generate(
+            PROMPTS[0],
+            method="best-of-n",
+            budget=n,
+            n=n,
+            max_tokens=40,
+            stop_strings=["."],
+            temperature=1.0,
+            on_progress=progress,
+        )
+    assert any(0 < rows <= n - 8 for rows in left[:-1]), left  # the steps that were waited in
 
 
 def check_fair(events: Sequence[tuple[str, int, int]], prompts: int, iterations: int) -> None:
