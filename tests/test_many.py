@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Sequence
@@ -270,6 +271,42 @@ def test_a_prompt_that_cannot_be_used_leaves_the_others_alone() -> None:
                 aligner.generate(prompts[(1, 2, 3, 5)[i]], **options)
         (alone,) = aligner.generate_many([""], **options)
         assert isinstance(alone, InputError)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize(
+    ("mebibytes", "count", "advice"),
+    [
+        (3, 4, r"n = (\d+) for each of 4 prompts would fit"),
+        (2.7, 5, r"n = 1 and (\d+) of 5 prompts at once \(at_once\) would fit"),
+        (2, 1, r"n = (\d+) would fit"),
+        (1, 5, "not even one does: use fewer prompts or tokens"),
+    ],
+)
+def test_too_little_memory_for_many_prompts_says_what_fits(mebibytes: float, count: int, advice: str) -> None:
+    """The number works when it is tried, also on a context of other sizes, and one more does not."""
+    prompts = ["Once upon a time " * 60 + f" {i}" for i in range(count)]
+    n = 8 if count > 1 else 32
+    options: dict[str, Any] = {"method": "best-of-n", "n": n, "budget": n, "max_tokens": 64}
+    engine = LlamaEngine(shipped.model(), threads=1, memory_limit=int(mebibytes * 2**20))
+    with Aligner(engine, FakeReward(vowels)) as aligner:
+        aligner.generate("Once", method="best-of-n", n=40, budget=40, max_tokens=2)
+        with pytest.raises(CapacityError, match=advice) as caught:
+            aligner.generate_many(prompts, **options)
+        assert str(caught.value).startswith(f"{n * count} rollouts of 64 tokens")
+        found = re.search(advice, str(caught.value))
+        assert found is not None
+        if not found.groups():
+            return
+        number = int(found[1])
+        assert number >= 1
+
+        def tried(number: int) -> dict[str, Any]:
+            return options | ({"n": 1, "at_once": number} if "at_once" in advice else {"n": number, "budget": number})
+
+        assert all(isinstance(one, Result) for one in aligner.generate_many(prompts, **tried(number)))
+        with pytest.raises(CapacityError):
+            aligner.generate_many(prompts, **tried(number + 1))
 
 
 def test_what_is_no_list_of_prompts() -> None:
