@@ -15,11 +15,12 @@ import pytest
 import synthetic
 
 from aisp_local import Aligner, shipped
-from aisp_local.controllers import METHODS
+from aisp_local.controllers import METHODS, Aisp
 from aisp_local.engine import Job, LlamaEngine
 from aisp_local.errors import CapacityError, InputError, ScoreError
+from aisp_local.loop import Task, search, search_many
 from aisp_local.testing import FakeEngine, FakeReward
-from aisp_local.types import Progress, Prompt, Result, Rollouts
+from aisp_local.types import Controls, Progress, Prompt, Result, Rollouts
 
 ANIMALS = ("fox", "bear", "little red hen", "dog that sang", "mouse")
 PROMPTS = [f"Once upon a time there was a {animal}" for animal in ANIMALS]
@@ -307,6 +308,77 @@ def test_too_little_memory_for_many_prompts_says_what_fits(mebibytes: float, cou
         assert all(isinstance(one, Result) for one in aligner.generate_many(prompts, **tried(number)))
         with pytest.raises(CapacityError):
             aligner.generate_many(prompts, **tried(number + 1))
+
+
+class Failing(Aisp):
+    """Raises in one of its calls, in the second iteration."""
+
+    def __init__(self, where: str, **options: Any) -> None:
+        super().__init__(sigma=0.3, **options)
+        self.where, self.asked, self.told = where, 0, 0
+
+    def ask(self, n: int) -> Controls:
+        self.asked += 1
+        if self.where == "ask" and self.asked == 2:
+            raise LookupError("ask")
+        return super().ask(n)
+
+    def tell(self, rollouts: Rollouts, rewards: Any) -> Any:
+        self.told += 1
+        if self.where == "tell" and self.told == 2:
+            raise LookupError("tell")
+        return super().tell(rollouts, rewards)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("where", ["ask", "tell", "begin", "step", "stats"])
+@pytest.mark.parametrize("real", [False, True])
+def test_a_controller_or_a_callback_that_raises_ends_its_own_search(where: str, real: bool) -> None:
+    raised: list[Progress] = []
+    late: list[Progress] = []
+
+    def progress(i: int, report: Progress) -> None:
+        if i == 1 and raised:
+            late.append(report)
+        at = "stats" if report.stats is not None else {0: "begin", 2: "step"}.get(report.step, "")
+        if (i, at, report.iteration) == (1, where, 2):
+            raised.append(report)
+            raise LookupError(where)
+
+    options: dict[str, Any] = {"method": "aisp", "budget": 9, "n": 3, "max_tokens": 10, "seed": 0}
+    engine: Any = LlamaEngine(shipped.model(), threads=1, parallel=5) if real else FakeEngine()
+    try:
+        tasks = [
+            Task(prompt, Failing(where if i == 1 else "", d=engine.d, max_tokens=10, seed=0, prompt_index=i), i)
+            for i, prompt in enumerate(PROMPTS[:3])
+        ]
+        fox, bear, hen = search_many(engine, tasks, FakeReward(vowels), on_progress=progress, **options)
+        assert isinstance(bear, LookupError) and str(bear) == where
+        for one in (fox, hen):
+            assert isinstance(one, Result) and one.status == "complete" and one.rollouts == 9
+        raised.clear()
+        alone = Failing(where, d=engine.d, max_tokens=10, seed=0, prompt_index=1)
+        with pytest.raises(LookupError, match=where):
+            search(engine, alone, FakeReward(vowels), "p", on_progress=lambda report: progress(1, report), **options)
+        assert not late
+    finally:
+        if real:
+            engine.close()
+
+
+@pytest.mark.native
+def test_a_search_that_failed_alone_decodes_no_more() -> None:
+    asked: list[int] = []
+
+    def progress(report: Progress) -> None:
+        if report.step == 3:
+            raise LookupError("third")
+
+    options: dict[str, Any] = {"budget": 4, "n": 4, "max_tokens": 100, "on_progress": progress}
+    aligner = Aligner(LlamaEngine(shipped.model(), threads=1), FakeReward(vowels))
+    with aligner, pytest.raises(LookupError, match="third"):
+        aligner.generate(PROMPTS[0], stop=lambda: bool(asked.append(1)), **options)
+    assert len(asked) == 4
 
 
 def test_what_is_no_list_of_prompts() -> None:
