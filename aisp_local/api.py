@@ -178,8 +178,9 @@ class Aligner:
         ``time_limit`` and ``stop`` are for all together; ``on_progress(i, progress)`` is of ``prompts[i]``.
 
         Gives for each prompt, in their order, its result, or instead the exception that ``generate`` would have raised:
-        a prompt that does not fit, or that its reward fails on, leaves the others alone; one that was interrupted
-        before it had an answer has KeyboardInterrupt. What is wrong with all of them is raised, as DecodeError is.
+        a prompt that does not fit, or on which its reward, its method or ``on_progress`` raises, leaves the others
+        alone; one that was interrupted before it had an answer has KeyboardInterrupt. What is wrong with all of them is
+        raised, as DecodeError is, and what ``stop`` raises.
         """
         return self._generate(
             prompts,

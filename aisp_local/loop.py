@@ -12,7 +12,7 @@ import numpy as np
 
 from aisp_local.controllers.base import Chooses, Controller, Prepares
 from aisp_local.engine.base import Engine, Job
-from aisp_local.errors import AispError, CapacityError, InputError, ScoreError
+from aisp_local.errors import CapacityError, InputError, ScoreError
 from aisp_local.rewards.base import Reward
 from aisp_local.scoring import Scorer, Worker
 from aisp_local.seeds import RowSeeds
@@ -122,7 +122,8 @@ def search_many(
     ``at_once`` searches share the rows (default: all); those that waited longest go first, so that none gets two turns
     while another waits for one. What a search draws depends on its own seeds alone. ``time_limit`` and ``stop`` are for
     all of them together; ``on_progress(i, progress)`` is of the i-th. Gives for each its result, or the error with
-    which ``search`` would have ended: a prompt that does not fit, or that its reward fails on, leaves the others alone.
+    which ``search`` would have ended: a prompt that does not fit, or on which its reward, its controller or
+    ``on_progress`` raises, leaves the others alone.
     """
     if budget < 1 or n < 1:
         raise InputError(f"budget {budget} and n {n} must both be at least 1")
@@ -222,8 +223,9 @@ class _Searches:
         while True:
             if self.why is None and self._not_begun and len(self._running) < self._together:
                 search = self._not_begun.pop(0)
-                self._running.append(search)
-                return self._ask(search)
+                if (job := self._ask(search)) is not None:
+                    return job
+                continue
             if not self._waiting or not (idle or self._step - self._waiting[0][0] >= _PATIENCE):
                 return None
             search = self._waiting.pop(0)[1]
@@ -231,13 +233,14 @@ class _Searches:
             self._running.remove(search)
             if self.why is None and search.more:
                 self.why = self._ended()
-                if self.why is None:
-                    self._running.append(search)
-                    return self._ask(search)
+                if self.why is None and (job := self._ask(search)) is not None:
+                    return job
 
-    def _ask(self, search: _Search) -> Job:
+    def _ask(self, search: _Search) -> Job | None:
         job = search.ask()
-        self._of[id(job)] = search
+        if job is not None:
+            self._of[id(job)] = search
+            self._running.append(search)
         return job
 
     def _ended(self) -> str | None:
@@ -255,13 +258,17 @@ class _Searches:
     def stop(self) -> bool:
         self._step += 1
         self.why = self.why or self._ended()
-        return self.why is not None
+        # Beside others, a search that failed decodes its iteration to the end; with none left it ends here.
+        failed = not self._not_begun and all(one.error is not None for one in self._running)
+        return self.why is not None or failed
 
     def stepped(self, job: Job, step: int, rows: int, n_tokens: int) -> None:
         self._of[id(job)].report(step, rows, n_tokens)
 
     def ended(self, job: Job, row: int, text: str) -> None:
-        self._of[id(job)].scorer.add(row, text)
+        search = self._of[id(job)]
+        if search.error is None:
+            search.scorer.add(row, text)
 
     def finished(self, job: Job, rollouts: Rollouts) -> None:
         search = self._of.pop(id(job))
@@ -308,7 +315,7 @@ class _Search:
         self.candidates: list[Candidate] = []
         self.stats: list[IterationStats] = []
         self.best: Candidate | None = None
-        self.error: AispError | None = None  # that ended it
+        self.error: Exception | None = None  # that ended it: a controller, a reward and a callback may raise anything
         self.why: str | None = None  # it ended before its budget was spent, by itself
         self.idle = 0  # iterations without a better rollout
         self.asked = 0  # rollouts
@@ -318,8 +325,16 @@ class _Search:
     def more(self) -> bool:
         return self.asked < self.budget and self.error is None and self.why is None
 
-    def ask(self) -> Job:
-        """The job of the next iteration."""
+    def ask(self) -> Job | None:
+        """The job of the next iteration; None if that failed."""
+        try:
+            job = self._ask()
+        except Exception as error:
+            self.error = error
+            return None
+        return job if self.error is None else None
+
+    def _ask(self) -> Job:
         self.iteration += 1
         size = self._size()
         self.asked += size
@@ -367,13 +382,16 @@ class _Search:
     def decoded(self, rollouts: Rollouts) -> None:
         self.rollouts = rollouts
         self.n_tokens += rollouts.n_tokens
-        self.scorer.flush()
+        if self.error is None:
+            self.scorer.flush()
 
     def settle(self) -> None:
         """Wait for the rewards, remember the best, and let the controller learn from a whole iteration."""
+        if self.error is not None:
+            return
         try:
             self._settle()
-        except AispError as error:
+        except Exception as error:
             self.error = error
 
     def _settle(self) -> None:
@@ -446,21 +464,24 @@ class _Search:
         self.report(0, 0, 0, stats)
 
     def report(self, step: int, rows: int, tokens: int, stats: IterationStats | None = None) -> None:
-        if self.on_progress is not None:
-            self.on_progress(
-                Progress(
-                    iteration=self.iteration,
-                    iterations=self.iterations,
-                    rollouts_done=len(self.candidates),
-                    budget=self.budget,
-                    step=step,
-                    rows_active=rows,
-                    n_tokens=self.n_tokens + tokens,
-                    seconds=self.clock() - self.start,
-                    best=self.best,
-                    stats=stats,
-                )
-            )
+        if self.on_progress is None or self.error is not None:
+            return
+        progress = Progress(
+            iteration=self.iteration,
+            iterations=self.iterations,
+            rollouts_done=len(self.candidates),
+            budget=self.budget,
+            step=step,
+            rows_active=rows,
+            n_tokens=self.n_tokens + tokens,
+            seconds=self.clock() - self.start,
+            best=self.best,
+            stats=stats,
+        )
+        try:
+            self.on_progress(progress)
+        except Exception as error:
+            self.error = error
 
     def outcome(
         self, why: str | None, time_limit: float | None, *, method: str, budget: int, seed: int

@@ -490,12 +490,16 @@ def _proof_lines(found: list[Any]) -> list[str]:
 
 
 def _torch_lines(found: list[Any]) -> list[str]:
-    lines = ["| n | prompt | new tokens | aisp-local, s | PyTorch, s (agreement) | best over ours (quartiles) |"]
+    lines = [
+        "| n | prompt | new | aisp-local, s (tokens) | PyTorch, s (tokens, agreement) | best over ours (quartiles) |"
+    ]
     lines += ["|---|---|---|---|---|---|"]
     for r in (r for part in found for r in part.get("results", [])):
-        sides = [f"{name} {r['seconds'][name]:.2f} ({share:.2f})" for name, share in r["agreement"].items()]
+        seconds, decoded = r["seconds"], r["decoded"]
+        sides = [f"{name} {seconds[name]:.2f} ({decoded[name]}, {share:.2f})" for name, share in r["agreement"].items()]
         middle, low, high = r["ratio"]
-        cells = [r["n"], r["prompt"], r["tokens"], f"{r['seconds']['aisp-local']:.2f}", ", ".join(sides)]
+        ours = f"{seconds['aisp-local']:.2f} ({decoded['ours']})"
+        cells = [r["n"], r["prompt"], r["tokens"], ours, ", ".join(sides)]
         lines.append("| " + " | ".join(map(str, cells)) + f" | {middle:.2f} ({low:.2f} to {high:.2f}) |")
     return lines
 

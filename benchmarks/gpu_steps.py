@@ -245,7 +245,7 @@ def methods(arguments: Sequence[str], cpu: bool) -> bool:
 def growth(_: Sequence[str], cpu: bool) -> bool:
     """Item 5: what each size costs, on small models."""
     shape = synthetic.Shape(2000, 256, 2, 4, 512) if cpu else synthetic.Shape()
-    for table in bench.growth(shape, 8 if cpu else 64, 1 if cpu else 3):
+    for table in bench.growth(shape, 8 if cpu else 64, 1 if cpu else 3, bench.QUICK if cpu else None):
         say_table(table)
     return True
 

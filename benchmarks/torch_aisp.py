@@ -10,8 +10,8 @@ packed as in the file, which transformers can do as well: the fastest counts. On
 transformers and as "static": a step over a cache of fixed size, whose kernels CUDA replays as one graph.
 Both sides ask and tell the same controller and get the same rewards from a table, so rewards cost neither anything.
 In the same turns a bare loop over llama_decode, prompt and tokens those of ours: as fast as ours could be at best.
-Printed: seconds a run in turn, the median of the paired ratios with quartiles, and how far the rollouts of both sides
-agree: the mean share of a rollout's tokens before the first difference. Last line: one JSON object.
+Printed: seconds a run in turn, the tokens that each side decoded in it, the median of the paired ratios with quartiles,
+and how far the rollouts of both sides agree. Last line: one JSON object.
 """
 
 from __future__ import annotations
@@ -40,6 +40,12 @@ if TYPE_CHECKING:
     from torch_engine import TorchEngine
 
 ITERATIONS = 2
+
+AGREEMENT = """Tokens: of all rollouts of a run, up to their ends; PyTorch's rows go on beside those that still decode.
+Agreement: the mean share of a rollout's tokens before the first that differs from ours. What follows a different token
+is another text, so that one near tie early in a rollout ends its agreement, on a trained model too: tokens are chosen
+greedily under noise, and the sides round differently (bfloat16; here activations of eight bits). Where lengths differ
+then, so do the controls of the next iteration. Low agreement is not less work, which the tokens show."""
 
 
 def rollouts_of(tokens: list[np.ndarray]) -> Rollouts:
@@ -123,6 +129,7 @@ def measure(
         "ratio": ratio(seconds[:, best], seconds[:, 0]),
         "over raw": ratio(seconds[:, best], seconds[:, 1]),
         "agreement": {name: agreement(said["ours"], said[name]) for name in others},
+        "decoded": {name: sum(map(len, every)) for name, every in said.items()},
     }
 
 
@@ -155,11 +162,13 @@ def main() -> int:
     print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
     for r in results:
         seconds = r["seconds"]
-        sides = [f"{seconds[name]:.2f} (agreement {r['agreement'][name]:.2f})" for name in names]
+        decoded, share = r["decoded"], r["agreement"]
+        sides = [f"{seconds[x]:.2f} ({decoded[x]} tokens, agreement {share[x]:.2f})" for x in names]
         over = ["{:.2f} ({:.2f} to {:.2f})".format(*r[which]) for which in ("ratio", "over raw")]
-        ours = [f"{seconds[which]:.2f}" for which in ("aisp-local", "raw")]
+        ours = [f"{seconds[which]:.2f} ({decoded['ours']} tokens)" for which in ("aisp-local", "raw")]
         cells = [r["model"], r["n"], r["prompt"], r["tokens"], *ours, *sides, *over]
         print("| " + " | ".join(map(str, cells)) + " |")
+    print("\n" + AGREEMENT + "\n")
     print(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads(), "results": results}))
     return 0
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from aisp_local.bench import speed
+from aisp_local.bench import sizes, speed
 from aisp_local.bench.tables import paired, ratio
 from aisp_local.cli.main import main
+from aisp_local.engine import llama
 
 pytestmark = pytest.mark.native
 
@@ -39,6 +42,28 @@ def test_every_item_on_the_shipped_model(tmp_path: Path) -> None:
     text = report.read_text(encoding="utf-8")
     assert text.startswith("# Results\n\nBy hand.\n") and "### Reached here" in text
     assert list(tmp_path.iterdir()) == [report]
+
+
+def test_growth_is_small_with_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(llama, "available_cores", lambda: 1)  # beside other work two threads take seconds
+    repeats: list[int] = []
+
+    def counted(runs: Any, count: int) -> Any:
+        repeats.append(count)
+        return paired(runs, count)
+
+    monkeypatch.setattr(sizes, "paired", counted)
+    done = CliRunner().invoke(main, ["bench", "speed", "--quick", "--only", "growth", "--repeats", "2"])
+    assert done.exit_code == 0, done.output
+    tables = [
+        table for table in json.loads(done.stdout.strip().splitlines()[-1])["tables"] if table["name"] == "growth"
+    ]
+    grown = ("rollouts", "prompt tokens", "new tokens", "control steps", "vocabulary", "width", "iterations")
+    assert [table["title"].removeprefix("Growth with ").split(" (")[0] for table in tables] == list(grown)
+    assert all(row[1] > 0 and row[2] > 0 for table in tables for row in table["rows"])
+    assert repeats == [2] * 7
+    assert sum(path.stat().st_size for path in (tmp_path / "aisp-local-benchmarks").iterdir()) < 4 * 2**20
 
 
 def test_a_report_is_replaced_between_its_marks(tmp_path: Path) -> None:

@@ -318,6 +318,41 @@ def test_rows_take_the_next_rollout_of_whatever_prompt_waits() -> None:
     assert {job for job, _ in first.order[:8]} == {0, 1}  # three rows: the later jobs wait
 
 
+class Counted(Jobs):
+    """Also the rows of each step, beside the rollouts that had not ended before it."""
+
+    def __init__(self, jobs: list[Job]) -> None:
+        super().__init__(jobs)
+        self.steps: list[tuple[int, int]] = []
+        self._left = sum(job.controls.n for job in jobs)
+        self._decoded: dict[int, int] = {}
+
+    def stop(self) -> bool:
+        self.steps.append((0, self._left))
+        return False
+
+    def stepped(self, job: Job, step: int, rows: int, n_tokens: int) -> None:
+        mine = n_tokens - self._decoded.get(id(job), 0)
+        self._decoded[id(job)] = n_tokens
+        self.steps[-1] = self.steps[-1][0] + mine, self.steps[-1][1]
+
+    def ended(self, job: Job, row: int, text: str) -> None:
+        super().ended(job, row, text)
+        self._left -= 1
+
+
+@pytest.mark.parametrize(("prompts", "n"), [([0], 12), ([0, 1, 2, 3], 3), ([0, 0, 0], 4)])
+def test_no_row_is_free_while_a_rollout_waits(prompts: list[int], n: int) -> None:
+    """Of the same job, of another prompt's, and of another job with the same prompt, for which there is one place."""
+    controls = Controls(n, sampling=Sampling(1.0))
+    jobs = [Job(PROMPTS[p], controls, 40, RowSeeds(5, i), stop_strings=["."]) for i, p in enumerate(prompts)]
+    feed = Counted(jobs)
+    with LlamaEngine(shipped.model(), threads=1, parallel=5) as engine:
+        engine.run(feed, prompts=[PROMPTS[p] for p in sorted(set(prompts))], n=12, max_tokens=40)
+    assert [rows for rows, _ in feed.steps] == [min(5, left) for _, left in feed.steps]
+    assert len({len(tokens) for out in feed.out.values() for tokens in out.tokens}) > 5
+
+
 def test_more_rollouts_than_llama_cpp_has_sequences(engine: LlamaEngine) -> None:
     out = roll(engine, Controls(n=300, sampling=Sampling(1.0)), max_tokens=8)
     assert set(out.finish_reasons) <= {"length", "stop"} and len(out) == 300

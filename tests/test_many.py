@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,11 +15,12 @@ import pytest
 import synthetic
 
 from aisp_local import Aligner, shipped
-from aisp_local.controllers import METHODS
+from aisp_local.controllers import METHODS, Aisp
 from aisp_local.engine import Job, LlamaEngine
 from aisp_local.errors import CapacityError, InputError, ScoreError
+from aisp_local.loop import Task, search, search_many
 from aisp_local.testing import FakeEngine, FakeReward
-from aisp_local.types import Progress, Prompt, Result, Rollouts
+from aisp_local.types import Controls, Progress, Prompt, Result, Rollouts
 
 ANIMALS = ("fox", "bear", "little red hen", "dog that sang", "mouse")
 PROMPTS = [f"Once upon a time there was a {animal}" for animal in ANIMALS]
@@ -152,6 +155,37 @@ def test_clocks_decide_nothing() -> None:
     assert run(0.0) == run(0.06)
 
 
+@pytest.mark.native
+def test_rewards_are_computed_while_rows_decode() -> None:
+    """The first eight responses of an iteration do not wait for the others."""
+    n, left, scoring = 24, [], threading.Event()
+
+    class Told(Slow):
+        def score(self, prompt: Prompt, responses: Sequence[str]) -> Any:
+            scoring.set()
+            return super().score(prompt, responses)
+
+    def progress(report: Progress) -> None:
+        if report.stats is None:
+            # That a row ended is reported by the step's progress, and known to the scorer after it.
+            if left and left[-1] <= n - 8 and report.rows_active:
+                assert scoring.wait(10)
+            left.append(report.rows_active)
+
+    with Aligner(LlamaEngine(shipped.model(), threads=1), Told(0.0)) as aligner:
+        aligner.generate(
+            PROMPTS[0],
+            method="best-of-n",
+            budget=n,
+            n=n,
+            max_tokens=40,
+            stop_strings=["."],
+            temperature=1.0,
+            on_progress=progress,
+        )
+    assert any(0 < rows <= n - 8 for rows in left[:-1]), left  # the steps that were waited in
+
+
 def check_fair(events: Sequence[tuple[str, int, int]], prompts: int, iterations: int) -> None:
     """While a search waits for rows, no other one gets two turns."""
     waiting: dict[int, list[int]] = {i: [] for i in range(prompts)}  # who got a turn meanwhile
@@ -238,6 +272,113 @@ def test_a_prompt_that_cannot_be_used_leaves_the_others_alone() -> None:
                 aligner.generate(prompts[(1, 2, 3, 5)[i]], **options)
         (alone,) = aligner.generate_many([""], **options)
         assert isinstance(alone, InputError)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize(
+    ("mebibytes", "count", "advice"),
+    [
+        (3, 4, r"n = (\d+) for each of 4 prompts would fit"),
+        (2.7, 5, r"n = 1 and (\d+) of 5 prompts at once \(at_once\) would fit"),
+        (2, 1, r"n = (\d+) would fit"),
+        (1, 5, "not even one does: use fewer prompts or tokens"),
+    ],
+)
+def test_too_little_memory_for_many_prompts_says_what_fits(mebibytes: float, count: int, advice: str) -> None:
+    """The number works when it is tried, also on a context of other sizes, and one more does not."""
+    prompts = ["Once upon a time " * 60 + f" {i}" for i in range(count)]
+    n = 8 if count > 1 else 32
+    options: dict[str, Any] = {"method": "best-of-n", "n": n, "budget": n, "max_tokens": 64}
+    engine = LlamaEngine(shipped.model(), threads=1, memory_limit=int(mebibytes * 2**20))
+    with Aligner(engine, FakeReward(vowels)) as aligner:
+        aligner.generate("Once", method="best-of-n", n=40, budget=40, max_tokens=2)
+        with pytest.raises(CapacityError, match=advice) as caught:
+            aligner.generate_many(prompts, **options)
+        assert str(caught.value).startswith(f"{n * count} rollouts of 64 tokens")
+        found = re.search(advice, str(caught.value))
+        assert found is not None
+        if not found.groups():
+            return
+        number = int(found[1])
+        assert number >= 1
+
+        def tried(number: int) -> dict[str, Any]:
+            return options | ({"n": 1, "at_once": number} if "at_once" in advice else {"n": number, "budget": number})
+
+        assert all(isinstance(one, Result) for one in aligner.generate_many(prompts, **tried(number)))
+        with pytest.raises(CapacityError):
+            aligner.generate_many(prompts, **tried(number + 1))
+
+
+class Failing(Aisp):
+    """Raises in one of its calls, in the second iteration."""
+
+    def __init__(self, where: str, **options: Any) -> None:
+        super().__init__(sigma=0.3, **options)
+        self.where, self.asked, self.told = where, 0, 0
+
+    def ask(self, n: int) -> Controls:
+        self.asked += 1
+        if self.where == "ask" and self.asked == 2:
+            raise LookupError("ask")
+        return super().ask(n)
+
+    def tell(self, rollouts: Rollouts, rewards: Any) -> Any:
+        self.told += 1
+        if self.where == "tell" and self.told == 2:
+            raise LookupError("tell")
+        return super().tell(rollouts, rewards)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("where", ["ask", "tell", "begin", "step", "stats"])
+@pytest.mark.parametrize("real", [False, True])
+def test_a_controller_or_a_callback_that_raises_ends_its_own_search(where: str, real: bool) -> None:
+    raised: list[Progress] = []
+    late: list[Progress] = []
+
+    def progress(i: int, report: Progress) -> None:
+        if i == 1 and raised:
+            late.append(report)
+        at = "stats" if report.stats is not None else {0: "begin", 2: "step"}.get(report.step, "")
+        if (i, at, report.iteration) == (1, where, 2):
+            raised.append(report)
+            raise LookupError(where)
+
+    options: dict[str, Any] = {"method": "aisp", "budget": 9, "n": 3, "max_tokens": 10, "seed": 0}
+    engine: Any = LlamaEngine(shipped.model(), threads=1, parallel=5) if real else FakeEngine()
+    try:
+        tasks = [
+            Task(prompt, Failing(where if i == 1 else "", d=engine.d, max_tokens=10, seed=0, prompt_index=i), i)
+            for i, prompt in enumerate(PROMPTS[:3])
+        ]
+        fox, bear, hen = search_many(engine, tasks, FakeReward(vowels), on_progress=progress, **options)
+        assert isinstance(bear, LookupError) and str(bear) == where
+        for one in (fox, hen):
+            assert isinstance(one, Result) and one.status == "complete" and one.rollouts == 9
+        raised.clear()
+        alone = Failing(where, d=engine.d, max_tokens=10, seed=0, prompt_index=1)
+        with pytest.raises(LookupError, match=where):
+            search(engine, alone, FakeReward(vowels), "p", on_progress=lambda report: progress(1, report), **options)
+        assert not late
+    finally:
+        if real:
+            engine.close()
+
+
+@pytest.mark.native
+def test_a_search_that_failed_alone_decodes_no_more() -> None:
+    asked: list[int] = []
+
+    def progress(report: Progress) -> None:
+        if report.step == 3:
+            raise LookupError("third")
+
+    options: dict[str, Any] = {"budget": 4, "n": 4, "max_tokens": 100, "on_progress": progress}
+    aligner = Aligner(LlamaEngine(shipped.model(), threads=1), FakeReward(vowels))
+    with aligner, pytest.raises(LookupError, match="third"):
+        aligner.generate(PROMPTS[0], stop=lambda: bool(asked.append(1)), **options)
+    assert len(asked) == 4
 
 
 def test_what_is_no_list_of_prompts() -> None:

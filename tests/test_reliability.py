@@ -282,6 +282,29 @@ with t.LlamaEngine(path, threads=1, memory_limit=2**50) as engine:
     assert all("llama.cpp could not make a context of" in line for line in lines[:2])
 
 
+# The cache
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_is_decoded_once(kind: str, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the cache cannot be rolled back: iterations, another call, and a turn after it pay for what is new."""
+    prefilled: list[tuple[int, int]] = []
+    real = LlamaEngine._prefill
+
+    def count(self: LlamaEngine, context: Any, sequence: int, tokens: Any, position: int) -> None:
+        prefilled.append((position, len(tokens)))
+        real(self, context, sequence, tokens, position)
+
+    monkeypatch.setattr(LlamaEngine, "_prefill", count)
+    with Aligner(LlamaEngine(models[kind], threads=1), Length()) as aligner:
+        assert isinstance(aligner.engine, LlamaEngine)
+        length, longer = (len(aligner.engine.tokens(text)) - 1 for text in (TWO, TWO + TWO))
+        for prompt in (TWO, TWO, TWO + TWO, TWO + TWO):
+            aligner.generate(prompt, budget=6, n=3, max_tokens=8)
+    once = [(0, length), *[(length, 0)] * 3]
+    assert prefilled == [*once, (length, longer - length), *[(longer, 0)] * 3]
+
+
 # Capacity
 
 

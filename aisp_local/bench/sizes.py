@@ -35,10 +35,27 @@ class _Point:
     window: int
 
 
-def growth(shape: synthetic.Shape, tokens: int, repeats: int = 5) -> Iterator[Table]:
+@dataclass(frozen=True)
+class Sizes:
+    """The points of each table of ``growth``; ``widths`` are multiples of 64."""
+
+    rollouts: Sequence[int] = (1, 2, 4, 8, 16, 32, 64, 128)
+    prompts: Sequence[int] = (16, 256, 1024)
+    new_tokens: Sequence[int] = (16, 64, 256)
+    vocabularies: Sequence[int] = (32_000, 128_000, 256_000)
+    widths: Sequence[int] = (256, 512, 1024, 2048)
+    iterations: Sequence[int] = (1, 2, 4, 8)
+
+
+QUICK = Sizes((1, 4), (16, 64), (4, 16), (1000, 2000), (64, 128), (1, 2))
+
+
+def growth(shape: synthetic.Shape, tokens: int, repeats: int = 5, sizes: Sizes | None = None) -> Iterator[Table]:
     """Item 5: what each size costs. The points of a table run in turn."""
+    sizes = sizes or Sizes()
     path = synthetic.cached(shape)
-    thin = replace(shape, width=512, heads=8, layers=4)
+    width, layers = min(shape.width, 512), min(shape.layers, 4)
+    thin = replace(shape, width=width, heads=width // 64, layers=layers)
 
     def point(
         label: int, path: Path = path, n: int = 8, prompt: int = 32, new: int = tokens, window: int = 0
@@ -47,21 +64,21 @@ def growth(shape: synthetic.Shape, tokens: int, repeats: int = 5) -> Iterator[Ta
 
     def wide(width: int) -> Path:
         hidden = 8 * width // 3 // 32 * 32
-        return synthetic.cached(replace(shape, width=width, heads=width // 64, layers=4, hidden=hidden))
+        return synthetic.cached(replace(shape, width=width, heads=width // 64, layers=layers, hidden=hidden))
 
     by = {
-        "rollouts": [point(n, n=n) for n in (1, 2, 4, 8, 16, 32, 64, 128)],
-        "prompt tokens (8 rollouts)": [point(p, prompt=p) for p in (16, 256, 1024)],
-        "new tokens (8 rollouts)": [point(t, new=t) for t in (16, 64, 256)],
+        "rollouts": [point(n, n=n) for n in sizes.rollouts],
+        "prompt tokens (8 rollouts)": [point(p, prompt=p) for p in sizes.prompts],
+        "new tokens (8 rollouts)": [point(t, new=t) for t in sizes.new_tokens],
         "control steps (8 rollouts)": [point(w, window=w) for w in (1, tokens // 4, tokens)],
-        "vocabulary (8 rollouts, 4 layers)": [
-            point(v, synthetic.cached(replace(thin, vocabulary=v))) for v in (32_000, 128_000, 256_000)
+        f"vocabulary (8 rollouts, {layers} layers)": [
+            point(v, synthetic.cached(replace(thin, vocabulary=v))) for v in sizes.vocabularies
         ],
-        "width (8 rollouts, 4 layers)": [point(w, wide(w)) for w in (256, 512, 1024, 2048)],
+        f"width (8 rollouts, {layers} layers)": [point(w, wide(w)) for w in sizes.widths],
     }
     for what, points in by.items():
         yield _grown(what, points, repeats)
-    yield growth_with_iterations(path, tokens, repeats)
+    yield growth_with_iterations(path, tokens, repeats, sizes.iterations)
 
 
 def _grown(what: str, points: Sequence[_Point], repeats: int) -> Table:
@@ -89,9 +106,8 @@ def _grown(what: str, points: Sequence[_Point], repeats: int) -> Table:
     return table
 
 
-def growth_with_iterations(path: Path, tokens: int, repeats: int) -> Table:
+def growth_with_iterations(path: Path, tokens: int, repeats: int, counts: Sequence[int]) -> Table:
     """What one more iteration costs: the prompt is decoded once, and nothing is carried along."""
-    counts = (1, 2, 4, 8)
     table = Table(
         "growth",
         "Growth with iterations (aisp, 8 rollouts each)",

@@ -16,7 +16,7 @@ from aisp_local.bench import machine, synthetic
 from aisp_local.bench.ceiling import reached
 from aisp_local.bench.many import many
 from aisp_local.bench.raw import RawLoop
-from aisp_local.bench.sizes import growth, memory
+from aisp_local.bench.sizes import QUICK, Sizes, growth, memory
 from aisp_local.bench.tables import Table, paired, ratio, spread
 from aisp_local.bench.workload import SIGMA, WARM, noise, prompt_of
 from aisp_local.engine import LlamaEngine
@@ -161,7 +161,6 @@ def run(
     models: Sequence[Path], items: Sequence[str], repeats: int, quick: bool, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """All tables of the given items on these models, said one by one; what a machine reads of them."""
-    large = synthetic.Shape()
     threads = _threads(models[0])
     tokens, counts = (16, (1, 8)) if quick else (64, (1, 8, 16, 32))
     about = machine.describe() | {"threads": str(threads)}
@@ -187,7 +186,8 @@ def run(
         if "memory" in items:
             show(memory(path, 4 * tokens, more=(40,) if quick else (24, 40, 72)))
     if "growth" in items:
-        for table in growth(synthetic.Shape(2000, 256, 2, 4, 512) if quick else large, tokens, repeats):
+        shape, sizes = (synthetic.Shape(1000, 128, 2, 2, 256), QUICK) if quick else (synthetic.Shape(), Sizes())
+        for table in growth(shape, tokens, repeats, sizes):
             show(table)
     return {"machine": about, "tables": [{"name": t.name, "title": t.title, "rows": t.rows} for t in found]}
 

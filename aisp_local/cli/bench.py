@@ -15,10 +15,14 @@ def bench() -> None:
 @bench.command()
 @click.option("-m", "--model", type=click.Path(path_type=Path), multiple=True, help="A GGUF model as well.")
 @click.option("--only", multiple=True, help="raw, methods, many, peers, growth or memory. Default: all.")
-@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="Pairs a ratio is the median of.")
+@click.option(
+    "--repeats", type=click.IntRange(1), help="Pairs a ratio is the median of. Default: 5, and 1 with --quick."
+)
 @click.option("--quick", is_flag=True, help="Small sizes and the shipped model alone: does it run?")
 @click.option("--report", type=click.Path(path_type=Path), help="Also write the tables into this Markdown file.")
-def speed(model: tuple[Path, ...], only: tuple[str, ...], repeats: int, quick: bool, report: Path | None) -> None:
+def speed(
+    model: tuple[Path, ...], only: tuple[str, ...], repeats: int | None, quick: bool, report: Path | None
+) -> None:
     """Measure tokens a second against llama.cpp itself, methods against best-of-n, and what each size costs.
 
     Pairs run in turn in one process. On the shipped model and on one of random weights (134 million parameters),
@@ -50,7 +54,7 @@ def speed(model: tuple[Path, ...], only: tuple[str, ...], repeats: int, quick: b
         said.append(text)
         click.echo(text)
 
-    result = measure.run(models, only or measure.ITEMS, 1 if quick else repeats, quick, say)
+    result = measure.run(models, only or measure.ITEMS, repeats or (1 if quick else 5), quick, say)
     if report is not None:
         measure.write_report(report, "\n".join(said))
     click.echo(measure.as_json(result))

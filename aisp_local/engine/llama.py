@@ -236,11 +236,11 @@ class LlamaEngine:
         self, prompts: list[npt.NDArray[np.int32]], slots: int, rows: int, max_tokens: int
     ) -> tuple[Context, PromptCache]:
         """A context with room for ``slots`` prompts and the rows; the one at hand if it is large enough."""
-        longest, n_ubatch = max(map(len, prompts)), self._n_ubatch
+        longest, n_ubatch, asked = max(map(len, prompts)), self._n_ubatch, rows
+        held = 0 if self.model.has_encoder else slots * (longest - 1)  # cells of the prompts
+        cells = held + rows * max_tokens
         if self.model.has_encoder:  # takes the prompt in one go, and no more than there are cells
-            cells, n_ubatch = max(longest, rows * max_tokens), max(longest, n_ubatch)
-        else:
-            cells = slots * (longest - 1) + rows * max_tokens
+            cells, n_ubatch = max(longest, cells), max(longest, n_ubatch)
         needed = cells = -(-cells // _CTX_STEP) * _CTX_STEP
         # The last token of a response is never decoded.
         long = 0 < self._rope_bound[0] < max(len(p) + min(max_tokens, self._room(p)) - 1 for p in prompts)
@@ -256,7 +256,7 @@ class LlamaEngine:
             if slots + rows > MAX_SEQUENCES:
                 slots, rows = MAX_SEQUENCES - rows, rows
             self._drop_context()
-        cells = self._check_memory(longest, rows, max_tokens, needed, cells)
+        cells = self._check_memory(len(prompts), held, asked, max_tokens, needed, cells)
         if self._flash_attention is False and not self.model.has_encoder:
             n_ubatch = min(n_ubatch, max(32, _SCORES_BYTES // (4 * cells * self.model.n_head)))
         context = Context(
@@ -298,18 +298,23 @@ class LlamaEngine:
             self.model.reload({key: _NO_BOUND})
         return bound
 
-    def _check_memory(self, prompt: int, n: int, max_tokens: int, needed: int, cells: int) -> int:
-        """How many cells to have: ``cells`` if there is memory for them, else ``needed``."""
+    def _check_memory(self, prompts: int, held: int, rows: int, max_tokens: int, needed: int, cells: int) -> int:
+        """How many cells to have: ``cells`` if there is memory for them, else ``needed``, ``held`` of it by prompts."""
         each = self.model.kv_bytes_per_token
         limit = self._memory_limit if self._memory_limit is not None else available_memory()
         if limit is None or each == 0 or cells * each <= limit:
             return cells
         if needed * each <= limit:
             return needed
-        fits = max(0, (limit // each // _CTX_STEP * _CTX_STEP - (prompt - 1)) // max_tokens)
-        advice = f"n = {fits} would fit" if fits else "not even one does: use fewer tokens"
+        fits = max(0, (limit // each // _CTX_STEP * _CTX_STEP - held) // max_tokens)
+        if fits >= prompts:
+            advice = f"n = {fits // prompts} {f'for each of {prompts} prompts ' if prompts > 1 else ''}would fit"
+        elif fits:
+            advice = f"n = 1 and {fits} of {prompts} prompts at once (at_once) would fit"
+        else:
+            advice = f"not even one does: use fewer {'prompts or ' if prompts > 1 else ''}tokens"
         raise CapacityError(
-            f"{n} rollouts of {max_tokens} tokens need {needed * each / 2**20:.0f} MiB of KV cache and "
+            f"{rows} rollouts of {max_tokens} tokens need {needed * each / 2**20:.0f} MiB of KV cache and "
             f"{limit / 2**20:.0f} MiB are available; {advice}"
         )
 
