@@ -23,7 +23,7 @@ from aisp_local.rewards.base import Calibrates, call_parts
 from aisp_local.rewards.interruption import AbandonedError, Interruption, interruptible
 from aisp_local.seeds import RowSeeds
 from aisp_local.timeline import OFF, Timeline
-from aisp_local.types import Baseline, Calibration, Controls, Message, Progress, Prompt, Result, Want
+from aisp_local.types import Baseline, Calibration, Controls, Limits, Message, Progress, Prompt, Result, Want
 
 EFFORT = {"low": 32, "medium": 128, "high": 512}
 """Rollouts in all, by the name of the effort."""
@@ -105,6 +105,9 @@ class Aligner:
         baseline: bool = False,
         judge_all: bool = False,
         timeline: str | os.PathLike[str] | None = None,
+        target_reward: float | None = None,
+        patience: int | None = None,
+        budget_tokens: int | None = None,
         stop: Callable[[], bool] | None = None,
         on_progress: Callable[[Progress], None] | None = None,
         **options: Any,
@@ -113,11 +116,13 @@ class Aligner:
 
         ``prompt``: a string, which the model continues as plain text, or messages, which pass through its
         chat template. ``budget`` overrides ``effort`` (low 32, medium 128, high 512). ``seed`` and ``prompt_index``
-        together name the random numbers. ``time_limit`` is in seconds. ``kl`` and ``logprobs`` need a second output
-        product a step; ``baseline`` adds the unaligned greedy answer, which does not count (None if it was
-        interrupted); ``judge_all``: the judge scores every candidate, not the answer alone. ``timeline``: a file for
-        where the time went, which Chrome and Perfetto draw. ``stop()`` true, or Ctrl-C, ends the search with the best
-        answer so far. ``options`` go to the method (sigma, temperature, ...; see its docstring).
+        together name the random numbers. ``time_limit`` is in seconds; ``target_reward``, ``patience`` (iterations
+        without a better answer) and ``budget_tokens`` end the search sooner as well (see types.Limits). ``kl`` and
+        ``logprobs`` need a second output product a step; ``baseline`` adds the unaligned greedy answer, which does not
+        count (None if it was interrupted); ``judge_all``: the judge scores every candidate, not the answer alone.
+        ``timeline``: a file for where the time went, which Chrome and Perfetto draw. ``stop()`` true, or Ctrl-C, ends
+        the search with the best answer so far. ``options`` go to the method (strength, sigma, temperature, ...; see its
+        docstring).
 
         A composite reward with parts that were not measured yet is first calibrated on rollouts of the base model to
         this prompt, which ``budget`` does not count and ``time_limit`` does (see Result.calibration).
@@ -141,6 +146,7 @@ class Aligner:
             baseline=baseline,
             judge_all=judge_all,
             timeline=timeline,
+            limits=Limits(target_reward, patience, budget_tokens),
             stop=stop,
             options=options,
         )
@@ -166,6 +172,9 @@ class Aligner:
         baseline: bool = False,
         judge_all: bool = False,
         timeline: str | os.PathLike[str] | None = None,
+        target_reward: float | None = None,
+        patience: int | None = None,
+        budget_tokens: int | None = None,
         stop: Callable[[], bool] | None = None,
         on_progress: Callable[[int, Progress], None] | None = None,
         **options: Any,
@@ -200,6 +209,7 @@ class Aligner:
             baseline=baseline,
             judge_all=judge_all,
             timeline=timeline,
+            limits=Limits(target_reward, patience, budget_tokens),
             stop=stop,
             options=options,
         )
@@ -224,6 +234,7 @@ class Aligner:
         baseline: bool,
         judge_all: bool,
         timeline: str | os.PathLike[str] | None,
+        limits: Limits,
         stop: Callable[[], bool] | None,
         options: dict[str, Any],
     ) -> list[Result | BaseException]:
@@ -274,6 +285,7 @@ class Aligner:
                 at_once=at_once,
                 stop_strings=stop_strings,
                 time_limit=left,
+                limits=limits,
                 stop=stop,
                 on_progress=None if on_progress is None else lambda i, progress: on_progress(numbers[i], progress),
                 want=frozenset(want for want, asked in wants.items() if asked),

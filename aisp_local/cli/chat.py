@@ -9,13 +9,13 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from aisp_local.api import DEFAULT_EFFORT, EFFORT, check_search
 from aisp_local.cli.live import ProgressLine, stop_on_interrupt
-from aisp_local.cli.options import load, model_options, search_options
+from aisp_local.cli.options import load, method_options, model_options, search_options
 from aisp_local.errors import AispError, BindingError, CapacityError, InputError
 from aisp_local.files import check_output, write_output
 from aisp_local.types import Message, Result
@@ -42,6 +42,7 @@ class Settings:
     seed: int
     time_limit: float | None
     effort: str
+    options: dict[str, Any] = field(default_factory=dict)  # of the method
 
 
 @dataclass
@@ -99,6 +100,7 @@ class Session:
                     time_limit=settings.time_limit,
                     stop=stop,
                     on_progress=line,
+                    **settings.options,
                 )
             except CapacityError:
                 if len(messages) <= 2:
@@ -204,6 +206,7 @@ def chat(
     n_gpu_layers: int | None,
     threads: int | None,
     method: str,
+    strength: float | None,
     max_tokens: int,
     rows: int,
     seed: int,
@@ -216,9 +219,10 @@ def chat(
       aisp-local chat
       aisp-local chat -m model.gguf -r reward_folder --effort medium
     """
-    check_search(method=method, budget=EFFORT[effort], n=rows, max_tokens=max_tokens, seed=seed)
+    options = method_options(strength)
+    check_search(method=method, budget=EFFORT[effort], n=rows, max_tokens=max_tokens, seed=seed, **options)
     aligner = load(model, reward, judge, n_gpu_layers, threads)
-    session = Session(aligner, Settings(method, max_tokens, rows, seed, time_limit, effort))
+    session = Session(aligner, Settings(method, max_tokens, rows, seed, time_limit, effort, options))
     judging = "" if aligner.judge is None else f", judged by {aligner.judge.name}"
     click.echo(f"{Path(aligner.model_name).name} with {aligner.reward.name}{judging}. /help for help.")
     while True:

@@ -13,9 +13,10 @@ import click
 
 from aisp_local.api import DEFAULT_EFFORT, EFFORT, check_search
 from aisp_local.cli.live import ProgressLine, stop_on_interrupt
-from aisp_local.cli.options import load, model_options, search_options
+from aisp_local.cli.options import load, method_options, model_options, search_options
 from aisp_local.errors import InputError
 from aisp_local.files import check_output, write_output
+from aisp_local.types import Limits
 
 if TYPE_CHECKING:
     from aisp_local.types import Result
@@ -131,6 +132,9 @@ def print_answer(text: str) -> None:
 @click.command()
 @click.argument("prompt")
 @click.option("--budget", type=int, default=EFFORT[DEFAULT_EFFORT], show_default=True, help="Rollouts in all.")
+@click.option("--budget-tokens", type=int, help="Stop after about so many decoded tokens.")
+@click.option("--target-reward", type=float, help="Stop once an answer has this reward.")
+@click.option("--patience", type=int, help="Stop after so many iterations without a better answer.")
 @click.option("--json", "json_", is_flag=True, help="Print a JSON object with every candidate.")
 @click.option("--judge-all", is_flag=True, help="The judge scores every candidate (with --json).")
 @click.option("--kl", is_flag=True, help="Compute the sequence KL (a second output product a step).")
@@ -146,6 +150,9 @@ def print_answer(text: str) -> None:
 def generate(
     prompt: str,
     budget: int,
+    budget_tokens: int | None,
+    target_reward: float | None,
+    patience: int | None,
     json_: bool,
     judge_all: bool,
     kl: bool,
@@ -158,6 +165,7 @@ def generate(
     n_gpu_layers: int | None,
     threads: int | None,
     method: str,
+    strength: float | None,
     max_tokens: int,
     rows: int,
     seed: int,
@@ -178,7 +186,9 @@ def generate(
         raise InputError("standard output is closed; use -o FILE")
     if timeline is not None:
         check_output(timeline)
-    check_search(method=method, budget=budget, n=rows, max_tokens=max_tokens, seed=seed)
+    options = method_options(strength)
+    check_search(method=method, budget=budget, n=rows, max_tokens=max_tokens, seed=seed, **options)
+    Limits(target_reward, patience, budget_tokens)
     aligner = load(model, reward, judge, n_gpu_layers, threads)
     line = ProgressLine()
     with stop_on_interrupt() as stop:
@@ -190,12 +200,16 @@ def generate(
             max_tokens=max_tokens,
             seed=seed,
             time_limit=time_limit,
+            target_reward=target_reward,
+            patience=patience,
+            budget_tokens=budget_tokens,
             kl=kl,
             baseline=json_,
             judge_all=judge_all and json_,
             timeline=timeline,
             stop=stop,
             on_progress=line,
+            **options,
         )
     line.clear()
     if result.status == "interrupted":

@@ -62,12 +62,17 @@ def model_options(command: F) -> F:
 
 
 def search_options(command: F) -> F:
-    """--method, --max-tokens, --seed, --rows, --time-limit"""
+    """--method, --strength, --max-tokens, --seed, --rows, --time-limit"""
     for option in (
         click.option("--time-limit", type=float, help="Seconds; then the best answer so far."),
         click.option("--seed", type=int, default=DEFAULT_SEED, show_default=True),
         click.option("--rows", type=int, default=DEFAULT_N, show_default=True, help="Rollouts at once."),
         click.option("--max-tokens", type=int, default=DEFAULT_MAX_TOKENS, show_default=True),
+        click.option(
+            "--strength",
+            type=click.FloatRange(0.0, 1.0),
+            help="How far the default method may move from the model: 0 not at all, 1 by 100 nats. [default: 0.5]",
+        ),
         click.option(
             "--method",
             default=DEFAULT_METHOD,
@@ -77,6 +82,11 @@ def search_options(command: F) -> F:
     ):
         command = option(command)
     return command
+
+
+def method_options(strength: float | None) -> dict[str, Any]:
+    """Options of the method that were given."""
+    return {} if strength is None else {"strength": strength}
 
 
 def load(
