@@ -1,0 +1,118 @@
+"""The contest of methods: played small, stopped and gone on with, and what its figures mean."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from aisp_local.bench import contest, contest_run
+from aisp_local.bench.contest import Run, Store
+from aisp_local.bench.contest_report import best_at, diversity, last_mean, needed, summary, table
+from aisp_local.cli.main import main
+from aisp_local.errors import InputError
+
+SMALL = ["--max-prompts", "2", "--max-tokens", "12", "--exact-kl", "1", "--threads", "1"]
+
+
+def play(out: Path, *arguments: str) -> tuple[int, str]:
+    done = CliRunner().invoke(main, ["bench", "controllers", "-o", str(out), *SMALL, *arguments])
+    return done.exit_code, done.output
+
+
+@pytest.mark.native
+def test_every_shipped_pair_and_method(tmp_path: Path) -> None:
+    code, output = play(tmp_path / "out", "--budget", "8", "--budget", "16")
+    assert code == 0, output
+    report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    assert [pair["pair"] for pair in report["pairs"]] == [pair.name for pair in contest_run.shipped_pairs()]
+    for pair in report["pairs"]:
+        assert [row["method"] for row in pair["rows"]] == [entry.label for entry in contest.ENTRIES]
+        for row in pair["rows"]:
+            mean, low, high = row["best_16"]
+            assert low <= mean <= high and mean >= row["best_8"][0]
+            assert row["logprob"] < 0 < row["diversity"] <= 1
+            if row["method"] != "best-of-n":
+                assert row["exact_kl"] > 0
+        assert [row["difference_16"] for row in pair["rows"] if row["method"] == "best-of-n"] == [[0.0, 0.0, 0.0]]
+    text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert text.count("| best-of-n (temperature") == len(report["pairs"])
+
+
+@pytest.mark.native
+def test_a_contest_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["--pair", "stories-words", "--method", "score", "--budget", "8", "--budget", "16"]
+    assert play(tmp_path / "whole", *arguments)[0] == 0
+    whole = (tmp_path / "whole" / "runs.jsonl").read_text(encoding="utf-8")
+    (tmp_path / "cut").mkdir()
+    lines = whole.splitlines(keepends=True)
+    # As an interrupt leaves it: some runs, and a part of a line.
+    (tmp_path / "cut" / "runs.jsonl").write_text("".join(lines[:4]) + lines[4][:30], encoding="utf-8")
+    searched: list[str] = []
+    real = contest.Contest._search
+
+    def search(self: contest.Contest, entry: contest.Entry, *rest: object) -> list[Run]:
+        searched.append(entry.label)
+        return real(self, entry, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(contest.Contest, "_search", search)
+    assert play(tmp_path / "cut", *arguments)[0] == 0
+    assert 0 < len(searched) < len(lines) // 2
+
+    def rewards(folder: str) -> list[list[float]]:
+        text = (tmp_path / folder / "runs.jsonl").read_text(encoding="utf-8")
+        return [json.loads(line)["rewards"] for line in text.splitlines()]
+
+    assert rewards("cut") == rewards("whole")
+    searched.clear()
+    assert play(tmp_path / "cut", *arguments)[0] == 0
+    assert searched == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--pair", "nothing"], "the pair 'nothing' is unknown; use stories"),
+        (["--method", "magic"], "the row 'magic' is unknown; use score"),
+        (["--pair", "stories", "-m", "x.gguf"], "--pair names a shipped pair"),
+        (["--prompts", "prompts.json"], "has no list of prompts 'evaluation'"),
+        (["--prompts", "none.json"], "cannot be read as JSON"),
+    ],
+)
+def test_what_does_not_fit_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.json").write_text('{"tuning": ["a"], "evaluation": [""]}', encoding="utf-8")
+    code, output = play(tmp_path / "out", *arguments)
+    assert code == 2 and message in output
+
+
+def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "runs.jsonl").write_text('{"a": 1}\n', encoding="utf-8")
+    with pytest.raises(InputError, match="line 1 is no run of a contest"):
+        Store(tmp_path / "runs.jsonl")
+
+
+def run(rewards: list[float], given: list[int] | None = None, n: int = 2, answer: str = "a b") -> Run:
+    return Run("p", "x", "q", 0, len(rewards), n, {}, rewards, given or [0] * len(rewards), answer, 1.0, 10)
+
+
+def test_figures() -> None:
+    runs = [run([1.0, 3.0, 2.0, 5.0]), run([0.0, 1.0, 4.0, 2.0], [0, 0, 0, 3])]
+    np.testing.assert_array_equal(best_at(runs, 2), [3, 1])
+    assert needed(runs, 3.5) == 3  # mean of 3 and 4
+    assert needed(runs, 5.0) is None
+    assert last_mean(runs[0]) == 3.5 and last_mean(runs[1]) == 4.0, "what was taken over is not the law's"
+    assert diversity("a b c d") == 1.0
+    assert diversity("a b a b a b") == pytest.approx(2 / 5 * 2 / 4 * 2 / 3)
+    rows = summary({"best-of-n": runs, "other": [run([2.0, 4.0, 6.0, 6.0]), run([5.0, 0.0, 4.0, 8.0])]}, [2, 4])
+    assert rows[1]["difference_4"][0] == pytest.approx(7 - 4.5)
+    assert rows[1]["rollouts_to_base_best"] == 2
+    sd = np.mean([np.std(r.rewards) for r in runs])
+    assert rows[1]["best_sd_over_base"] == pytest.approx((7 - 4.5) / sd)
+    made = table("p", rows, [2, 4], 2).markdown()
+    assert "| other | 4.50 [4.00, 5.00] |" in made and "+2.50 [" in made
