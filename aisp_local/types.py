@@ -105,8 +105,9 @@ class Laws:
     """The laws from which n rollouts were sampled: one entry for each step and each token that could be drawn [K].
 
     A token could be drawn if its probability at temperature 1 is at least ``min_p`` of the likeliest one's (0.001 where
-    there is no ``min_p``: what is below is left out). With ``Controls.shift`` there are also the tokens that the base
-    model could draw. Entries of a step lie together; both probabilities sum to 1 over a step of a row.
+    there is no ``min_p``: what is below is left out, as are all but the 256 likeliest). With ``Controls.shift`` there
+    are also the tokens that the base model could draw. Entries of a step lie together; both probabilities sum to 1 over
+    a step of a row.
     """
 
     row: npt.NDArray[np.int32]  # of the rollout

@@ -129,6 +129,15 @@ def test_sparse_laws_are_the_dense_ones(sampling: Sampling) -> None:
     assert (np.diff(rows) >= 0).all()
 
 
+def test_of_a_flat_law_the_likeliest_tokens_are_kept() -> None:
+    logits = (np.random.default_rng(0).standard_normal((3, 2000)) * 0.1).astype(np.float32)
+    logits[1, :1500] = -50.0
+    rows, tokens, p, _ = sparse_law(logits, Sampling(1.0, min_p=0.02))
+    for row in range(3):
+        assert set(tokens[rows == row]) == set(np.argsort(-logits[row])[:256])
+        assert p[rows == row].sum() == pytest.approx(1, abs=1e-5)
+
+
 def test_sparse_laws_have_the_base_laws_tokens_too() -> None:
     rng, sampling = np.random.default_rng(0), Sampling(0.8, min_p=0.05)
     base = (rng.standard_normal((4, 200)) * 3).astype(np.float32)

@@ -19,6 +19,7 @@ _FIRST_CANDIDATES = 256
 _BINS, _DEPTH = 4096, 24.0  # of logits below the largest, for the search of top-p's threshold
 _TRIES = 8
 _LEAST = 1e-3  # of the likeliest token's probability: what is kept of a law that nothing truncates
+_MOST = 256  # tokens of a law that are kept: of one so flat the rest hardly tells tokens apart
 _BLOCK = 64  # of weights that are summed before any of them is looked at
 _CACHED = 2**17  # logits that are worked on at a time
 
@@ -101,10 +102,10 @@ def sparse_law(
     k, size = logits.shape
     depth, temperature = np.float32(np.log(sampling.min_p or _LEAST)), np.float32(sampling.temperature or 1.0)
     least = logits.max(axis=1) + depth
-    kept = logits >= least[:, None]
+    kept = _likely(logits, least)
     if shift is not None:
         base = logits - shift
-        kept |= base >= (base.max(axis=1) + depth)[:, None]
+        kept |= _likely(base, base.max(axis=1) + depth)
     # Flat indices: numpy finds those of a row far sooner than pairs of them.
     rows, tokens = np.divmod(np.flatnonzero(kept.ravel()), size)
     x = logits[rows, tokens]
@@ -115,6 +116,14 @@ def sparse_law(
     others = (base[rows, tokens] - base.max(axis=1)[rows]) / temperature
     weights[x < least[rows]] = 0.0
     return rows, tokens, _shares(weights, rows, k), _shares(np.exp(others), rows, k)
+
+
+def _likely(logits: FloatArray, least: FloatArray) -> npt.NDArray[np.bool_]:
+    """Which tokens [k, V] have so much, of each row the ``_MOST`` likeliest at most (ties come along)."""
+    kept = np.asarray(logits >= least[:, None])
+    for row in np.flatnonzero(np.count_nonzero(kept, axis=1) > _MOST):
+        kept[row] = logits[row] >= np.partition(logits[row], -_MOST)[-_MOST]
+    return kept
 
 
 def _shares(weights: FloatArray, rows: npt.NDArray[np.intp], k: int) -> FloatArray:
