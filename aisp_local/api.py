@@ -29,7 +29,7 @@ EFFORT = {"low": 32, "medium": 128, "high": 512}
 """Rollouts in all, by the name of the effort."""
 
 DEFAULT_EFFORT = "low"
-DEFAULT_METHOD = "aisp-held"
+DEFAULT_METHOD = "score"
 DEFAULT_N = 16
 DEFAULT_MAX_TOKENS = 256
 DEFAULT_SEED = 0

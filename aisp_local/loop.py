@@ -458,6 +458,7 @@ class _Search:
             lambda_=info.lambda_,
             kl=info.kl if rollouts.kl is None else float(rollouts.kl[rows].mean()),
             n_nonfinite=len(rewards) - len(finite),
+            note=info.note,
         )
         self.seconds = now - self.start
         self.stats.append(stats)

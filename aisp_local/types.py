@@ -230,6 +230,7 @@ class IterationStats:
     lambda_: float | None = None
     kl: float | None = None  # mean over the rollouts, nats
     n_nonfinite: int = 0
+    note: str | None = None  # what a guard against too much steering did
 
 
 @dataclass(frozen=True)
@@ -240,6 +241,7 @@ class ControllerInfo:
     control_norm: float | None = None
     lambda_: float | None = None
     kl: float | None = None  # of the law that the iteration was sampled from, nats, mean over its rollouts
+    note: str | None = None  # what a guard did, in a sentence
 
 
 @dataclass(frozen=True)

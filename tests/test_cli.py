@@ -58,7 +58,7 @@ def test_generate_json(tmp_path: Path) -> None:
     data = json.loads(out.stdout)
     required = "answer reward baseline method budget iterations candidates seed model reward_model versions"
     assert set(required.split()) <= set(data)
-    assert data["method"] == "aisp-held" and data["budget"] == 10 and data["seed"] == 0
+    assert data["method"] == "score" and data["budget"] == 10 and data["seed"] == 0
     assert [i["n"] for i in data["iterations"]] == [4, 4, 2]
     assert len(data["candidates"]) == 10
     assert data["reward"] == max(c["reward"] for c in data["candidates"])
@@ -110,7 +110,10 @@ BAD = {
     "no vocabulary": (["-m", "weights.gguf"], "holds no tokenizer"),
     "budget zero": (["--budget", "0"], "the budget is 0"),
     "budget negative": (["--budget", "-4"], "the budget is -4"),
-    "unknown method": (["--method", "magic"], "method 'magic' is unknown; use one of aisp, aisp-held, best-of-n"),
+    "unknown method": (
+        ["--method", "magic"],
+        "method 'magic' is unknown; use one of aisp, aisp-held, aisp-static, best-of-n",
+    ),
     "no tokens": (["--max-tokens", "0"], "max_tokens is 0"),
     "too many threads": (["--threads", "100000"], "llama.cpp takes 1 to 512"),
     "no threads": (["--threads", "0"], "llama.cpp takes 1 to 512"),

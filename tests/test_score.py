@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from aisp_local import controllers, shipped
 from aisp_local.controllers.beginnings import Beginnings
+from aisp_local.controllers.guard import Guard
 from aisp_local.controllers.score import FULL_KL, Score
 from aisp_local.controllers.tilts import Steps
 from aisp_local.engine import LlamaEngine
@@ -160,6 +161,36 @@ def test_later_rollouts_begin_as_the_best_did() -> None:
     same.tell(roll(engine, same, 6, 1), rewards)
     again = same.ask(6).prefixes
     assert again is not None and all(np.array_equal(a, b) for a, b in zip(asked.prefixes, again, strict=True))
+
+
+def test_the_guard_sees_worse_and_repetitive_answers() -> None:
+    rng, lively = np.random.default_rng(0), [np.arange(30, dtype=np.int32)] * 4
+    guard = Guard()
+    assert guard.look(np.array([0.0, 1.0, 2.0, np.nan]), lively) is None
+    assert guard.look(np.array([-1.0, 0.0, 0.0, 0.0]), lively) is None, "one bad iteration may be chance"
+    assert guard.look(np.array([1.0, 1.0, 1.0, 1.0]), lively) is None
+    assert guard.look(np.full(4, -1.0), lively) is None
+    worse = guard.look(np.full(4, -1.0), lively)
+    assert worse is not None and worse.factor == 0 and "worse" in worse.note
+    dull = [np.tile(rng.integers(0, 9, 3), 10).astype(np.int32)] * 4
+    repetitive = guard.look(np.array([5.0, 6.0, 7.0, 8.0]), dull)
+    assert repetitive is not None and repetitive.factor == 0.5 and "repeat" in repetitive.note
+    assert guard.look(np.full(4, np.nan), dull) is None
+    assert guard.look(np.array([5.0, 6.0, 7.0, 8.0]), [row[:12] for row in dull]) is None, "too short to tell"
+
+
+def test_the_guard_shortens_the_control_and_says_so() -> None:
+    engine = FakeEngine(d=D, vocabulary=V)
+    controller = score(engine, reuse=0.0, temperature=3.0)
+    notes = []
+    for iteration in range(1, 6):
+        rollouts = roll(engine, controller, 8, iteration)
+        before = controller.mean
+        # Rewards that fall with every iteration, whatever is done.
+        info = controller.tell(rollouts, np.array(vowels("", rollouts.texts)) - 20.0 * iteration)
+        notes.append(info.note)
+    assert notes[:2] == [None, None] and notes[2] is not None and "begun anew" in notes[2]
+    assert before.any()
 
 
 @settings(max_examples=30, deadline=None)

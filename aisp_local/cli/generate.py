@@ -71,6 +71,7 @@ def as_json(result: Result) -> dict[str, Any]:
                 "kl": s.kl,
                 "n_tokens": s.n_tokens,
                 "n_nonfinite": s.n_nonfinite,
+                "note": s.note,
                 "seconds": s.seconds,
                 "decode_seconds": s.decode_seconds,
                 "reward_seconds": s.reward_seconds,

@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from aisp_local.controllers.beginnings import Beginnings
+from aisp_local.controllers.guard import Guard
 from aisp_local.controllers.tilts import Steps
 from aisp_local.controllers.weights import NOISE, length
 from aisp_local.errors import InputError
@@ -59,10 +60,10 @@ class Score:
         head: Head | None = None,
         prompt_index: int = 0,
         strength: float = 0.5,
-        step: float = 1.0,
+        step: float = 2.0,
         reuse: float = 0.5,
         elite: int = 4,
-        temperature: float = 0.7,
+        temperature: float = 0.8,
         min_p: float = 0.02,
     ) -> None:
         if not 0.0 <= strength <= 1.0:
@@ -79,7 +80,7 @@ class Score:
         self._max_kl, self._step, self._reuse = FULL_KL * strength**2, step, reuse
         self._seed, self._prompt_index = seed, prompt_index
         self._u: FloatArray = np.zeros(d, np.float32)
-        self._best = Beginnings(elite)
+        self._best, self._guard = Beginnings(elite), Guard()
         self._given: npt.NDArray[np.int64] = np.zeros(0, np.int64)  # tokens [n] that the rollouts began with
         self._iteration = 0
 
@@ -135,7 +136,14 @@ class Score:
             if variance > 0:
                 self._u = self._u + np.float32(math.sqrt(2 * self._step / variance)) * gradient
                 self._shorten(lambda y: mean_length * steps.divergence(y), change(self._u))
-        return ControllerInfo(control_norm=length(self._u), kl=kl)
+        verdict = None
+        if whole.any():
+            mine = np.flatnonzero(whole).tolist()
+            verdict = self._guard.look(rewards[mine], [rollouts.tokens[i] for i in mine])
+        if verdict is not None:
+            self._u = self._u * np.float32(verdict.factor)
+            self._max_kl /= 4  # half of the strength
+        return ControllerInfo(control_norm=length(self._u), kl=kl, note=verdict.note if verdict else None)
 
     def _shorten(self, divergence: Divergence, y: FloatArray) -> None:
         """Keep u, which adds y to the logits, within its budget of nats."""
