@@ -395,6 +395,22 @@ def test_an_interrupted_training_goes_on_where_it_was(tmp_path: Path, monkeypatc
 
 
 @needs_torch
+def test_a_refused_export_does_not_cost_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from aisp_local.reward_kit.export import parity
+
+    data = write_rows(tmp_path / "data.jsonl", pairs(60))
+    options = ["--backbone", backbone(tmp_path / "backbone", "Bert"), "--epochs", 1, *FAST]
+    monkeypatch.setitem(parity.LIMITS, "int8", (0.0, 1.0))
+    done = run(data, tmp_path / "out", *options)
+    assert done.exit_code == 1 and "the int8 export is too far" in done.stderr
+    assert "--resume and a higher --precision" in done.stderr and not (tmp_path / "out").exists()
+    done = run(data, tmp_path / "out", *options, "--resume", "--precision", "fp32")
+    assert done.exit_code == 0, done.output
+    assert ", from step 7" in done.stderr and "\nstep" not in done.stderr, "there is nothing left to train"
+    assert OnnxReward.load(tmp_path / "out").manifest.parity and not (tmp_path / "out.training").exists()
+
+
+@needs_torch
 def test_a_run_that_ends_early_promises_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from aisp_local.reward_kit.train import backbone as backbones
     from aisp_local.reward_kit.train import loop

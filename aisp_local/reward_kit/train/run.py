@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from aisp_local import shipped
-from aisp_local.errors import InputError
+from aisp_local.errors import ExportError, InputError
 from aisp_local.files import check_output_folder
 from aisp_local.reward_kit.evaluate import Evaluation, evaluate
 from aisp_local.reward_kit.export import feed as feeds
@@ -93,7 +93,7 @@ def train_reward(
     goes on from one, ``restart`` deletes it. ``device``: "cpu" or "cuda", by default the GPU where there is one.
 
     Raises InputError for data or options that cannot be used and ExportError when the exported reward is too far from
-    the trained network.
+    the trained network, which is then kept in ``work``.
     """
     plan = plan or Plan()
     target = Path(out)
@@ -152,18 +152,25 @@ def train_reward(
         state = trainer.run()
         network.model.to("cpu")
         folder.save(lambda path: _save(network, path))
-        exported = export_reward(
-            folder.model,
-            target,
-            precision=precision,
-            input=feed.kind,
-            max_length=feed.max_length,
-            name=name or target.resolve().name,
-            description=description,
-            licence=licence or network.licence,
-            force=force,
-            say=say,
-        )
+        try:
+            exported = export_reward(
+                folder.model,
+                target,
+                precision=precision,
+                input=feed.kind,
+                max_length=feed.max_length,
+                name=name or target.resolve().name,
+                description=description,
+                licence=licence or network.licence,
+                force=force,
+                say=say,
+            )
+        except ExportError as error:
+            better = " and a higher --precision" if precision != "fp32" else ""
+            raise ExportError(
+                f"{error}. The training is kept in {folder.path}: the same command with --resume{better} goes on to "
+                "the export"
+            ) from error
         say("evaluating")
         reward = OnnxReward.load(target, providers=["CPUExecutionProvider"])
         outcome, evaluation = _evaluate(reward, rest, later)
