@@ -91,6 +91,7 @@ ONE = '{"text": "a", "score": 1}'
         ("a.jsonl", f'{ONE}\n{{"text": "b", "score": 1}}', Columns(), "the same grade"),
         ("a.jsonl", f'{ONE}\n{{"text": "b", "score": "x"}}', Columns(), "line 2: its 'score' is not a number"),
         ("a.jsonl", f'{{"text": "b", "score": NaN}}\n{ONE}', Columns(), "line 1: its 'score' is not a number"),
+        ("a.jsonl", f'{{"text": "b", "score": 1{"0" * 400}}}\n{ONE}', Columns(), "line 1: its 'score' is not a number"),
         ("a.jsonl", f'{{"text": 3, "score": 1}}\n{ONE}', Columns(), "line 1: its 'text' is not a text"),
         ("a.jsonl", '{"body": "a", "score": 1}', Columns(), "has no column of texts (it has body, score)"),
         ("a.jsonl", ONE, Columns(label="stars"), "no column 'stars'"),

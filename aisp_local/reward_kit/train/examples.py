@@ -194,7 +194,7 @@ def _number(value: object) -> float | None:
     """A finite number, also one written as text or as a truth value."""
     try:
         number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return number if abs(number) < float("inf") else None
 
