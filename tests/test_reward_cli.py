@@ -16,6 +16,7 @@ from onnx_files import write_reward
 
 from aisp_local import shipped
 from aisp_local.cli.main import main
+from aisp_local.files import write_output
 from aisp_local.rewards import OnnxReward
 
 
@@ -124,6 +125,32 @@ def test_eval_prints_and_draws(folder: Path, tmp_path: Path) -> None:
     assert found["overall"]["accuracy"] == float(scores[0] > scores[1]) and found["overall"]["n"] == 16
     assert [g["name"] for g in found["by_source"]] == ["chat", "safety"]
     assert found["length"]["pearson"] == pytest.approx(1 if scores[0] > scores[1] else -1)
+
+
+def test_lone_surrogates_are_printed_as_question_marks(tmp_path: Path) -> None:
+    """A source, a response and a name that no encoding holds; and an encoding that holds little."""
+    folder = write_reward(tmp_path / "tiny", name="n\udc80me", description="é")
+    rows = [{"prompt": "tell", "chosen": "good", "rejected": "bad", "source": "s\ud800urce"}] * 4
+    data = write_rows(tmp_path / "pairs.jsonl", rows)
+    texts = write_rows(tmp_path / "texts.jsonl", [{"response": "f\ud800x"}])
+    plots = tmp_path / "plots"
+    for arguments, said in (
+        (["eval", folder, data, "--plots", plots], "s?urce"),
+        (["eval", folder, data, "--json"], "s?urce"),
+        (["score", folder, "-i", texts, "--json"], "f?x"),
+        (["show", folder], "n?me"),
+        (["show", folder, "--json"], "n?me"),
+        (["list", folder], "n?me"),
+    ):
+        done = run(*arguments)
+        assert done.exit_code == 0 and said in done.stdout, (arguments, done.output, done.exception)
+    assert "s\N{REPLACEMENT CHARACTER}urce" in (plots / "accuracy.svg").read_text(encoding="utf-8")
+    write_output(tmp_path / "card.md", "| s\ud800urce |")
+    assert (tmp_path / "card.md").read_text(encoding="utf-8") == "| s?urce |"
+    command = [sys.executable, "-m", "aisp_local", "reward", "show", str(folder)]
+    env = dict(os.environ) | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0 and "description  ?" in done.stdout
 
 
 def test_eval_names_bad_rows(folder: Path, tmp_path: Path) -> None:
