@@ -218,6 +218,9 @@ def status(code: int) -> Behave:
     return lambda handler, request, number: send(handler, b"no model is loaded", code)
 
 
+# A logarithm of 400 digits.
+HUGE = answer("yes", [{"yes": 1.0}]).replace(b'"logprob": 0.0', b'"logprob": -1' + b"0" * 400)
+
 MISBEHAVE: dict[str, tuple[Behave, str, int]] = {
     "slow": (slow, "did not answer within 0.5 seconds", 2),
     "drips": (drip, "did not answer within 0.5 seconds", 2),
@@ -233,6 +236,7 @@ MISBEHAVE: dict[str, tuple[Behave, str, int]] = {
     "no choices": (lambda h, r, n: send(h, b'{"choices": []}'), "without choices", 2),
     "deep": (lambda h, r, n: send(h, b"[" * 100_000), "not JSON", 2),
     "too much": (lambda h, r, n: send(h, b" " * (5 << 20)), "more than 4 MiB", 1),
+    "no probability": (lambda h, r, n: send(h, HUGE), "without choices", 2),
     "undecided": (say("perhaps"), "neither yes nor no, but 'perhaps'", 2),
     "says nothing": (say(None), "neither yes nor no", 2),
 }

@@ -138,11 +138,11 @@ def read_manifest(folder: Path) -> Manifest:
             Golden(
                 prompt,
                 row.get("response", str),
-                float(row.get("score", (int, float))),
+                row.number("score"),
             )
         )
-    scale = float(graph.get("scale", (int, float), 1.0))
-    tolerance = float(top.get("tolerance", (int, float), 0.01))
+    scale = graph.number("scale", 1.0)
+    tolerance = top.number("tolerance", 0.01)
     if not (math.isfinite(scale) and math.isfinite(tolerance) and tolerance >= 0):
         raise RewardError(f"{path}: 'scale' and 'tolerance' must be finite, 'tolerance' at least 0")
     return Manifest(
@@ -172,7 +172,7 @@ def read_manifest(folder: Path) -> Manifest:
 def _parity(section: Section) -> Parity:
     numbers = ("max_abs", "mean_abs", "spread", "kendall_tau", "agreement")
     section.only("precision", "pairs", *numbers)
-    values = {key: float(section.get(key, (int, float))) for key in numbers}
+    values = {key: section.number(key) for key in numbers}
     for key, value in values.items():
         if not math.isfinite(value):
             raise RewardError(f"{section.where}: {key!r} must be finite")

@@ -285,7 +285,7 @@ class ServerReward:
                 [(str(top["token"]), float(top["logprob"])) for top in token.get("top_logprobs") or []]
                 for token in tokens
             ]
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise _Retry("sent an answer without choices[0].message.content") from error
         if self._scale == "1-10":
             mark = _MARK.search(_SCALE.sub(" ", str(text)))
