@@ -91,6 +91,13 @@ def test_bad_input(folder: Path, arguments: list[str], stdin: str | None, messag
     assert done.exit_code == 2 and message in done.stderr and done.stdout == ""
 
 
+@pytest.mark.parametrize("option", ["", "-i -"])
+def test_closed_standard_input_is_a_sentence(folder: Path, option: str) -> None:
+    command = f"'{sys.executable}' -m aisp_local reward score '{folder}' {option} <&-"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("aisp-local: error: standard input is closed"), done.stderr
+
+
 def test_a_bad_row_is_named_after_the_good_ones_were_scored(folder: Path) -> None:
     command = [sys.executable, "-c", "from aisp_local.cli.main import main; main()", "reward", "score", str(folder)]
     done = subprocess.run(command, input='{"response": "good"}\n{"respnse": "x"}\n', capture_output=True, text=True)

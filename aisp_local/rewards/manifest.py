@@ -78,7 +78,11 @@ def inside(folder: Path, name: str) -> Path:
     path = folder / name
     if pure.is_absolute() or Path(name).is_absolute() or ".." in pure.parts or "\\" in name:
         raise RewardError(f"{folder}: the path {name!r} leaves the reward folder; put the file inside it")
-    if not path.resolve().is_relative_to(folder.resolve()):
+    try:
+        resolved = path.resolve()
+    except ValueError as error:  # a NUL, a lone surrogate
+        raise RewardError(f"{folder}: {name!r} is no name that a file can have; restore the manifest") from error
+    if not resolved.is_relative_to(folder.resolve()):
         raise RewardError(f"{folder}: {name!r} links out of the reward folder; put the file inside it")
     return path
 
