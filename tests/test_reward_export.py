@@ -327,9 +327,10 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(RewardError, match="adapter without its model; merge them"):
         export_reward(tmp_path, tmp_path / "out")
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(RewardError, match="not valid JSON"):
-        export_reward(tmp_path, tmp_path / "out")
+    for text in ("{", "[" * 500_000, '{"a":' * 100_000):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(RewardError, match="not valid JSON"):
+            export_reward(tmp_path, tmp_path / "out")
     with pytest.raises(RewardError, match="is a file; give the Hugging Face folder"):
         export_reward(tmp_path / "config.json", tmp_path / "out")
     with pytest.raises(RewardError, match="no-such-folder does not exist; give .* name on the hub"):
