@@ -91,6 +91,28 @@ def test_bad_input(folder: Path, arguments: list[str], stdin: str | None, messag
     assert done.exit_code == 2 and message in done.stderr and done.stdout == ""
 
 
+def test_a_bad_row_of_a_file_is_named_after_the_good_ones_were_scored(folder: Path, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "in.jsonl", [{"response": "good"}, {"response": "bad"}, {"respnse": "x"}])
+    done = run("score", folder, "-i", path)
+    assert done.exit_code == 2 and f"{path}, line 3: it needs 'response'" in done.stderr
+    expected = OnnxReward.load(folder).score("", ["good", "bad"])
+    np.testing.assert_allclose([float(line) for line in done.stdout.splitlines()], expected, rtol=1e-5)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(folder: Path, tmp_path: Path) -> None:
+    mark = "\ufeff"
+    texts, rows = tmp_path / "texts.txt", tmp_path / "pairs.jsonl"
+    texts.write_text(f"{mark}good\nbad\n", encoding="utf-8")
+    rows.write_text(mark + json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n", encoding="utf-8")
+    plain = run("score", folder, "good", "bad").stdout
+    assert run("score", folder, "-i", texts).stdout == plain
+    assert run("eval", folder, rows).exit_code == 0
+    command = [sys.executable, "-m", "aisp_local", "reward", "score", str(folder)]
+    assert subprocess.run(command, input=texts.read_bytes(), capture_output=True).stdout.decode() == plain
+    lines = f'{mark}{{"response": "good"}}\n{{"response": "bad"}}\n'.encode()
+    assert subprocess.run(command, input=lines, capture_output=True).stdout.decode() == plain
+
+
 @pytest.mark.parametrize("option", ["", "-i -"])
 def test_closed_standard_input_is_a_sentence(folder: Path, option: str) -> None:
     command = f"'{sys.executable}' -m aisp_local reward score '{folder}' {option} <&-"

@@ -16,9 +16,10 @@ _ROLES = ("system", "user", "assistant", "tool")
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """The lines of a text file, or of a gzipped one whose name ends in .gz. Raises InputError."""
+    """The lines of a text file, or of a gzipped one whose name ends in .gz, without a BOM. Raises InputError."""
+    code = "utf-8-sig"
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+        with gzip.open(path, "rt", encoding=code) if path.suffix == ".gz" else path.open(encoding=code) as file:
             yield from cast(Iterable[str], file)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise InputError(f"{path} is not a complete gzip file ({error}); restore it, or unpack it") from error

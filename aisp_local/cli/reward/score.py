@@ -80,6 +80,6 @@ def _standard_input() -> Iterator[str]:
 
     for number, line in enumerate(iter(sys.stdin.buffer.readline, b""), 1):
         try:
-            yield line.decode("utf-8")
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
             raise InputError(f"standard input, line {number}: it is not valid UTF-8; convert it to UTF-8") from error
