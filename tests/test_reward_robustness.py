@@ -143,6 +143,10 @@ def test_tensors_as_files_keep_them(tmp_path: Path) -> None:
     assert tensors["scalar"].shape == () and tensors["scalar"].size == 1
     assert read_graph(tmp_path / "m.onnx").rows_of("input_ids") == 14
     assert read_graph(tmp_path / "m.onnx").rows_of("attention_mask") is None
+    proto.graph.node[0].input[1] = "whole_ids"
+    proto.graph.node.insert(0, helper.make_node("Cast", ["input_ids"], ["whole_ids"], to=TensorProto.INT64))
+    onnx.save(proto, str(tmp_path / "cast.onnx"))
+    assert read_graph(tmp_path / "cast.onnx").rows_of("input_ids") == 14
 
 
 def with_output(*nodes: tuple[str, list[str], dict[str, Any]], **tensors: Any) -> onnx.ModelProto:
