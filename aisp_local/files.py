@@ -13,14 +13,14 @@ from aisp_local.errors import InputError
 
 
 def write_output(path: Path, text: str) -> None:
-    """Write whole or not at all; a device or a pipe is written to, never replaced."""
+    """Write whole or not at all, "?" for a lone surrogate; a device or a pipe is written to, never replaced."""
     target = path.resolve()
     temporary = _beside(target, "tmp")
     try:
         if target.exists() and not target.is_file():
-            target.write_text(text, encoding="utf-8")
+            target.write_text(text, encoding="utf-8", errors="replace")
             return
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="replace")
         os.replace(temporary, target)
     except BaseException as error:
         temporary.unlink(missing_ok=True)

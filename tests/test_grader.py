@@ -117,11 +117,52 @@ def test_yes_and_no_without_log_probabilities(live: Server, text: str, score: fl
     assert grader(live).score("q", ["r"]).tolist() == [score]
 
 
-@pytest.mark.parametrize(("text", "score"), [("7", -3.0), ("Score: 10/10", 0.0), ("**1**", -9.0), ("8.5 of 10", -1.5)])
+MARKS = {
+    "7": -3.0,
+    "Score: 10/10": 0.0,
+    "**1**": -9.0,
+    "8.5 of 10": -1.5,
+    "1/10": -9.0,
+    "3 out of 10.": -7.0,
+    "Out of 10, I would say 4": -6.0,
+    "Rating (1-10): 7": -3.0,
+    "Rating (1 \u2013 10): **7**": -3.0,
+    "From 1 to 10, this is a 2 / 10": -8.0,
+    "On a 10-point scale: 3": -7.0,
+    "7-8": -3.0,
+}
+
+
+@pytest.mark.parametrize(("text", "score"), MARKS.items())
 def test_marks(live: Server, text: str, score: float) -> None:
     live.behave = say(text)
     assert grader(live, scale="1-10").score("q", ["r"]).tolist() == [score]
     assert "logprobs" not in live.requests[0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "0/10",
+        "0 out of 10",
+        "0.5/10",
+        "11/10",
+        "-3",
+        "100",
+        "10.5",
+        "1-10",
+        "out of 10",
+        "none, not even 0 of 10",
+        "9" * 5000,
+    ],
+)
+def test_a_number_outside_the_scale_is_no_mark(live: Server, text: str) -> None:
+    """Above all not the best one: the 10 of "0/10"."""
+    live.behave = say(text)
+    with pytest.raises(ScoreError, match="no mark from 1 to 10"):
+        grader(live, scale="1-10", retries=0).score("q", ["r"])
+    with pytest.warns(UserWarning, match="no mark from 1 to 10"):
+        assert grader(live, scale="1-10", retries=0, on_failure="worst").score("q", ["r"]).tolist() == [-9.0]
 
 
 def test_order_is_kept_with_requests_in_parallel(live: Server) -> None:
@@ -177,6 +218,9 @@ def status(code: int) -> Behave:
     return lambda handler, request, number: send(handler, b"no model is loaded", code)
 
 
+# A logarithm of 400 digits.
+HUGE = answer("yes", [{"yes": 1.0}]).replace(b'"logprob": 0.0', b'"logprob": -1' + b"0" * 400)
+
 MISBEHAVE: dict[str, tuple[Behave, str, int]] = {
     "slow": (slow, "did not answer within 0.5 seconds", 2),
     "drips": (drip, "did not answer within 0.5 seconds", 2),
@@ -192,6 +236,7 @@ MISBEHAVE: dict[str, tuple[Behave, str, int]] = {
     "no choices": (lambda h, r, n: send(h, b'{"choices": []}'), "without choices", 2),
     "deep": (lambda h, r, n: send(h, b"[" * 100_000), "not JSON", 2),
     "too much": (lambda h, r, n: send(h, b" " * (5 << 20)), "more than 4 MiB", 1),
+    "no probability": (lambda h, r, n: send(h, HUGE), "without choices", 2),
     "undecided": (say("perhaps"), "neither yes nor no, but 'perhaps'", 2),
     "says nothing": (say(None), "neither yes nor no", 2),
 }

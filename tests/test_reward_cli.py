@@ -16,6 +16,7 @@ from onnx_files import write_reward
 
 from aisp_local import shipped
 from aisp_local.cli.main import main
+from aisp_local.files import write_output
 from aisp_local.rewards import OnnxReward
 
 
@@ -90,6 +91,35 @@ def test_bad_input(folder: Path, arguments: list[str], stdin: str | None, messag
     assert done.exit_code == 2 and message in done.stderr and done.stdout == ""
 
 
+def test_a_bad_row_of_a_file_is_named_after_the_good_ones_were_scored(folder: Path, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "in.jsonl", [{"response": "good"}, {"response": "bad"}, {"respnse": "x"}])
+    done = run("score", folder, "-i", path)
+    assert done.exit_code == 2 and f"{path}, line 3: it needs 'response'" in done.stderr
+    expected = OnnxReward.load(folder).score("", ["good", "bad"])
+    np.testing.assert_allclose([float(line) for line in done.stdout.splitlines()], expected, rtol=1e-5)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(folder: Path, tmp_path: Path) -> None:
+    mark = "\ufeff"
+    texts, rows = tmp_path / "texts.txt", tmp_path / "pairs.jsonl"
+    texts.write_text(f"{mark}good\nbad\n", encoding="utf-8")
+    rows.write_text(mark + json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n", encoding="utf-8")
+    plain = run("score", folder, "good", "bad").stdout
+    assert run("score", folder, "-i", texts).stdout == plain
+    assert run("eval", folder, rows).exit_code == 0
+    command = [sys.executable, "-m", "aisp_local", "reward", "score", str(folder)]
+    assert subprocess.run(command, input=texts.read_bytes(), capture_output=True).stdout.decode() == plain
+    lines = f'{mark}{{"response": "good"}}\n{{"response": "bad"}}\n'.encode()
+    assert subprocess.run(command, input=lines, capture_output=True).stdout.decode() == plain
+
+
+@pytest.mark.parametrize("option", ["", "-i -"])
+def test_closed_standard_input_is_a_sentence(folder: Path, option: str) -> None:
+    command = f"'{sys.executable}' -m aisp_local reward score '{folder}' {option} <&-"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("aisp-local: error: standard input is closed"), done.stderr
+
+
 def test_a_bad_row_is_named_after_the_good_ones_were_scored(folder: Path) -> None:
     command = [sys.executable, "-c", "from aisp_local.cli.main import main; main()", "reward", "score", str(folder)]
     done = subprocess.run(command, input='{"response": "good"}\n{"respnse": "x"}\n', capture_output=True, text=True)
@@ -124,6 +154,32 @@ def test_eval_prints_and_draws(folder: Path, tmp_path: Path) -> None:
     assert found["overall"]["accuracy"] == float(scores[0] > scores[1]) and found["overall"]["n"] == 16
     assert [g["name"] for g in found["by_source"]] == ["chat", "safety"]
     assert found["length"]["pearson"] == pytest.approx(1 if scores[0] > scores[1] else -1)
+
+
+def test_lone_surrogates_are_printed_as_question_marks(tmp_path: Path) -> None:
+    """A source, a response and a name that no encoding holds; and an encoding that holds little."""
+    folder = write_reward(tmp_path / "tiny", name="n\udc80me", description="é")
+    rows = [{"prompt": "tell", "chosen": "good", "rejected": "bad", "source": "s\ud800urce"}] * 4
+    data = write_rows(tmp_path / "pairs.jsonl", rows)
+    texts = write_rows(tmp_path / "texts.jsonl", [{"response": "f\ud800x"}])
+    plots = tmp_path / "plots"
+    for arguments, said in (
+        (["eval", folder, data, "--plots", plots], "s?urce"),
+        (["eval", folder, data, "--json"], "s?urce"),
+        (["score", folder, "-i", texts, "--json"], "f?x"),
+        (["show", folder], "n?me"),
+        (["show", folder, "--json"], "n?me"),
+        (["list", folder], "n?me"),
+    ):
+        done = run(*arguments)
+        assert done.exit_code == 0 and said in done.stdout, (arguments, done.output, done.exception)
+    assert "s\N{REPLACEMENT CHARACTER}urce" in (plots / "accuracy.svg").read_text(encoding="utf-8")
+    write_output(tmp_path / "card.md", "| s\ud800urce |")
+    assert (tmp_path / "card.md").read_text(encoding="utf-8") == "| s?urce |"
+    command = [sys.executable, "-m", "aisp_local", "reward", "show", str(folder)]
+    env = dict(os.environ) | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0 and "description  ?" in done.stdout
 
 
 def test_eval_names_bad_rows(folder: Path, tmp_path: Path) -> None:

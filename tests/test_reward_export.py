@@ -327,9 +327,10 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(RewardError, match="adapter without its model; merge them"):
         export_reward(tmp_path, tmp_path / "out")
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(RewardError, match="not valid JSON"):
-        export_reward(tmp_path, tmp_path / "out")
+    for text in ("{", "[" * 500_000, '{"a":' * 100_000):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(RewardError, match="not valid JSON"):
+            export_reward(tmp_path, tmp_path / "out")
     with pytest.raises(RewardError, match="is a file; give the Hugging Face folder"):
         export_reward(tmp_path / "config.json", tmp_path / "out")
     with pytest.raises(RewardError, match="no-such-folder does not exist; give .* name on the hub"):
@@ -390,6 +391,27 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
             (folder / "reward.json").write_text(text)
     assert (out / "reward.json").read_text() == "2"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_training_from_int8_is_not_rounded_away() -> None:
+    """Weights that moved by less than half a step from int8 values may go either way; together they keep the move."""
+    rng = np.random.default_rng(0)
+    codes, scales = int8_rows(rng.normal(size=(1000, 2000)).astype(np.float32))
+    old = codes * scales
+    np.testing.assert_array_equal(int8_rows(old)[0], codes)  # untrained, nothing moves
+    for size in (0.02, 0.1, 0.3):
+        move = (size * rng.normal(size=old.shape) * scales).astype(np.float32)
+        again, wider = int8_rows(old + move)
+        kept = float(((again * wider - old) * move).sum() / (move**2).sum())
+        assert kept == pytest.approx(1, abs=0.1)
+        assert float(np.abs(again * wider - old - move).max() / wider.max()) <= 1
+        np.testing.assert_array_equal(int8_rows(old + move)[0], again)
+
+
+def test_weights_that_were_never_in_int8_go_to_the_nearest_value() -> None:
+    weights = np.random.default_rng(1).normal(size=(100, 300)).astype(np.float32)
+    codes, scales = int8_rows(weights)
+    np.testing.assert_array_equal(codes, np.rint(weights / scales))
 
 
 def test_int8_and_int4_are_what_onnx_runtime_multiplies() -> None:

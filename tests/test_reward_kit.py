@@ -97,12 +97,17 @@ def test_files_of_pairs(tmp_path: Path) -> None:
     assert read_pairs(tmp_path / "a.jsonl") == read_pairs(tmp_path / "a.jsonl.gz") == [Pair("é", "b", "c")] * 3
     broken = tmp_path / "cut.jsonl.gz"
     broken.write_bytes((tmp_path / "a.jsonl.gz").read_bytes()[:-12])
+    damaged = tmp_path / "damaged.jsonl.gz"
+    packed = bytearray((tmp_path / "a.jsonl.gz").read_bytes())
+    packed[-20:-10] = b"\xff" * 10  # of the compressed bytes, before the checksum
+    damaged.write_bytes(packed)
     latin = tmp_path / "latin.jsonl"
     latin.write_bytes("é".encode("latin-1"))
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "plain.gz").write_text(row)
     for path, message in (
         (broken, "not a complete gzip file"),
+        (damaged, "not a complete gzip file"),
         (tmp_path / "plain.gz", "not a complete gzip file"),
         (latin, "not valid UTF-8"),
         (tmp_path / "empty.jsonl", "holds no pairs"),

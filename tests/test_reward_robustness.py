@@ -76,6 +76,17 @@ def test_paths_of_a_manifest_stay_inside(tmp_path: Path, name: str, key: str) ->
         OnnxReward.load(folder)
 
 
+@pytest.mark.parametrize("name", ["mod\0el.onnx", "mod\ud800el.onnx"])
+def test_a_name_that_no_file_can_have_is_refused(tmp_path: Path, name: str) -> None:
+    folder = write_reward(tmp_path)
+    path = folder / "reward.json"
+    data = json.loads(path.read_text())
+    data["files"][name] = "0" * 64
+    path.write_text(json.dumps(data))
+    with pytest.raises(RewardError, match="no name that a file can have"):
+        OnnxReward.load(folder)
+
+
 def one_tensor(dims: list[int], **fields: Any) -> onnx.ModelProto:
     proto = model()
     tensor = proto.graph.initializer.add()
@@ -132,6 +143,10 @@ def test_tensors_as_files_keep_them(tmp_path: Path) -> None:
     assert tensors["scalar"].shape == () and tensors["scalar"].size == 1
     assert read_graph(tmp_path / "m.onnx").rows_of("input_ids") == 14
     assert read_graph(tmp_path / "m.onnx").rows_of("attention_mask") is None
+    proto.graph.node[0].input[1] = "whole_ids"
+    proto.graph.node.insert(0, helper.make_node("Cast", ["input_ids"], ["whole_ids"], to=TensorProto.INT64))
+    onnx.save(proto, str(tmp_path / "cast.onnx"))
+    assert read_graph(tmp_path / "cast.onnx").rows_of("input_ids") == 14
 
 
 def with_output(*nodes: tuple[str, list[str], dict[str, Any]], **tensors: Any) -> onnx.ModelProto:

@@ -25,6 +25,7 @@ from aisp_local.reward_kit.pairs import Pair
 from aisp_local.reward_kit.statistics import auc
 from aisp_local.reward_kit.train import Plan
 from aisp_local.reward_kit.train.examples import Columns, Examples, Graded, read_examples
+from aisp_local.reward_kit.train.work import CHECKPOINT, MARKER, WorkFolder
 from aisp_local.rewards import OnnxReward
 
 LACKING = [name for name in ("torch", "transformers", "onnxscript", "safetensors") if find_spec(name) is None]
@@ -90,6 +91,7 @@ ONE = '{"text": "a", "score": 1}'
         ("a.jsonl", f'{ONE}\n{{"text": "b", "score": 1}}', Columns(), "the same grade"),
         ("a.jsonl", f'{ONE}\n{{"text": "b", "score": "x"}}', Columns(), "line 2: its 'score' is not a number"),
         ("a.jsonl", f'{{"text": "b", "score": NaN}}\n{ONE}', Columns(), "line 1: its 'score' is not a number"),
+        ("a.jsonl", f'{{"text": "b", "score": 1{"0" * 400}}}\n{ONE}', Columns(), "line 1: its 'score' is not a number"),
         ("a.jsonl", f'{{"text": 3, "score": 1}}\n{ONE}', Columns(), "line 1: its 'text' is not a text"),
         ("a.jsonl", '{"body": "a", "score": 1}', Columns(), "has no column of texts (it has body, score)"),
         ("a.jsonl", ONE, Columns(label="stars"), "no column 'stars'"),
@@ -183,6 +185,86 @@ def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:
     assert (tmp_path / "full" / "letter.txt").read_text() == "mine"
 
 
+# The folder of a training
+
+
+def write_network(model: Path) -> None:
+    model.mkdir(exist_ok=True)
+    (model / "config.json").write_text("{}")
+
+
+def interrupted_training(folder: WorkFolder, checkpoint: bool = True) -> None:
+    """What a run that Ctrl-C ended leaves."""
+    with pytest.raises(KeyboardInterrupt), folder.held(resume=False):
+        folder.save(write_network)
+        if checkpoint:
+            (folder.path / CHECKPOINT).write_bytes(b"weights")
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("options", [(), ("--restart",), ("--resume",)])
+def test_files_that_no_training_wrote_are_left_alone(tmp_path: Path, options: Sequence[str]) -> None:
+    data = write_rows(tmp_path / "data.jsonl", pairs(60))
+    for folder, work in ((tmp_path / "precious", ["--work", tmp_path / "precious"]), (tmp_path / "out.training", [])):
+        (folder / "model").mkdir(parents=True)
+        mine = {folder / name: name for name in ("thesis.txt", CHECKPOINT, "model/config.json")}
+        for path, text in mine.items():
+            path.write_text(text)
+        done = run(data, tmp_path / "out", *work, *options)
+        assert done.exit_code == 2 and f"{folder} holds files" in done.stderr and "--work" in done.stderr
+        assert {path: path.read_text() for path in mine} == mine and len(list(folder.rglob("*"))) == 4
+
+
+def test_a_training_deletes_only_what_it_wrote(tmp_path: Path) -> None:
+    folder = WorkFolder(tmp_path / "out", None)
+    interrupted_training(folder)
+    mine = [folder.path / "notes.txt", folder.model / "notes.txt"]
+    for path in mine:
+        path.write_text("mine")
+    with folder.held(resume=True):
+        folder.save(write_network)
+    assert sorted(path for path in folder.path.rglob("*") if path.is_file()) == sorted(mine)
+
+    (tmp_path / "given").mkdir()
+    for made in (WorkFolder(tmp_path / "out2", None), WorkFolder(tmp_path / "out2", tmp_path / "given")):
+        with made.held(resume=False):
+            made.save(write_network)
+    assert not (tmp_path / "out2.training").exists() and list((tmp_path / "given").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["../thesis.txt", "model/../../thesis.txt", "thesis.txt"])
+def test_a_marker_cannot_name_files_elsewhere(tmp_path: Path, name: str) -> None:
+    folder = WorkFolder(tmp_path / "out", None)
+    folder.path.mkdir()
+    (folder.path / MARKER).write_text(json.dumps({"made": True, "files": [name]}))
+    thesis = [tmp_path / "thesis.txt", folder.path / "thesis.txt"]
+    for path in thesis:
+        path.write_text("mine")
+    with pytest.raises(InputError, match="--work"):
+        folder.check(resume=False, restart=True)
+    folder.clear()
+    assert all(path.exists() for path in thesis)
+
+
+def test_a_checkpoint_is_not_discarded_unasked(tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "data.jsonl", pairs(60))
+    folder = WorkFolder(tmp_path / "out", None)
+    interrupted_training(folder)
+    done = run(data, tmp_path / "out")
+    assert done.exit_code == 2 and "--resume" in done.stderr and "--restart" in done.stderr
+    assert (folder.path / CHECKPOINT).read_bytes() == b"weights"
+    done = run(data, tmp_path / "out", "--resume", "--restart")
+    assert done.exit_code == 2 and "give one of them" in done.stderr
+    folder.check(resume=False, restart=True)
+    with folder.held(resume=False):
+        assert not folder.has_checkpoint and folder.path.is_dir()
+
+    interrupted_training(folder, checkpoint=False)
+    assert not folder.path.exists(), "there was nothing to go on from"
+    done = run(data, tmp_path / "out", "--resume")
+    assert done.exit_code == 2 and "begin without --resume" in done.stderr
+
+
 @pytest.mark.skipif(not LACKING, reason="everything is installed")
 def test_without_pytorch_it_says_what_to_install(tmp_path: Path) -> None:
     done = run(write_rows(tmp_path / "data.jsonl", pairs(60)), tmp_path / "out")
@@ -205,7 +287,10 @@ FAST = ("--rate", "2e-3", "--head-rate", "5e-3", "--batch", 8, "--max-length", 6
 
 @needs_torch
 @pytest.mark.parametrize("family", ["Bert", "Roberta", "DebertaV2", "ModernBert", "Llama"])
-def test_every_kind_of_backbone_learns(tmp_path: Path, family: str) -> None:
+def test_every_kind_of_backbone_learns(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from aisp_local.reward_kit.train import loop
+
+    monkeypatch.setattr(loop, "_bfloat16_is_faster", lambda: False)  # a matter of timing, and worse on so little data
     data = write_rows(tmp_path / "data.jsonl", pairs(160))
     source = backbone(tmp_path / "backbone", family)
     done = run(data, tmp_path / "out", "--backbone", source, "--epochs", 8, *FAST, "--precision", "fp32")
@@ -298,6 +383,8 @@ def test_an_interrupted_training_goes_on_where_it_was(tmp_path: Path, monkeypatc
     assert not (tmp_path / "halves").exists() and (tmp_path / "halves.training" / "checkpoint.pt").is_file()
     monkeypatch.setattr(loop.Trainer, "_step", step)
 
+    done = run(data, tmp_path / "halves", *options)
+    assert done.exit_code == 2 and "--resume" in done.stderr and "--restart" in done.stderr
     other = write_rows(tmp_path / "other.jsonl", pairs(81))
     done = run(other, tmp_path / "halves", *options, "--resume")
     assert done.exit_code == 2 and "belongs to another training" in done.stderr
@@ -306,6 +393,44 @@ def test_an_interrupted_training_goes_on_where_it_was(tmp_path: Path, monkeypatc
     texts = [*KIND, *RUDE]
     a, b = (OnnxReward.load(tmp_path / name).score("Hi", texts) for name in ("whole", "halves"))
     np.testing.assert_allclose(a, b, atol=1e-4 * float(np.std(a)))
+
+
+@needs_torch
+def test_a_refused_export_does_not_cost_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from aisp_local.reward_kit.export import parity
+
+    data = write_rows(tmp_path / "data.jsonl", pairs(60))
+    options = ["--backbone", backbone(tmp_path / "backbone", "Bert"), "--epochs", 1, *FAST]
+    monkeypatch.setitem(parity.LIMITS, "int8", (0.0, 1.0))
+    done = run(data, tmp_path / "out", *options)
+    assert done.exit_code == 1 and "the int8 export is too far" in done.stderr
+    assert "--resume and a higher --precision" in done.stderr and not (tmp_path / "out").exists()
+    done = run(data, tmp_path / "out", *options, "--resume", "--precision", "fp32")
+    assert done.exit_code == 0, done.output
+    assert ", from step 7" in done.stderr and "\nstep" not in done.stderr, "there is nothing left to train"
+    assert OnnxReward.load(tmp_path / "out").manifest.parity and not (tmp_path / "out.training").exists()
+
+
+@needs_torch
+def test_a_run_that_ends_early_promises_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from aisp_local.reward_kit.train import backbone as backbones
+    from aisp_local.reward_kit.train import loop
+
+    data = write_rows(tmp_path / "data.jsonl", pairs(60))
+    source = backbone(tmp_path / "backbone", "Bert")
+    done = run(write_rows(tmp_path / "few.jsonl", pairs(1)), tmp_path / "out", "--backbone", source)
+    assert done.exit_code == 2 and "too few rows" in done.stderr
+    assert not (tmp_path / "out.training").exists()
+
+    def interrupt(*arguments: Any, **options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    for owner, name in ((backbones, "load"), (loop.Trainer, "__init__")):
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, name, interrupt)
+            done = run(data, tmp_path / "out", "--backbone", source)
+        assert done.exit_code == 130 and "--resume" not in done.stderr and "begins anew" in done.stderr
+        assert not (tmp_path / "out.training").exists()
 
 
 @needs_torch

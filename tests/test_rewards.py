@@ -248,6 +248,9 @@ def test_broken_folders(tmp_path: Path, spoil: Any, message: str) -> None:
         OnnxReward.load(tmp_path)
 
 
+PARITY = {"precision": "fp32", "pairs": 1, "max_abs": 0, "mean_abs": 0, "spread": 1, "kendall_tau": 1, "agreement": 1}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -258,6 +261,10 @@ def test_broken_folders(tmp_path: Path, spoil: Any, message: str) -> None:
         ({"graph_index": 7}, "'index' is 7, but the output 'score' has 1 columns"),
         ({"tolerance": float("inf")}, "must be finite"),
         ({"golden": [{"prompt": [{"role": "user"}], "response": "a", "score": 1}]}, "message 1 lacks 'content'"),
+        ({"golden": [{"prompt": "a", "response": "a", "score": 10**400}]}, "golden: 'score' is too large"),
+        ({"graph_scale": 10**400}, "graph: 'scale' is too large"),
+        ({"tolerance": 10**400}, "'tolerance' is too large"),
+        ({"parity": PARITY | {"spread": 10**400}}, "parity: 'spread' is too large"),
         ({"input_max_length": 1}, "max_length 1 is not between"),
         ({"input_kind": "chat"}, "needs a 'template'"),
         ({"license": "MIT"}, "reward.json: the key 'license' is unknown; did you mean 'licence'"),

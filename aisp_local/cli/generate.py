@@ -120,9 +120,13 @@ def finite(value: Any) -> Any:
 
 
 def print_answer(text: str) -> None:
-    """Print to standard output. Raises InputError when that is full; a closed pipe is click's to handle."""
+    """Print to standard output, with "?" for what its encoding lacks, lone surrogates among it.
+
+    Raises InputError when it is full; a closed pipe is click's to handle.
+    """
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     try:
-        click.echo(text)
+        click.echo(text.encode(encoding, "replace").decode(encoding))
     except BrokenPipeError:
         raise
     except OSError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -15,11 +16,12 @@ _ROLES = ("system", "user", "assistant", "tool")
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """The lines of a text file, or of a gzipped one whose name ends in .gz. Raises InputError."""
+    """The lines of a text file, or of a gzipped one whose name ends in .gz, without a BOM. Raises InputError."""
+    code = "utf-8-sig"
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+        with gzip.open(path, "rt", encoding=code) if path.suffix == ".gz" else path.open(encoding=code) as file:
             yield from cast(Iterable[str], file)
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise InputError(f"{path} is not a complete gzip file ({error}); restore it, or unpack it") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not valid UTF-8 ({error.reason}); convert it to UTF-8") from error

@@ -52,11 +52,25 @@ def read_rows(lines: Iterable[str], name: str, prompt: Prompt, *, json_lines: bo
 
 
 def score_rows(reward: Reward, rows: Iterable[Row], at_once: int) -> Iterator[tuple[Row, float]]:
-    """Each row with its score, ``at_once`` rows read before their scores come out."""
+    """Each row with its score, ``at_once`` rows read before their scores come out.
+
+    Where the rows end in an InputError, those before it get their scores first.
+    """
     waiting = iter(rows)
-    while part := list(islice(waiting, at_once)):
+    wrong: InputError | None = None
+    while wrong is None:
+        part: list[Row] = []
+        try:
+            for row in islice(waiting, at_once):
+                part.append(row)
+        except InputError as error:
+            wrong = error
+        if not part:
+            break
         if isinstance(reward, OnnxReward):
             scores = reward.score_many([row.prompt for row in part], [row.response for row in part])
         else:
             scores = np.array([call(reward.name, reward.score, r.prompt, [r.response])[0] for r in part])
         yield from zip(part, (float(s) for s in scores), strict=True)
+    if wrong is not None:
+        raise wrong

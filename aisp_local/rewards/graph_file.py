@@ -75,11 +75,7 @@ class GraphFile:
         names = {ids}
         tables = []
         for operator, inputs, outputs in self.nodes:
-            if (
-                operator in ("Cast", "Identity", "Reshape", "Unsqueeze", "Flatten")
-                and inputs[:1]
-                and inputs[0] in names
-            ):
+            if operator in _SAME_IDS and inputs[:1] and inputs[0] in names:
                 names.update(outputs)
             if operator in ("Gather", "GatherBlockQuantized") and len(inputs) > 1 and inputs[1] in names:
                 table = self._source(inputs[0])

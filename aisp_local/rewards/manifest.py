@@ -78,7 +78,11 @@ def inside(folder: Path, name: str) -> Path:
     path = folder / name
     if pure.is_absolute() or Path(name).is_absolute() or ".." in pure.parts or "\\" in name:
         raise RewardError(f"{folder}: the path {name!r} leaves the reward folder; put the file inside it")
-    if not path.resolve().is_relative_to(folder.resolve()):
+    try:
+        resolved = path.resolve()
+    except ValueError as error:  # a NUL, a lone surrogate
+        raise RewardError(f"{folder}: {name!r} is no name that a file can have; restore the manifest") from error
+    if not resolved.is_relative_to(folder.resolve()):
         raise RewardError(f"{folder}: {name!r} links out of the reward folder; put the file inside it")
     return path
 
@@ -138,11 +142,11 @@ def read_manifest(folder: Path) -> Manifest:
             Golden(
                 prompt,
                 row.get("response", str),
-                float(row.get("score", (int, float))),
+                row.number("score"),
             )
         )
-    scale = float(graph.get("scale", (int, float), 1.0))
-    tolerance = float(top.get("tolerance", (int, float), 0.01))
+    scale = graph.number("scale", 1.0)
+    tolerance = top.number("tolerance", 0.01)
     if not (math.isfinite(scale) and math.isfinite(tolerance) and tolerance >= 0):
         raise RewardError(f"{path}: 'scale' and 'tolerance' must be finite, 'tolerance' at least 0")
     return Manifest(
@@ -172,7 +176,7 @@ def read_manifest(folder: Path) -> Manifest:
 def _parity(section: Section) -> Parity:
     numbers = ("max_abs", "mean_abs", "spread", "kendall_tau", "agreement")
     section.only("precision", "pairs", *numbers)
-    values = {key: float(section.get(key, (int, float))) for key in numbers}
+    values = {key: section.number(key) for key in numbers}
     for key, value in values.items():
         if not math.isfinite(value):
             raise RewardError(f"{section.where}: {key!r} must be finite")

@@ -23,7 +23,6 @@ _MAX_BYTES = 1 << 20
 _TOP = ("format", "name", "description", "combine", "k", "judge", "rollouts", "part")
 _KINDS = ("reward", "rule", "server")
 _PART = ("name", "weight", "normalise", "mean", "std")
-_NUMBER = (int, float)
 
 T = TypeVar("T")
 
@@ -47,7 +46,7 @@ def load_recipe(source: str | os.PathLike[str], *, judge: bool = True) -> Compos
         raise RewardError(f"{path}: 'part' is empty; add a [[part]] (see {_DOCS})")
     parts = [_part(Section(row, f"{path}: part {i}", _DOCS), path.parent) for i, row in enumerate(rows, start=1)]
     name = top.get("name", str, path.stem)
-    k, rollouts = float(top.get("k", _NUMBER, 1.0)), top.get("rollouts", int, ROLLOUTS)
+    k, rollouts = top.number("k", 1.0), top.get("rollouts", int, ROLLOUTS)
     judging = _judge(top, path.parent) if judge and "judge" in top.data else None
     return _said(
         str(path),
@@ -77,12 +76,12 @@ def _part(row: Section, folder: Path) -> Part:
         raise RewardError(f"{row.where} needs exactly one of 'reward', 'rule' and 'server', and has {given}")
     (kind,) = kinds
     reward = {"reward": _folder, "rule": _rule, "server": _server}[kind](row, folder)
-    mean, std = (None if key not in row.data else float(row.get(key, _NUMBER)) for key in ("mean", "std"))
+    mean, std = (None if key not in row.data else row.number(key) for key in ("mean", "std"))
     return _said(
         row.where,
         lambda: Part(
             reward,
-            weight=float(row.get("weight", _NUMBER, 1.0)),
+            weight=row.number("weight", 1.0),
             # A model's scale means nothing in itself; a rule's and a server's is documented.
             normalise=row.get("normalise", bool, kind == "reward" or mean is not None),
             mean=mean,

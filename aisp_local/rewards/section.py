@@ -31,6 +31,14 @@ class Section:
             raise RewardError(f"{self.where}: {key!r} has the wrong type: {value!r}")
         return value
 
+    def number(self, key: str, default: float | None = None) -> float:
+        """A number as a float, which whole numbers of hundreds of digits are not."""
+        value = self.get(key, (int, float), default)
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise RewardError(f"{self.where}: {key!r} is too large for a number") from error
+
     def choice(self, key: str, choices: tuple[str, ...], default: str | None = None) -> str:
         value = self.get(key, str, default)
         if value not in choices:

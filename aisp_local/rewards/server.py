@@ -34,7 +34,9 @@ _TOKENS = {"yes-no": 4, "1-10": 8}
 _LARGEST = 4 << 20  # bytes of an answer
 _BACKOFF = 0.5  # seconds before the first retry, twice as many before each further one
 _FIELD = re.compile(r"\{(prompt|response)\}")
-_MARK = re.compile(r"(?<![\w.])(10|[1-9](?:\.\d+)?)(?![\w]|\.\d)")
+# What names the scale and is no mark; and a number, but for one that is part of a word ("10-point").
+_SCALE = re.compile(r"(?:/\s*|\bout\s+of\s+|\b1\s*(?:-|\u2013|to)\s*)10\b(?!\.\d)", re.IGNORECASE)
+_MARK = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?!\w|-[^\W\d]|\.\d)")
 
 
 class _Retry(Exception):
@@ -77,7 +79,8 @@ class ServerReward:
 
     - ``yes-no``: p - 1 (0 to -1), with p = P(yes) / (P(yes) + P(no)) from the log-probabilities of its first tokens;
       of a server that gives none, 1 for an answer that begins with yes and 0 for one that begins with no;
-    - ``1-10``: the mark less 10 (0 to -9), the first number from 1 to 10 in its answer.
+    - ``1-10``: the mark less 10 (0 to -9): the first number in its answer that does not only name the scale ("/10",
+      "out of 10", "1-10", "1 to 10"). One outside 1 to 10 is no mark, and the request has failed.
 
     ``timeout``: seconds for one request, all of it. A request that fails is repeated ``retries`` times, after 0.5, 1,
     2, ... seconds. ``on_failure``: what is left then, ``stop`` (ScoreError) or ``worst`` (the worst score of the scale,
@@ -282,13 +285,13 @@ class ServerReward:
                 [(str(top["token"]), float(top["logprob"])) for top in token.get("top_logprobs") or []]
                 for token in tokens
             ]
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise _Retry("sent an answer without choices[0].message.content") from error
         if self._scale == "1-10":
-            mark = _MARK.search(str(text))
-            if mark is None or float(mark[1]) > 10:
+            mark = _MARK.search(_SCALE.sub(" ", str(text)))
+            if mark is None or not 1 <= float(mark[0]) <= 10:
                 raise _Retry(f"gave no mark from 1 to 10, but {str(text)[:40]!r}")
-            return float(mark[1]) - 10.0
+            return float(mark[0]) - 10.0
         for top in tops:
             yes, no = (_mass(top, word) for word in ("yes", "no"))
             if yes + no > 0:

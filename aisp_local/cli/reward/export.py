@@ -64,6 +64,7 @@ def export(
       aisp-local reward export OpenAssistant/reward-model-deberta-v3-base my-reward --precision int8
       aisp-local generate "Tell me a story about a fox." -r my-reward
     """
+    from aisp_local.cli.generate import print_answer
     from aisp_local.reward_kit.export import export_reward
     from aisp_local.reward_kit.export.parity import sentence
 
@@ -81,8 +82,8 @@ def export(
         force=force,
         say=lambda text: click.echo(f"aisp-local: {text}", err=True),
     )
-    click.echo(
+    print_answer(
         f"{done.folder}: {done.architecture}, {precision}, {done.n_bytes / 1e6:.1f} MB, input {done.kind}, at most "
         f"{done.max_length} tokens"
     )
-    click.echo(sentence(done.parity))
+    print_answer(sentence(done.parity))

@@ -60,6 +60,8 @@ def score(folder: Path, texts: tuple[str, ...], prompt: str, input_: Path | None
     else:
         json_lines = None if format_ == "auto" else format_ == "jsonl"
         if input_ is None or str(input_) == "-":
+            if sys.stdin is None:
+                raise InputError("standard input is closed; give texts, or a file with --input")
             name, lines = "standard input", _standard_input()
             at_once = _AT_ONCE if stat.S_ISREG(os.fstat(sys.stdin.fileno()).st_mode) else 1
         else:
@@ -76,10 +78,8 @@ def score(folder: Path, texts: tuple[str, ...], prompt: str, input_: Path | None
 def _standard_input() -> Iterator[str]:
     from aisp_local.errors import InputError
 
-    if sys.stdin is None:
-        raise InputError("standard input is closed; give texts, or a file with --input")
     for number, line in enumerate(iter(sys.stdin.buffer.readline, b""), 1):
         try:
-            yield line.decode("utf-8")
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
             raise InputError(f"standard input, line {number}: it is not valid UTF-8; convert it to UTF-8") from error

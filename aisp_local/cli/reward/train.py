@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from aisp_local.reward_kit.export import Precision
     from aisp_local.reward_kit.train import Trained
     from aisp_local.reward_kit.train.loop import Progress
+    from aisp_local.reward_kit.train.work import WorkFolder
     from aisp_local.rewards.manifest import Kind
 
 
@@ -54,6 +55,7 @@ _LOG_SECONDS = 60.0  # between lines where nobody watches
 @click.option("--licence", help="Default: the backbone's.")
 @click.option("--work", type=PATH, help="Folder of the checkpoints. Default: OUT.training.")
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint of a run that was interrupted.")
+@click.option("--restart", is_flag=True, help="Delete the checkpoint of such a run, and begin anew.")
 @click.option("--force", is_flag=True, help="Replace an existing reward folder.")
 def train(
     data: Path,
@@ -83,13 +85,14 @@ def train(
     licence: str | None,
     work: Path | None,
     resume: bool,
+    restart: bool,
     force: bool,
 ) -> None:
     """Train a reward on the preferences or graded texts in DATA and write the reward folder OUT.
 
     DATA is JSONL (.gz: gzipped), CSV or TSV: 'chosen' and 'rejected' as for eval, or texts with a label or a grade.
     The trained network is exported and evaluated on held-out rows, and OUT/README.md says what was found. Needs pip
-    install 'aisp-local[export]'. Ctrl-C keeps a checkpoint, from which --resume goes on.
+    install 'aisp-local[export]'. Once training has begun, Ctrl-C keeps a checkpoint, from which --resume goes on.
 
     \b
     Examples:
@@ -98,8 +101,10 @@ def train(
       aisp-local reward train preferences.jsonl my-reward --backbone ./all-MiniLM-L6-v2
       aisp-local generate "Tell me a story about a fox." -r my-reward
     """
+    from aisp_local.cli.generate import print_answer
     from aisp_local.reward_kit.train import Plan, train_reward
     from aisp_local.reward_kit.train.examples import Columns
+    from aisp_local.reward_kit.train.work import WorkFolder
 
     plan = Plan(
         epochs=epochs,
@@ -142,15 +147,23 @@ def train(
             licence=licence,
             work=work,
             resume=resume,
+            restart=restart,
             device=device,
             force=force,
             say=lambda said: click.echo(f"aisp-local: {said}", err=True),
             on_progress=progress,
         )
     except KeyboardInterrupt:
-        click.echo("\naisp-local: interrupted; the same command with --resume goes on from here", err=True)
+        click.echo(f"\naisp-local: {_interrupted(WorkFolder(out, work), out, restart, force)}", err=True)
         raise
-    click.echo("\n".join(_lines(done)))
+    print_answer("\n".join(_lines(done)))
+
+
+def _interrupted(folder: WorkFolder, out: Path, restart: bool, force: bool) -> str:
+    if not folder.has_checkpoint:
+        return "interrupted before there was a checkpoint; the same command begins anew"
+    options = "--resume" + (" --force" if out.exists() and not force else "")  # it was written, but not evaluated
+    return f"interrupted; the same command with {options}{' instead of --restart' if restart else ''} goes on from here"
 
 
 def _line(now: Progress) -> str:

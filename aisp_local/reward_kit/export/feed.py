@@ -136,7 +136,7 @@ def _max_length(source: Source, tokenizer: Any, asked: int | None) -> int:
 def _with_tokens(template: str, tokenizer: Any) -> str:
     """The template with what transformers gives it beside the messages written into it.
 
-    A reward folder holds no tokenizer_config.json, so nothing else would know the names of the special tokens.
+    Scores are computed without tokenizer_config.json, so that nothing else would know the names of the special tokens.
     """
     known: dict[str, str] = {
         key: json.dumps(str(getattr(tokenizer, key)), ensure_ascii=False)

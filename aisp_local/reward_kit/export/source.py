@@ -70,7 +70,7 @@ def check(folder: Path, name: str) -> Source:
         raise RewardError(f"{folder} holds no config.json; give a folder as save_pretrained of transformers writes it")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RewardError(f"{path} is not valid JSON ({error}); repair it") from error
     if not isinstance(config, dict):
         raise RewardError(f"{path} must be an object; restore it")

@@ -133,7 +133,7 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
                     yield number, str(error)
         return
     csv.field_size_limit(_CELL)
-    text = "".join(read_lines(path)).removeprefix("\ufeff")
+    text = "".join(read_lines(path))
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if name.endswith(".tsv") else ",")
     try:
         for row in reader:
@@ -194,7 +194,7 @@ def _number(value: object) -> float | None:
     """A finite number, also one written as text or as a truth value."""
     try:
         number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return number if abs(number) < float("inf") else None
 

@@ -17,6 +17,7 @@ from aisp_local.host import processors
 from aisp_local.reward_kit.export.network import scorer
 from aisp_local.reward_kit.train.backbone import Backbone
 from aisp_local.reward_kit.train.plan import Plan
+from aisp_local.reward_kit.train.work import BEST, CHECKPOINT
 
 Tokens = tuple[list[int], list[int]]  # ids and type ids of what the model reads
 _POOL = 12  # batches among which comparisons are sorted by length
@@ -186,7 +187,7 @@ class Trainer:
         """Go on from the folder's checkpoint, if there is one. Raises InputError when it is of another training."""
         import torch
 
-        path = self.folder / "checkpoint.pt"
+        path = self.folder / CHECKPOINT
         if not path.is_file():
             return False
         try:
@@ -210,7 +211,7 @@ class Trainer:
         """Write the checkpoint, whole or not at all."""
         held = [[entry.step, entry.loss, entry.accuracy] for entry in self.state.held]
         _write(
-            self.folder / "checkpoint.pt",
+            self.folder / CHECKPOINT,
             {
                 "fingerprint": self.fingerprint,
                 "model": self.model.state_dict(),
@@ -224,7 +225,7 @@ class Trainer:
 
     @property
     def _best(self) -> Path:
-        return self.folder / "best.pt"
+        return self.folder / BEST
 
     def _freeze(self) -> None:
         self.model.get_input_embeddings().weight.requires_grad_(False)

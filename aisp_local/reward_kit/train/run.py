@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from aisp_local import shipped
-from aisp_local.errors import InputError
+from aisp_local.errors import ExportError, InputError
 from aisp_local.files import check_output_folder
 from aisp_local.reward_kit.evaluate import Evaluation, evaluate
 from aisp_local.reward_kit.export import feed as feeds
@@ -27,6 +26,7 @@ from aisp_local.reward_kit.train.card import write_card
 from aisp_local.reward_kit.train.examples import Columns, Comparison, Examples, read_examples
 from aisp_local.reward_kit.train.loop import Encoded, Progress, State, Trainer
 from aisp_local.reward_kit.train.plan import Plan
+from aisp_local.reward_kit.train.work import WorkFolder
 from aisp_local.rewards import OnnxReward
 from aisp_local.rewards.manifest import MANIFEST, Kind
 
@@ -78,6 +78,7 @@ def train_reward(
     licence: str | None = None,
     work: str | os.PathLike[str] | None = None,
     resume: bool = False,
+    restart: bool = False,
     device: str | None = None,
     force: bool = False,
     say: Callable[[str], None] = lambda text: None,
@@ -88,93 +89,93 @@ def train_reward(
     ``data``: preference pairs or graded texts (``read_examples``); ``held_out``: more of the same, else a tenth of the
     data by its prompts. ``backbone``: a Hugging Face folder, a GGUF file or a reward folder; None: the shipped reward's
     network with a new head.
-    ``work``: where checkpoints lie while it runs, by default ``out`` with ".training" behind its name; ``resume`` goes
-    on from them. ``device``: "cpu" or "cuda", by default the GPU where there is one.
+    ``work``: where the checkpoint lies while it runs, by default ``out`` with ".training" behind its name; ``resume``
+    goes on from one, ``restart`` deletes it. ``device``: "cpu" or "cuda", by default the GPU where there is one.
 
     Raises InputError for data or options that cannot be used and ExportError when the exported reward is too far from
-    the trained network.
+    the trained network, which is then kept in ``work``.
     """
     plan = plan or Plan()
     target = Path(out)
     check_output_folder(target, MANIFEST, force)
-    folder = Path(work) if work is not None else target.resolve().with_name(target.resolve().name + ".training")
+    folder = WorkFolder(target, work)
+    folder.check(resume, restart)
     train, rest = _data(Path(data), Path(held_out) if held_out is not None else None, columns)
     sources.need()
     start = Path(backbone) if backbone is not None else shipped.reward()
     say(f"reading the backbone {start.name}")
     further = backbone is not None and (start / MANIFEST).is_file()
     network = backbones.load(start, new_head=not further, random_weights=random_weights, seed=plan.seed)
-    model = folder / "model"
-    if not resume:
-        shutil.rmtree(folder, ignore_errors=True)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _save(network, model)
-    except OSError as error:
-        raise InputError(
-            f"{folder} cannot be written ({error.strerror or error}); choose another with --work"
-        ) from error
-    source = sources.check(model, network.name)
-    feed = feeds.read(source, input if input is not None or not source.decoder else _decoder_input(network), max_length)
-    if max_length is None and feed.max_length > _LONGEST:
-        feed = feeds.read(source, feed.kind, _LONGEST)
-    reader = OnnxReward(feed.manifest(), None, feed.plain_tokenizer())
-    known: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
+    with folder.held(resume):
+        folder.save(lambda path: _save(network, path))
+        source = sources.check(folder.model, network.name)
+        kind = input if input is not None or not source.decoder else _decoder_input(network)
+        feed = feeds.read(source, kind, max_length)
+        if max_length is None and feed.max_length > _LONGEST:
+            feed = feeds.read(source, feed.kind, _LONGEST)
+        reader = OnnxReward(feed.manifest(), None, feed.plain_tokenizer())
+        known: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
 
-    def encode(comparisons: Sequence[Comparison]) -> list[Encoded]:
-        def tokens(side: tuple[object, str]) -> tuple[list[int], list[int]]:
-            key = (json.dumps(side[0]), side[1])
-            if key not in known:
-                known[key] = reader.tokens(side[0], [side[1]])[0]  # type: ignore[arg-type]
-            return known[key]
+        def encode(comparisons: Sequence[Comparison]) -> list[Encoded]:
+            def tokens(side: tuple[object, str]) -> tuple[list[int], list[int]]:
+                key = (json.dumps(side[0]), side[1])
+                if key not in known:
+                    known[key] = reader.tokens(side[0], [side[1]])[0]  # type: ignore[arg-type]
+                return known[key]
 
-        return [Encoded(tokens(c.better), tokens(c.worse)) for c in comparisons]
+            return [Encoded(tokens(c.better), tokens(c.worse)) for c in comparisons]
 
-    later = rest.draw(plan.seed)
-    if not later or not train.draw(plan.seed):
-        raise InputError(
-            f"{data} has too few rows: {len(train)} to train on and {len(rest)} held out make none on one side; "
-            "give more, or a file of held-out rows"
+        later = rest.draw(plan.seed)
+        if not later or not train.draw(plan.seed):
+            raise InputError(
+                f"{data} has too few rows: {len(train)} to train on and {len(rest)} held out make none on one side; "
+                "give more, or a file of held-out rows"
+            )
+        chosen = torch_device(device)
+        trainer = Trainer(
+            network,
+            plan,
+            folder.path,
+            fingerprint=_fingerprint(start, train, rest, plan, feed.kind, feed.max_length),
+            device=chosen,
+            types=feed.types,
+            draw=lambda epoch: encode(train.draw(plan.seed * 1_000_003 + epoch)),
+            held_out=encode(later[:_LOOKED_AT]),
+            on_progress=on_progress,
         )
-    chosen = torch_device(device)
-    trainer = Trainer(
-        network,
-        plan,
-        folder,
-        fingerprint=_fingerprint(start, train, rest, plan, feed.kind, feed.max_length),
-        device=chosen,
-        types=feed.types,
-        draw=lambda epoch: encode(train.draw(plan.seed * 1_000_003 + epoch)),
-        held_out=encode(later[:_LOOKED_AT]),
-        on_progress=on_progress,
-    )
-    if resume and not trainer.resume():
-        raise InputError(f"{folder} holds no checkpoint to resume; begin without --resume")
-    say(
-        f"training on {len(train)} rows, {len(rest)} held out: {trainer.steps} steps of {plan.batch} comparisons on "
-        f"{chosen}" + (f", from step {trainer.state.step}" if trainer.state.step else "")
-    )
-    state = trainer.run()
-    network.model.to("cpu")
-    _save(network, model)
-    exported = export_reward(
-        model,
-        target,
-        precision=precision,
-        input=feed.kind,
-        max_length=feed.max_length,
-        name=name or target.resolve().name,
-        description=description,
-        licence=licence or network.licence,
-        force=force,
-        say=say,
-    )
-    say("evaluating")
-    reward = OnnxReward.load(target, providers=["CPUExecutionProvider"])
-    outcome, evaluation = _evaluate(reward, rest, later)
-    done = Trained(target, network.name, len(train), len(rest), state, trainer.steps, exported, outcome, evaluation)
-    write_card(done, reward.manifest, plan, Path(data), Path(held_out) if held_out is not None else None)
-    shutil.rmtree(folder, ignore_errors=True)
+        if resume and not trainer.resume():
+            raise InputError(f"{folder.path} holds no checkpoint to resume; begin without --resume")
+        say(
+            f"training on {len(train)} rows, {len(rest)} held out: {trainer.steps} steps of {plan.batch} comparisons "
+            f"on {chosen}" + (f", from step {trainer.state.step}" if trainer.state.step else "")
+        )
+        state = trainer.run()
+        network.model.to("cpu")
+        folder.save(lambda path: _save(network, path))
+        try:
+            exported = export_reward(
+                folder.model,
+                target,
+                precision=precision,
+                input=feed.kind,
+                max_length=feed.max_length,
+                name=name or target.resolve().name,
+                description=description,
+                licence=licence or network.licence,
+                force=force,
+                say=say,
+            )
+        except ExportError as error:
+            better = " and a higher --precision" if precision != "fp32" else ""
+            raise ExportError(
+                f"{error}. The training is kept in {folder.path}: the same command with --resume{better} goes on to "
+                "the export"
+            ) from error
+        say("evaluating")
+        reward = OnnxReward.load(target, providers=["CPUExecutionProvider"])
+        outcome, evaluation = _evaluate(reward, rest, later)
+        done = Trained(target, network.name, len(train), len(rest), state, trainer.steps, exported, outcome, evaluation)
+        write_card(done, reward.manifest, plan, Path(data), Path(held_out) if held_out is not None else None)
     return done
 
 
