@@ -185,12 +185,12 @@ def test_long_names_stay_inside_the_plot() -> None:
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6))
 def test_the_ends_of_an_axis_are_round(low: float, span: float) -> None:
-    ticks = plots._ticks(low, low + span)
+    ticks = _ticks(low, low + span)
     step = ticks[1] - ticks[0]
     assert 3 <= len(ticks) <= 9
     assert ticks[0] <= low + step * 1e-6 and ticks[-1] >= low + span - step * 1e-6
     assert ticks[1] > low and ticks[-2] < low + span
-    assert len({plots._number(tick, ticks) for tick in ticks}) == len(ticks)
+    assert len({_number(tick, ticks) for tick in ticks}) == len(ticks)
     assert f"{step:.1e}"[:3] in ("1.0", "2.0", "2.5", "5.0")
 
 

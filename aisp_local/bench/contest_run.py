@@ -10,6 +10,7 @@ from pathlib import Path
 from aisp_local import shipped
 from aisp_local.api import Aligner
 from aisp_local.bench.contest import ENTRIES, Contest, Entry, Pair, Store, prompt_sets
+from aisp_local.bench.contest_plot import curves
 from aisp_local.bench.contest_report import BASE, summary, table
 from aisp_local.bench.machine import describe
 from aisp_local.errors import InputError
@@ -115,6 +116,7 @@ def run(
         reports.append(
             {"pair": pair.name, "model": Path(pair.model).name, "reward": Path(pair.reward).name, "rows": rows}
         )
+        write_output(out / f"{pair.name}.svg", curves(pair.name, played))
         # Whole after every pair: a contest that is stopped has a report of what it finished.
         write_output(out / "report.md", "\n".join(text))
         write_output(out / "report.json", json.dumps({"machine": machine, "pairs": reports}, indent=1) + "\n")
