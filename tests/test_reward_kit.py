@@ -25,6 +25,7 @@ from aisp_local.reward_kit.pairs import parse_pairs
 from aisp_local.reward_kit.rows import read_rows, score_rows
 from aisp_local.reward_kit.statistics import auc, bradley_terry, pearson, ranks, share_right, spearman, wilson
 from aisp_local.rewards import CallableReward, OnnxReward
+from aisp_local.svg import _number, _ticks
 
 ASK = [{"role": "user", "content": "hi"}]
 
