@@ -50,7 +50,17 @@ PUBLISHED = {"sigma": 0.5**0.5, "lambda_": 0.3, "alpha": 0.999}
 
 ENTRIES = (
     Entry("score", "score"),
-    Entry("best-of-n", "best-of-n", grid=_grid(temperature=(0.3, 0.4, 0.6, 0.8, 1.0))),
+    Entry(
+        "best-of-n",
+        "best-of-n",
+        grid=[
+            {"temperature": 0.6},
+            {"temperature": 0.8},
+            {"temperature": 1.0},
+            {"temperature": 1.0, "min_p": 0.05},
+            {"temperature": 1.2, "min_p": 0.1},
+        ],
+    ),
     Entry("aisp", "aisp", grid=_grid(sigma=(0.3, 0.5, 0.7, 1.0, 1.4))),
     Entry("aisp, published", "aisp", n=32, settings=PUBLISHED),
     Entry("aisp-static", "aisp-static", grid=_grid(sigma=(0.3, 0.5, 0.7, 1.0, 1.4))),

@@ -63,8 +63,8 @@ class Score:
         step: float = 2.0,
         reuse: float = 0.5,
         elite: int = 4,
-        temperature: float = 0.8,
-        min_p: float = 0.02,
+        temperature: float = 1.0,
+        min_p: float = 0.05,
     ) -> None:
         if not 0.0 <= strength <= 1.0:
             raise InputError(f"strength is {strength}; it must be in [0, 1]")

@@ -296,7 +296,7 @@ class Decoder:
 
     def _record(self, column: _Column, logits: FloatArray, current: Tokens) -> None:
         """What the rows' jobs want to know of this step; rows of other jobs come along."""
-        active, owners, want, needs_head = column.rows, column.owners, column.want, column.needs_head
+        active, want, needs_head = column.rows, column.want, column.needs_head
         step = self._step[active]
         z = self._context.prelogits() if needs_head or "prelogits" in want else None
         if self._prelogits is not None and z is not None:
@@ -319,11 +319,12 @@ class Decoder:
             logprobs = log_softmax(base.astype(np.float64))
             self._logprobs[active, step] = logprobs[np.arange(len(active)), current]
         if "kl" in want:
-            for i in np.flatnonzero(controlled):
-                sampling = owners[i].job.controls.sampling
-                p = log_law(logits[i : i + 1], sampling)
-                q = log_softmax(base[i : i + 1].astype(np.float64) / (sampling.temperature or 1.0))
-                self._kl[active[i]] += float((np.exp(p) * np.where(np.isneginf(p), 0.0, p - q)).sum())
+            for sampling, mine in column.samplings:
+                moved = mine[controlled[mine]]
+                if len(moved):
+                    p = log_law(logits[moved], sampling)
+                    q = log_softmax(base[moved].astype(np.float64) / (sampling.temperature or 1.0))
+                    self._kl[active[moved]] += (np.exp(p) * np.where(np.isneginf(p), 0.0, p - q)).sum(axis=1)
 
     def _take(self, row: int, reason: FinishReason) -> None:
         """Move what the row decoded to its job; the row is free."""
