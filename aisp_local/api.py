@@ -256,7 +256,8 @@ class Aligner:
         common: dict[str, Any] = {"d": self.engine.d, "max_tokens": min(max_tokens, self.engine.n_ctx), "seed": seed}
         common |= {"head": lambda: self.engine.head} | options
         began = time.perf_counter()
-        with self._recorded(timeline):
+        results: list[Result | BaseException] = []
+        with self._recorded(timeline, results):
             # A prompt that its reward cannot be calibrated on leaves the others alone.
             errors: dict[int, BaseException] = {}
             tasks: list[Task] = []
@@ -291,7 +292,6 @@ class Aligner:
                 want=frozenset(want for want, asked in wants.items() if asked),
             )
             rest = iter(zip(tasks, found, strict=True))
-            results: list[Result | BaseException] = []
             for i in range(len(prompts)):
                 if i in errors:
                     results.append(errors[i])
@@ -366,8 +366,8 @@ class Aligner:
         return judged(result, judge, prompt, every)
 
     @contextmanager
-    def _recorded(self, path: str | os.PathLike[str] | None) -> Iterator[None]:
-        """Write the timeline of the block to a file, unless it raises."""
+    def _recorded(self, path: str | os.PathLike[str] | None, results: list[Result | BaseException]) -> Iterator[None]:
+        """Write the timeline of the block to a file, unless it raises or leaves no result in ``results``."""
         if path is None:
             yield
             return
@@ -379,7 +379,8 @@ class Aligner:
             yield
         finally:
             engine.timeline = before
-        timeline.write(path)
+        if any(isinstance(result, Result) for result in results):
+            timeline.write(path)
 
     def chat(self, messages: Sequence[Message], **options: Any) -> Result:
         """``generate`` for a conversation: the aligned next turn of the assistant."""

@@ -74,8 +74,8 @@ class Controls:
     ``vectors`` is None (the base model), ``[n, T, d]`` (after step T the base model again) or, with
     ``held``, ``[n, 1, d]``: one vector for all steps. ``prefixes``: n arrays of tokens with which the responses begin
     (empty: with none); the last token of a longest response is never one of them. ``want``: what the rollouts report;
-    steps of a prefix have no laws. ``shift`` [V]: what a control that all rows hold adds to the logits, for the laws'
-    base probabilities.
+    steps of a prefix have no laws and no KL. ``shift`` [V]: what a control that all rows hold adds to the logits, for
+    the laws' base probabilities.
     """
 
     n: int

@@ -178,7 +178,7 @@ def test_same_seed_same_controls(method: str) -> None:
 
     for first, second in zip(draw(5), draw(5), strict=True):
         np.testing.assert_array_equal(first, second)
-    if method not in ("best-of-n", "soft-best-of-n", "misvo"):  # they draw no noise
+    if method not in ("best-of-n", "soft-best-of-n", "misvo", "score"):  # they draw no noise
         assert not np.array_equal(draw(5)[0], draw(6)[0])
 
 

@@ -94,15 +94,29 @@ def test_laws_are_those_that_tokens_were_drawn_from(engine: LlamaEngine, held: b
     laws = rollouts.laws
     assert laws is not None and rollouts.prelogits is not None and len(laws) > 100
     for i, (tokens, z) in enumerate(zip(rollouts.tokens, rollouts.prelogits, strict=True)):
-        for t in range(len(tokens)):
+        assert not (laws.step[laws.row == i] < len(prefixes[i])).any(), "what was given was not drawn"
+        for t in range(len(prefixes[i]), len(tokens)):
             mine = (laws.row == i) & (laws.step == t)
             p = np.zeros(engine.head.n_vocab)
             p[laws.token[mine]] = laws.probability[mine]
             assert p.sum() == pytest.approx(1, abs=1e-5)
-            assert p[tokens[t]] > 0 or t < len(prefixes[i])
+            assert p[tokens[t]] > 0
             # Quantised matrices: the host's product of them differs a little, and so may what min-p cuts.
             expected = np.exp(log_law(engine.head.project(z[t : t + 1] + (0 if v is None else v[i])), WARM))[0]
             assert np.abs(p - expected).max() < 0.05
+
+
+def test_the_nats_of_a_prefix_are_not_counted(engine: LlamaEngine) -> None:
+    v = control(engine, 2)
+    v[1] = v[0]
+    whole = roll(engine, Controls(n=2, vectors=v, held=True, sampling=WARM), "kl")
+    prefixes = [whole.tokens[0][:12], whole.tokens[1][:0]]
+    controls = Controls(n=2, vectors=v, held=True, sampling=WARM, prefixes=prefixes)
+    for want in (("kl",), ("kl", "logprobs")):
+        part = roll(engine, controls, *want)  # type: ignore[arg-type]
+        assert part.texts == whole.texts and part.kl is not None and whole.kl is not None
+        assert part.kl[1] == pytest.approx(whole.kl[1], rel=1e-3)
+        assert 0 < part.kl[0] < 0.9 * whole.kl[0]
 
 
 def test_laws_of_the_fake_and_of_steps_read_at_once(engine: LlamaEngine) -> None:

@@ -237,7 +237,7 @@ class Decoder:
         """The response begins with these tokens: read at once, or step by step where each step has to report."""
         size, start = len(prefix), owner.start
         self._tokens[row, :size] = prefix
-        if owner.job.want & {"kl", "logprobs", "prelogits"}:
+        if owner.job.want & {"logprobs", "prelogits"}:
             self._forced[row] = size
         elif size:
             read.append((self._first + row, np.array([start.token, *prefix[:-1]], np.int32), start.position))
@@ -301,9 +301,11 @@ class Decoder:
         z = self._context.prelogits() if needs_head or "prelogits" in want else None
         if self._prelogits is not None and z is not None:
             self._prelogits[active, step] = z
+        free = step >= self._forced[active]
         if "laws" in want:
-            for owner, mine in column.jobs:
-                if "laws" in owner.job.want:
+            for owner, theirs in column.jobs:
+                mine = theirs[free[theirs]]
+                if "laws" in owner.job.want and len(mine):
                     controls = owner.job.controls
                     rows = logits if len(mine) == len(logits) else logits[mine]
                     drawn, tokens, law, base_law = sparse_law(rows, controls.sampling, controls.shift)
@@ -320,7 +322,7 @@ class Decoder:
             self._logprobs[active, step] = logprobs[np.arange(len(active)), current]
         if "kl" in want:
             for sampling, mine in column.samplings:
-                moved = mine[controlled[mine]]
+                moved = mine[controlled[mine] & free[mine]]
                 if len(moved):
                     p = log_law(logits[moved], sampling)
                     q = log_softmax(base[moved].astype(np.float64) / (sampling.temperature or 1.0))
