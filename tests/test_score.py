@@ -127,7 +127,7 @@ def test_the_budget_of_nats_is_kept(strength: float) -> None:
 
 def test_it_learns() -> None:
     engine = FakeEngine(d=D, vocabulary=V)
-    controller = score(engine, max_tokens=T, reuse=0.0, temperature=3.0)
+    controller = score(engine, max_tokens=T, reuse=0.0, temperature=3.0, min_p=0.0)
     result = search(engine, controller, FakeReward(vowels), "", method="score", budget=256, n=16, max_tokens=T, seed=1)
     first, last = result.iterations[0], result.iterations[-1]
     assert last.mean > first.mean + first.std
@@ -181,7 +181,7 @@ def test_the_guard_sees_worse_and_repetitive_answers() -> None:
 
 def test_the_guard_shortens_the_control_and_says_so() -> None:
     engine = FakeEngine(d=D, vocabulary=V)
-    controller = score(engine, reuse=0.0, temperature=3.0)
+    controller = score(engine, reuse=0.0, temperature=3.0, min_p=0.0)
     notes = []
     for iteration in range(1, 6):
         rollouts = roll(engine, controller, 8, iteration)
