@@ -61,10 +61,10 @@ ENTRIES = (
             {"temperature": 1.2, "min_p": 0.1},
         ],
     ),
-    Entry("aisp", "aisp", grid=_grid(sigma=(0.3, 0.5, 0.7, 1.0, 1.4))),
+    Entry("aisp", "aisp", grid=_grid(sigma=(0.5, 0.7, 1.0, 1.4, 2.0))),
     Entry("aisp, published", "aisp", n=32, settings=PUBLISHED),
-    Entry("aisp-static", "aisp-static", grid=_grid(sigma=(0.3, 0.5, 0.7, 1.0, 1.4))),
-    Entry("aisp-held", "aisp-held", grid=_grid(sigma=(0.3, 0.5, 0.7, 1.0, 1.4))),
+    Entry("aisp-static", "aisp-static", grid=_grid(sigma=(0.5, 0.7, 1.0, 1.4, 2.0))),
+    Entry("aisp-held", "aisp-held", grid=_grid(sigma=(0.5, 0.7, 1.0, 1.4, 2.0))),
     Entry("misvo", "misvo", grid=_grid(eta=(0.3, 1.0, 3.0, 10.0, 30.0))),
     Entry("misvo, published", "misvo", settings={"eta": 0.1, "temperature": 1.0}),
 )

@@ -147,12 +147,13 @@ class Session:
         if self.last is None:
             click.echo("nothing to explain yet: ask something first")
             return
-        click.echo("iteration  rollouts   best   mean    ESS   |U|  seconds")
+        click.echo("iteration  rollouts   best   mean    ESS   |U|    KL  seconds")
         for s in self.last.iterations:
             ess = "    -" if s.ess is None else f"{s.ess:5.1f}"
             norm = "   -" if s.control_norm is None else f"{s.control_norm:4.1f}"
-            seconds = s.seconds
-            click.echo(f"{s.iteration:9d}  {s.n:8d}  {s.best:5.2f}  {s.mean:5.2f}  {ess}  {norm}  {seconds:7.2f}")
+            kl = "   -" if s.kl is None else f"{s.kl:4.1f}"
+            row = f"{s.iteration:9d}  {s.n:8d}  {s.best:5.2f}  {s.mean:5.2f}  {ess}  {norm}  {kl}  {s.seconds:7.2f}"
+            click.echo(row if s.note is None else f"{row}  {s.note}")
         click.echo("best candidates:")
         for candidate in self.last.candidates[:5]:
             text = " ".join(candidate.text.split())
