@@ -11,6 +11,7 @@ import numpy.typing as npt
 from aisp_local.types import FloatArray
 
 _BYTES = 2**24  # of logits at a time
+_LARGE = 2**26  # entries of a matrix
 
 
 class HeadLaw(ABC):
@@ -30,8 +31,10 @@ class HeadLaw(ABC):
 
     def shift(self, u: FloatArray) -> FloatArray:
         """What u [d] adds to the logits [V]; of soft-capped ones to first order."""
-        # Without BLAS, whose threads would spin on the cores that decode next.
-        return np.asarray(np.einsum("vd,d->v", self.weight, u) * np.float32(self.gain))
+        weight = self.weight
+        # BLAS only where it pays: its threads spin on the cores that decode next.
+        added = weight @ u if weight.size > _LARGE else np.einsum("vd,d->v", weight, u)
+        return np.asarray(added * np.float32(self.gain))
 
     @abstractmethod
     def logits(self, prelogits: FloatArray) -> FloatArray:
