@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
+import synthetic
 from test_engine import CHAT
 
 from aisp_local import shipped
@@ -52,6 +54,23 @@ def test_a_response_goes_on_from_what_it_is_given(engine: LlamaEngine, held: boo
     assert again.finish_reasons == whole.finish_reasons
     # Read at once, they are not steps of the decode loop.
     assert again.n_tokens == (whole.n_tokens if want else whole.n_tokens - sum(cuts))
+
+
+@pytest.mark.parametrize("arch", ["gemma2", "mamba", "rwkv6", "t5", "jamba"])
+def test_every_kind_of_memory_goes_on_from_what_it_is_given(tmp_path: Path, arch: str) -> None:
+    """Sliding windows, recurrent states and decoders with an encoder; other rows hold other beginnings meanwhile."""
+    path = synthetic.write(tmp_path / f"{arch}.gguf", arch, vocab="bpe")
+    with LlamaEngine(path, threads=1) as small:
+
+        def go(prefixes: list[np.ndarray] | None) -> Rollouts:
+            controls = Controls(n=3, sampling=Sampling(1.0, min_p=0.05), prefixes=prefixes)
+            return small.rollout("ab", controls, max_tokens=12, seeds=RowSeeds(1))
+
+        whole = go(None)
+        cuts = [0, 4, len(whole.tokens[2]) - 1]
+        again = go([tokens[:cut] for tokens, cut in zip(whole.tokens, cuts, strict=True)])
+        for before, after in zip(whole.tokens, again.tokens, strict=True):
+            np.testing.assert_array_equal(before, after)
 
 
 def test_prefixes_of_other_responses_and_of_many_rows(engine: LlamaEngine) -> None:
