@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from aisp_local import Aligner
 from aisp_local.bench import contest, contest_run
-from aisp_local.bench.contest import Run, Store
+from aisp_local.bench.contest import Contest, Entry, Pair, Run, Store
 from aisp_local.bench.contest_report import best_at, diversity, last_mean, needed, summary, table
 from aisp_local.cli.main import main
-from aisp_local.errors import InputError
+from aisp_local.errors import DecodeError, InputError
+from aisp_local.testing import FakeEngine, FakeReward
 
 SMALL = ["--max-prompts", "2", "--max-tokens", "12", "--exact-kl", "1", "--threads", "1"]
 
@@ -95,6 +99,29 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "runs.jsonl").write_text('{"a": 1}\n', encoding="utf-8")
     with pytest.raises(InputError, match="line 1 is no run of a contest"):
         Store(tmp_path / "runs.jsonl")
+
+
+def test_a_setting_that_blows_up_is_passed_over(tmp_path: Path) -> None:
+    """Best in tuning, over few iterations, and no law left over many: the next best one plays."""
+    best = {0.5: 1.0, 1.0: 3.0, 2.0: 2.0, 4.0: 0.0}
+    aligner = Aligner(FakeEngine(), FakeReward(lambda prompt, responses: [float(len(r)) for r in responses]))
+    real, played = aligner.generate_many, []
+
+    def generate_many(prompts: Any, *, temperature: float, budget: int, **options: Any) -> Any:
+        if (temperature, budget) == (1.0, 8) or temperature == 4.0:
+            raise DecodeError("logits that are not finite")
+        if budget == 8:
+            played.append(temperature)
+        results = real(prompts, budget=budget, temperature=temperature, **options)
+        return [replace(r, candidates=[replace(c, reward=best[temperature]) for c in r.candidates]) for r in results]
+
+    aligner.generate_many = generate_many  # type: ignore[method-assign]
+    entry = Entry("best-of-n", "best-of-n", n=4, grid=[{"temperature": value} for value in best])
+    said: list[str] = []
+    pair = Pair("p", "m", "r", ["a"], ["b", "c"], max_tokens=6)
+    game = Contest(pair, aligner, Store(tmp_path / "runs.jsonl"), budgets=[4, 8], seed=0, say=said.append)
+    assert [run.settings for run in game.play([entry], 0)["best-of-n"]] == [{"temperature": 2.0}] * 2
+    assert set(played) == {2.0} and sum("not finite" in line for line in said) == 2
 
 
 def run(rewards: list[float], given: list[int] | None = None, n: int = 2, answer: str = "a b") -> Run:

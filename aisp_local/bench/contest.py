@@ -19,7 +19,7 @@ import numpy as np
 
 from aisp_local.api import Aligner
 from aisp_local.engine import LlamaEngine
-from aisp_local.errors import InputError
+from aisp_local.errors import DecodeError, InputError
 from aisp_local.seeds import RowSeeds
 from aisp_local.types import Controls, Message, Result
 
@@ -155,21 +155,35 @@ class Contest:
         """The runs on the evaluation prompts by the entries' labels."""
         played = {}
         for entry in entries:
-            settings = {**entry.settings, **self._tune(entry)}
-            runs = list(self._runs(entry, settings, self.pair.evaluation, max(self.budgets), exact_kl_prompts))
-            played[entry.label] = runs
-            best = np.mean([max(run.rewards) for run in runs])
-            self._say(f"{self.pair.name}: {entry.label} {_shown(settings)}: mean best reward {best:.3f}")
+            # A setting that was best over few iterations may blow up over many: then the next one.
+            for tuned in self._tune(entry):
+                settings = {**entry.settings, **tuned}
+                what = f"{self.pair.name}: {entry.label} {_shown(settings)}"
+                try:
+                    runs = list(self._runs(entry, settings, self.pair.evaluation, max(self.budgets), exact_kl_prompts))
+                except DecodeError as error:
+                    self._say(f"{what}: {error}")
+                    continue
+                played[entry.label] = runs
+                self._say(f"{what}: mean best reward {np.mean([max(run.rewards) for run in runs]):.3f}")
+                break
         return played
 
-    def _tune(self, entry: Entry) -> Settings:
-        """The setting with the highest mean best reward on the tuning prompts."""
+    def _tune(self, entry: Entry) -> list[Settings]:
+        """The settings by their mean best reward on the tuning prompts, the highest first."""
         means = []
         for settings in entry.grid:
-            runs = self._runs(entry, settings, self.pair.tuning, min(self.budgets), 0)
+            what = f"{self.pair.name}: tuning {entry.label}, {_shown(settings)}"
+            try:
+                runs = list(self._runs(entry, settings, self.pair.tuning, min(self.budgets), 0))
+            except DecodeError as error:
+                self._say(f"{what}: {error}")
+                means.append(-np.inf)
+                continue
             means.append(float(np.mean([max(run.rewards) for run in runs])))
-            self._say(f"{self.pair.name}: tuning {entry.label}, {_shown(settings)}: {means[-1]:.3f}")
-        return entry.grid[int(np.argmax(means))] if means else {}
+            self._say(f"{what}: {means[-1]:.3f}")
+        order = sorted(range(len(means)), key=lambda i: -means[i])
+        return [entry.grid[i] for i in order if np.isfinite(means[i])] if entry.grid else [{}]
 
     def _runs(
         self, entry: Entry, settings: Settings, prompts: Sequence[str], budget: int, exact_kl_prompts: int
