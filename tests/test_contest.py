@@ -142,4 +142,7 @@ def test_figures() -> None:
     sd = np.mean([np.std(r.rewards) for r in runs])
     assert rows[1]["best_sd_over_base"] == pytest.approx((7 - 4.5) / sd)
     made = table("p", rows, [2, 4], 2).markdown()
-    assert "| other | 4.50 [4.00, 5.00] |" in made and "+2.50 [" in made
+    assert "| other | 4.50 [4.00, 5.00] |" in made and "+2.50 [" in made and "over best-of-n at 4" in made
+    leads = summary({"score": [run([9.0] * 4)] * 2, "best-of-n": runs}, [2, 4])
+    assert leads[1]["lead_4"][0] == pytest.approx(4.5) and leads[0]["lead_4"] == (0.0, 0.0, 0.0)
+    assert "score's lead over it at 2 [95%]" in table("p", leads, [2, 4], 2).markdown()

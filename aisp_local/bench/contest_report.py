@@ -13,7 +13,7 @@ from aisp_local.bench.tables import Table
 
 Array = npt.NDArray[np.float64]
 
-BASE = "best-of-n"
+BASE, DEFAULT = "best-of-n", "score"
 _DRAWS = 4000
 
 
@@ -64,6 +64,8 @@ def summary(played: Mapping[str, Sequence[Run]], budgets: Sequence[int]) -> list
         for budget in budgets:
             row[f"best_{budget}"] = interval(best_at(runs, budget))
             row[f"difference_{budget}"] = interval(best_at(runs, budget) - best_at(base, budget))
+            if DEFAULT in played:
+                row[f"lead_{budget}"] = interval(best_at(played[DEFAULT], budget) - best_at(runs, budget))
         row["rollouts_to_base_best"] = needed(runs, goal)
         row["last_mean_sd"] = (float(np.nanmean([last_mean(run) for run in runs])) - middle) / sd
         row["best_sd_over_base"] = (float(best_at(runs, max(budgets)).mean()) - goal) / sd
@@ -85,11 +87,12 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 def table(pair: str, rows: Sequence[Mapping[str, Any]], budgets: Sequence[int], prompts: int) -> Table:
     """The figures for people."""
-    least, most = min(budgets), max(budgets)
+    most, led = max(budgets), f"lead_{max(budgets)}" in rows[0]
+    key, name = ("lead", f"{DEFAULT}'s lead over it") if led else ("difference", f"over {BASE}")
     columns = [
         "method",
         *(f"best of {budget} [95%]" for budget in budgets),
-        *(f"over best-of-n at {budget} [95%]" for budget in budgets if budget in (least, most) or len(budgets) < 3),
+        *(f"{name} at {budget} [95%]" for budget in budgets),
         f"rollouts to best-of-{most}",
         "mean of the last iteration, sd above the base",
         "its KL, nats (truncation included)",
@@ -109,11 +112,7 @@ def table(pair: str, rows: Sequence[Mapping[str, Any]], budgets: Sequence[int], 
             [
                 f"{row['method']} ({settings})" if settings else row["method"],
                 *(_spread(row[f"best_{budget}"]) for budget in budgets),
-                *(
-                    _spread(row[f"difference_{budget}"], sign=True)
-                    for budget in budgets
-                    if budget in (least, most) or len(budgets) < 3
-                ),
+                *(_spread(row[f"{key}_{budget}"], sign=True) for budget in budgets),
                 row["rollouts_to_base_best"] or "-",
                 f"{row['last_mean_sd']:+.2f}",
                 "-" if kl is None else f"{kl:.1f}",
