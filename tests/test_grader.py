@@ -329,10 +329,15 @@ def test_a_keyboard_interrupt_while_the_server_hangs(live: Server, foreground: b
         signal.raise_signal(signal.SIGINT)
 
     presser = threading.Thread(target=press)
-    presser.start()
-    result = searched(reward, None)
-    assert time.monotonic() - since[0] < 1.0
-    presser.join()
+    # A shell that starts this in the background has SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        presser.start()
+        result = searched(reward, None)
+        assert time.monotonic() - since[0] < 1.0
+        presser.join()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert result.status == "interrupted" and result.rollouts == 4
 
 
