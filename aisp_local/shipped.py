@@ -60,4 +60,6 @@ def reward_by_name(name: str) -> Path | None:
     """The folder of a shipped reward: "shipped" and "judge", or by its own name."""
     if name in ("shipped", Path(REWARD).name):
         return reward()
+    if name == Path(TALKER_REWARD).name:
+        return talker_reward()
     return judge() if name in ("judge", Path(JUDGE).name) else None

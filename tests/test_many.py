@@ -112,6 +112,8 @@ def test_each_search_draws_what_it_would_draw_alone(method: str) -> None:
 def test_the_others_do_not_matter(method: str) -> None:
     """Without rounding a search in a batch is to the bit what it is alone and beside others."""
     options: dict[str, Any] = {"method": method, "budget": 12, "n": 4, "max_tokens": 10, "seed": 1}
+    if method == "score":
+        options |= {"temperature": 3.0, "min_p": 0.0}  # min-p leaves this model's law one token
     aligner = Aligner(FakeEngine(), FakeReward(vowels))
     together = aligner.generate_many(PROMPTS, **options)
     for i, prompt in enumerate(PROMPTS):

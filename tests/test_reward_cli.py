@@ -203,16 +203,17 @@ def test_list_and_show(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     (own / "broken" / "reward.json").write_text("{")
     done = run("list", folder)
     assert done.exit_code == 0
-    known = ("story-reward  24.0 MB", "story-judge  3.3 MB")
+    known = ("story-reward  24.0 MB", "story-judge  3.3 MB", "cheer  2.1 MB")
     for part in (*known, "mine  ", "licence: MIT", "broken  broken: ", "tiny  "):
         assert part in done.stdout, part
     rows = {row["name"]: row for row in json.loads(run("list", folder, "--json").stdout)}
-    assert set(rows) == {"story-reward", "story-judge", "mine", "broken", "tiny"}
+    assert set(rows) == {"story-reward", "story-judge", "cheer", "mine", "broken", "tiny"}
     assert rows["mine"]["bytes"] > 0 and "not valid JSON" in rows["broken"]["error"]
     shown = run("show", shipped.reward())
     assert shown.exit_code == 0
     assert run("show", "story-reward").stdout == run("show", "shipped").stdout == shown.stdout
     assert run("show", "story-judge").stdout == run("show", "judge").stdout == run("show", shipped.judge()).stdout
+    assert run("show", "cheer").exit_code == 0
     for part in ("stored as 22.5 M int8", "pair, at most 256 tokens", "1 * score[:, 0]", "ExecutionProvider"):
         assert part in shown.stdout, part
     found = json.loads(run("show", folder, "--json").stdout)
