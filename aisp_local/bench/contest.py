@@ -20,6 +20,7 @@ import numpy as np
 from aisp_local.api import Aligner
 from aisp_local.engine import LlamaEngine
 from aisp_local.errors import DecodeError, InputError
+from aisp_local.files import write_output
 from aisp_local.seeds import RowSeeds
 from aisp_local.types import Controls, Message, Result
 
@@ -85,8 +86,9 @@ class Pair:
 @dataclass(frozen=True)
 class Run:
     """What is kept of one search. ``rewards`` are in the order of the rollouts, as is ``given``: tokens of each that
-    were taken from an earlier rollout. ``kl``: of the law sampled from, in the last iteration, nats; as the engine
-    computes it against the whole base law where ``exact``. ``logprob``: of the answer's tokens under the base model."""
+    were taken from an earlier rollout. ``kl``: of the law sampled from, in the last iteration, nats; ``exact_kl``: as
+    the engine computes it against the whole base law. ``logprob``: of the answer's tokens under the base model.
+    """
 
     pair: str
     label: str
@@ -119,15 +121,15 @@ class Store:
         self._path = path
         self._found: dict[str, Run] = {}
         if path.exists():
-            lines = path.read_text(encoding="utf-8").split("\n")
-            # What an interrupt left of a line is cut off.
-            path.write_text("".join(line + "\n" for line in lines[:-1]), encoding="utf-8")
-            for number, line in enumerate(lines[:-1], 1):
+            *lines, rest = path.read_text(encoding="utf-8").split("\n")
+            for number, line in enumerate(lines, 1):
                 try:
                     run = Run(**json.loads(line))
                 except (ValueError, TypeError) as error:
                     raise InputError(f"{path}, line {number} is no run of a contest; give another file") from error
                 self._found[_key(run)] = run
+            if rest:  # what an interrupt left of a line
+                write_output(path, "".join(line + "\n" for line in lines))
 
     def get(self, run: Run) -> Run | None:
         """The kept run with the same question."""

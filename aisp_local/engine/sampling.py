@@ -105,7 +105,8 @@ def sparse_law(
     kept = _likely(logits, least)
     if shift is not None:
         base = logits - shift
-        kept |= _likely(base, base.max(axis=1) + depth)
+        top = base.max(axis=1)
+        kept |= _likely(base, top + depth)
     # Flat indices: numpy finds those of a row far sooner than pairs of them.
     rows, tokens = np.divmod(np.flatnonzero(kept.ravel()), size)
     x = logits[rows, tokens]
@@ -113,7 +114,7 @@ def sparse_law(
     if shift is None:
         p = _shares(weights, rows, k)
         return rows, tokens, p, p
-    others = (base[rows, tokens] - base.max(axis=1)[rows]) / temperature
+    others = (base[rows, tokens] - top[rows]) / temperature
     weights[x < least[rows]] = 0.0
     return rows, tokens, _shares(weights, rows, k), _shares(np.exp(others), rows, k)
 
