@@ -30,7 +30,7 @@ EFFORT = {"low": 32, "medium": 128, "high": 512}
 
 DEFAULT_EFFORT = "low"
 DEFAULT_METHOD = "score"
-DEFAULT_N = 16
+DEFAULT_N = 32
 DEFAULT_MAX_TOKENS = 256
 DEFAULT_SEED = 0
 
@@ -254,7 +254,7 @@ class Aligner:
         wants: dict[Want, bool] = {"kl": kl, "logprobs": logprobs}
         # No response is longer than the context, so that no control needs to be.
         common: dict[str, Any] = {"d": self.engine.d, "max_tokens": min(max_tokens, self.engine.n_ctx), "seed": seed}
-        common |= {"head": lambda: self.engine.head} | options
+        common |= {"head": lambda: self.engine.head, "unfinished": getattr(self.reward, "unfinished", True)} | options
         began = time.perf_counter()
         results: list[Result | BaseException] = []
         with self._recorded(timeline, results):

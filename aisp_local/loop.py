@@ -170,7 +170,7 @@ def search_many(
                 )
             feed.close()
         except KeyboardInterrupt:
-            if all(one.best is None for one in searches):
+            if not any(one.found for one in searches):
                 raise
             feed.why = "interrupted"
     outcomes = (one.outcome(feed.why, time_limit, method=method, budget=budget, seed=seed) for one in searches)
@@ -265,10 +265,10 @@ class _Searches:
     def stepped(self, job: Job, step: int, rows: int, n_tokens: int) -> None:
         self._of[id(job)].report(step, rows, n_tokens)
 
-    def ended(self, job: Job, row: int, text: str) -> None:
+    def ended(self, job: Job, row: int, text: str, paused: bool) -> None:
         search = self._of[id(job)]
         if search.error is None:
-            search.scorer.add(row, text)
+            search.scorer.add(row, text, finished=not paused)
 
     def finished(self, job: Job, rollouts: Rollouts) -> None:
         search = self._of.pop(id(job))
@@ -278,6 +278,54 @@ class _Searches:
             self._running.remove(search)
         else:
             self._waiting.append((self._step, search))
+
+
+class _Blocks:
+    """What the blocks of one iteration gave so far: most iterations have one."""
+
+    def __init__(self) -> None:
+        self.rewards: list[float] = []  # of rollouts that finished
+        self.kls: list[float] = []
+        self.unfinished: list[Candidate] = []
+        self.notes: list[str] = []
+        self.n_tokens = 0
+        self.decode_seconds = self.reward_seconds = self.update_seconds = 0.0
+        self._origins: dict[bytes, tuple[int, float | None]] = {}  # of those that paused, by their tokens
+        self._several = False
+
+    def origins(self, job: Job, rollouts: Rollouts, rows: Sequence[int]) -> tuple[list[int], list[float | None]]:
+        """For each of these rollouts how many tokens it has from earlier iterations, and its KL since."""
+        prefixes, taken = job.controls.prefixes, list[int]()
+        kls: list[float | None] = []
+        paused: dict[bytes, tuple[int, float | None]] = {}
+        for i in rows:
+            tokens = rollouts.tokens[i]
+            kl = None if rollouts.kl is None else float(rollouts.kl[i])
+            prefix = tokens[:0] if prefixes is None else prefixes[i]
+            given, before = self._origins.get(prefix.tobytes(), (min(len(prefix), len(tokens)), 0.0))
+            if kl is not None and before is not None:
+                kl += before
+            taken.append(given)
+            kls.append(kl)
+            if rollouts.finish_reasons[i] == "paused":
+                paused[tokens.tobytes()] = given, kl
+            elif kl is not None:
+                self.kls.append(kl)
+        self._several |= bool(paused)
+        self._origins |= paused
+        return taken, kls
+
+    def number(self, i: int, paused: bool) -> int:
+        """Of the i-th rollout of a job, from 1: of several blocks they are counted as they finish."""
+        return len(self.rewards) + 1 if self._several and not paused else i + 1
+
+    def count(self, rollouts: Rollouts, reward_seconds: float, update_seconds: float, info: ControllerInfo) -> None:
+        self.n_tokens += rollouts.n_tokens
+        self.decode_seconds += rollouts.decode_seconds
+        self.reward_seconds += reward_seconds
+        self.update_seconds += update_seconds
+        if info.note is not None and info.note not in self.notes:
+            self.notes.append(info.note)
 
 
 class _Search:
@@ -320,10 +368,17 @@ class _Search:
         self.idle = 0  # iterations without a better rollout
         self.asked = 0  # rollouts
         self.n_tokens = 0
+        self.blocks = _Blocks()  # of the iteration that runs
+        self.paused = 0  # rollouts that wait to be gone on with
 
     @property
     def more(self) -> bool:
-        return self.asked < self.budget and self.error is None and self.why is None
+        return (self.paused > 0 or self.asked < self.budget) and self.error is None and self.why is None
+
+    @property
+    def found(self) -> bool:
+        """Is there an answer, if only an unfinished one?"""
+        return self.best is not None or bool(self.blocks.unfinished)
 
     def ask(self) -> Job | None:
         """The job of the next iteration; None if that failed."""
@@ -335,9 +390,12 @@ class _Search:
         return job if self.error is None else None
 
     def _ask(self) -> Job:
-        self.iteration += 1
-        size = self._size()
-        self.asked += size
+        size, self.paused = self.paused, 0
+        if not size:
+            self.iteration += 1
+            self.blocks = _Blocks()
+            size = self._size()
+            self.asked += size
         with self.timeline.span("ask"):
             try:
                 if self.prepared is not None:
@@ -409,56 +467,69 @@ class _Search:
         if not rows:
             return
         assert self.job is not None
-        prefixes = self.job.controls.prefixes
-        given = (
-            [0] * len(rollouts)
-            if prefixes is None
-            else [min(map(len, pair)) for pair in zip(prefixes, rollouts.tokens, strict=True)]
-        )
-        whole, before = whole and len(rows) == len(rollouts), self.best
-        for i, value in zip(rows, rewards, strict=True):
+        whole, before, blocks = whole and len(rows) == len(rollouts), self.best, self.blocks
+        unfinished: list[Candidate] = []
+        for given, kl, i, value in zip(*blocks.origins(self.job, rollouts, rows), rows, rewards, strict=True):
+            paused = rollouts.finish_reasons[i] == "paused"
             candidate = Candidate(
                 text=rollouts.texts[i],
                 reward=float(value),
                 iteration=self.iteration,
-                row=i + 1,
+                row=blocks.number(i, paused),
                 n_tokens=len(rollouts.tokens[i]),
-                n_given=given[i],
-                finish_reason=rollouts.finish_reasons[i],
-                kl=None if rollouts.kl is None else float(rollouts.kl[i]),
+                n_given=given,
+                finish_reason="interrupted" if paused else rollouts.finish_reasons[i],
+                kl=kl,
                 logprob=None
                 if rollouts.base_logprobs is None
                 else float(rollouts.base_logprobs[i].sum(dtype=np.float64)),
                 parts=self.scorer.parts(i),
             )
-            self.candidates.append(candidate)
-            if np.isfinite(value) and (self.best is None or value > self.best.reward):
-                self.best = candidate
-        if whole and self.asked < self.budget:
-            self.why = self._limit(self.best is not before)
+            if paused:
+                unfinished.append(candidate)
+            else:
+                self._add(candidate)
+                blocks.rewards.append(float(value))
         began = self.clock()
         with self.timeline.span("update"):
             info = self.task.controller.tell(rollouts, rewards) if whole else ControllerInfo()
         now = self.clock()
+        blocks.count(rollouts, self.scorer.seconds, now - began, info)
+        blocks.unfinished = unfinished
+        if whole and unfinished:
+            self.paused = len(unfinished)
+            return
+        if whole and self.asked < self.budget:
+            self.why = self._limit(self.best is not before)
+        self._end_iteration(now, info)
+
+    def _add(self, candidate: Candidate) -> None:
+        self.candidates.append(candidate)
+        if np.isfinite(candidate.reward) and (self.best is None or candidate.reward > self.best.reward):
+            self.best = candidate
+
+    def _end_iteration(self, now: float, info: ControllerInfo) -> None:
+        blocks = self.blocks
+        rewards = np.array(blocks.rewards)
         finite = rewards[np.isfinite(rewards)]
         stats = IterationStats(
             iteration=self.iteration,
-            n=len(rows),
+            n=len(rewards),
             best=float(finite.max()) if len(finite) else float("nan"),
             mean=float(finite.mean()) if len(finite) else float("nan"),
             std=float(finite.std()) if len(finite) else float("nan"),
             best_so_far=self.best.reward if self.best else float("nan"),
-            n_tokens=rollouts.n_tokens,
+            n_tokens=blocks.n_tokens,
             seconds=now - self.start - self.seconds,
-            decode_seconds=rollouts.decode_seconds,
-            reward_seconds=self.scorer.seconds,
-            update_seconds=now - began,
+            decode_seconds=blocks.decode_seconds,
+            reward_seconds=blocks.reward_seconds,
+            update_seconds=blocks.update_seconds,
             ess=info.ess,
             control_norm=info.control_norm,
             lambda_=info.lambda_,
-            kl=info.kl if rollouts.kl is None else float(rollouts.kl[rows].mean()),
+            kl=info.kl if not blocks.kls else float(np.mean(blocks.kls)) + info.selection_kl,
             n_nonfinite=len(rewards) - len(finite),
-            note=info.note,
+            note="; ".join(blocks.notes) or None,
         )
         self.seconds = now - self.start
         self.stats.append(stats)
@@ -490,6 +561,9 @@ class _Search:
         """The result, or the error that stands for it. ``why``: what ended the run, None if nothing did."""
         if self.error is not None:
             return self.error
+        if not self.candidates:
+            for candidate in self.blocks.unfinished:
+                self._add(candidate)
         if not self.candidates:
             if why == "time-limit":
                 return InputError(

@@ -11,7 +11,7 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from aisp_local.rewards.base import Reward, call_parts
+from aisp_local.rewards.base import Reward, call_parts, call_prefixes
 from aisp_local.rewards.interruption import POLL, AbandonedError, Interruption, interruptible
 from aisp_local.timeline import Timeline
 from aisp_local.types import Prompt
@@ -48,13 +48,13 @@ class Worker:
     def background(self) -> bool:
         return self._pool is not None
 
-    def score(self, reward: Reward, prompt: Prompt, responses: list[str]) -> Future[Scored]:
+    def score(self, reward: Reward, prompt: Prompt, responses: list[str], finished: bool) -> Future[Scored]:
         if self._pool is not None:
             # With its context: an engine must know when its own run waits for the call.
-            return self._pool.submit(copy_context().run, self._score, reward, prompt, responses)
+            return self._pool.submit(copy_context().run, self._score, reward, prompt, responses, finished)
         done: Future[Scored] = Future()
         try:
-            done.set_result(self._score(reward, prompt, responses))
+            done.set_result(self._score(reward, prompt, responses, finished))
         except AbandonedError as error:
             done.set_exception(error)
         return done
@@ -69,10 +69,13 @@ class Worker:
         except AbandonedError:
             return None
 
-    def _score(self, reward: Reward, prompt: Prompt, responses: list[str]) -> Scored:
+    def _score(self, reward: Reward, prompt: Prompt, responses: list[str], finished: bool) -> Scored:
         began = time.perf_counter()
         with self._timeline.span("score"), interruptible(self._told):
-            rewards, parts = call_parts(reward, prompt, responses)
+            if finished:
+                rewards, parts = call_parts(reward, prompt, responses)
+            else:
+                rewards, parts = call_prefixes(reward, prompt, responses), {}
         return rewards, parts, time.perf_counter() - began
 
     def __enter__(self) -> Worker:
@@ -100,34 +103,39 @@ class Scorer:
     def begin(self, n: int) -> None:
         """A new iteration of n rollouts."""
         self.seconds = 0.0  # of scoring, of what ``rewards`` gave
-        self._pending: dict[int, str] = {}
+        self._pending: dict[bool, dict[int, str]] = {True: {}, False: {}}  # finished or not
         self._futures: list[tuple[list[int], Future[Scored]]] = []
         self._parts: dict[int, dict[str, float]] = {}
 
-    def add(self, row: int, text: str) -> None:
-        """A rollout ended."""
-        self._pending[row] = text
-        if self._worker.background and len(self._pending) >= _BATCH:
-            self.flush()
+    def add(self, row: int, text: str, *, finished: bool = True) -> None:
+        """A rollout ended, or paused."""
+        pending = self._pending[finished]
+        pending[row] = text
+        if self._worker.background and len(pending) >= _BATCH:
+            self._submit(finished)
 
     def flush(self) -> None:
         """No more will end: score what there is."""
-        if self._worker.background and self._pending:
-            self._submit()
+        if self._worker.background:
+            self._submit(True)
+            self._submit(False)
 
-    def _submit(self) -> None:
-        rows = sorted(self._pending)
-        texts = [self._pending[row] for row in rows]
-        self._pending = {}
-        self._futures.append((rows, self._worker.score(self._reward, self._prompt, texts)))
+    def _submit(self, finished: bool) -> None:
+        pending = self._pending[finished]
+        if not pending:
+            return
+        self._pending[finished] = {}
+        rows = sorted(pending)
+        texts = [pending[row] for row in rows]
+        self._futures.append((rows, self._worker.score(self._reward, self._prompt, texts, finished)))
 
     def rewards(self, rows: Sequence[int]) -> tuple[list[int], npt.NDArray[np.float64]]:
         """Those of these rollouts, all of which were added, that have a reward, and their rewards [n].
 
         All have one unless the search was stopped and the reward gave up.
         """
-        if self._pending:
-            self._submit()
+        self._submit(True)
+        self._submit(False)
         found: dict[int, float] = {}
         for scored, future in self._futures:
             result = self._worker.result(future)
@@ -142,5 +150,5 @@ class Scorer:
         return kept, np.array([found[row] for row in kept], np.float64)
 
     def parts(self, row: int) -> Mapping[str, float]:
-        """What the parts of the reward gave a rollout whose reward ``rewards`` gave; nothing where it has none."""
+        """What the parts of the reward gave a finished rollout whose reward ``rewards`` gave; nothing without parts."""
         return self._parts[row]

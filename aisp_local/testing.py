@@ -75,7 +75,7 @@ class FakeEngine:
             )
             for row, reason in enumerate(out.finish_reasons):
                 if reason != "interrupted":
-                    feed.ended(job, row, out.texts[row])
+                    feed.ended(job, row, out.texts[row], reason == "paused")
             feed.finished(job, out)
 
     def rollout(
@@ -131,6 +131,8 @@ class FakeEngine:
                     reasons[i] = "stop"
                 elif len(tokens[i]) == max_tokens:
                     reasons[i] = "length"
+                elif len(tokens[i]) == controls.pause:
+                    reasons[i] = "paused"
             if on_step is not None:
                 on_step(step + 1, reasons.count("interrupted"), sum(map(len, tokens)))
         return Rollouts(

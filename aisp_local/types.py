@@ -32,8 +32,9 @@ Prompt = str | Sequence[Message]
 Want = Literal["kl", "laws", "logprobs", "prelogits"]
 """What a rollout reports only when asked, because it costs: see Rollouts."""
 
-FinishReason = Literal["stop", "length", "interrupted"]
-"""``stop``: end-of-generation token or stop string; ``length``: token limit; ``interrupted``: cut short."""
+FinishReason = Literal["stop", "length", "paused", "interrupted"]
+"""``stop``: end-of-generation token or stop string; ``length``: token limit; ``paused``: see ``Controls.pause``;
+``interrupted``: cut short."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,10 @@ class Controls:
 
     ``vectors`` is None (the base model), ``[n, T, d]`` (after step T the base model again) or, with
     ``held``, ``[n, 1, d]``: one vector for all steps. ``prefixes``: n arrays of tokens with which the responses begin
-    (empty: with none); the last token of a longest response is never one of them. ``want``: what the rollouts report;
-    steps of a prefix have no laws and no KL. ``shift`` [V]: what a control that all rows hold adds to the logits, for
-    the laws' base probabilities.
+    (empty: with none); the last token of a longest response is never one of them. ``pause``: rollouts that have so many
+    tokens, a prefix's among them, end for now ("paused"); what goes on from them is given them as a prefix. ``want``:
+    what the rollouts report; steps of a prefix have no laws and no KL. ``shift`` [V]: what a control that all rows hold
+    adds to the logits, for the laws' base probabilities.
     """
 
     n: int
@@ -83,6 +85,7 @@ class Controls:
     held: bool = False
     sampling: Sampling = GREEDY
     prefixes: Sequence[npt.NDArray[np.int32]] | None = None
+    pause: int | None = None
     want: frozenset[Want] = frozenset()
     shift: FloatArray | None = None
 
@@ -98,6 +101,8 @@ class Controls:
             raise InputError("control vectors hold values that are not finite")
         if self.prefixes is not None and len(self.prefixes) != self.n:
             raise InputError(f"{len(self.prefixes)} prefixes were given for {self.n} rollouts")
+        if self.pause is not None and self.pause <= max((len(prefix) for prefix in self.prefixes or ()), default=0):
+            raise InputError(f"rollouts cannot pause at {self.pause} tokens: they begin with as many")
 
 
 @dataclass(frozen=True)
@@ -228,7 +233,7 @@ class IterationStats:
     ess: float | None = None  # effective sample size of the weights, 1 to n
     control_norm: float | None = None  # |U|_2 after the update
     lambda_: float | None = None
-    kl: float | None = None  # mean over the rollouts, nats
+    kl: float | None = None  # mean over the rollouts, and of choosing among unfinished ones, nats
     n_nonfinite: int = 0
     note: str | None = None  # what a guard against too much steering did
 
@@ -241,6 +246,7 @@ class ControllerInfo:
     control_norm: float | None = None
     lambda_: float | None = None
     kl: float | None = None  # of the law that the iteration was sampled from, nats, mean over its rollouts
+    selection_kl: float = 0.0  # the part of it that choosing among unfinished rollouts has
     note: str | None = None  # what a guard did, in a sentence
 
 

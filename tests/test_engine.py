@@ -256,7 +256,7 @@ class Jobs:
     def stepped(self, job: Job, step: int, rows: int, n_tokens: int) -> None:
         pass
 
-    def ended(self, job: Job, row: int, text: str) -> None:
+    def ended(self, job: Job, row: int, text: str, paused: bool) -> None:
         self.order.append((self.jobs.index(job), row))
 
     def finished(self, job: Job, rollouts: Rollouts) -> None:
@@ -336,8 +336,8 @@ class Counted(Jobs):
         self._decoded[id(job)] = n_tokens
         self.steps[-1] = self.steps[-1][0] + mine, self.steps[-1][1]
 
-    def ended(self, job: Job, row: int, text: str) -> None:
-        super().ended(job, row, text)
+    def ended(self, job: Job, row: int, text: str, paused: bool) -> None:
+        super().ended(job, row, text, paused)
         self._left -= 1
 
 

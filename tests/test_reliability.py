@@ -69,7 +69,7 @@ class Feed:
     def stepped(self, job: Job, step: int, rows: int, n_tokens: int) -> None:
         pass
 
-    def ended(self, job: Job, row: int, text: str) -> None:
+    def ended(self, job: Job, row: int, text: str, paused: bool) -> None:
         pass
 
     def finished(self, job: Job, rollouts: Rollouts) -> None:

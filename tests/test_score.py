@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aisp_local import controllers, shipped
-from aisp_local.controllers.beginnings import Beginnings
+from aisp_local import Aligner, controllers, shipped
 from aisp_local.controllers.guard import Guard
 from aisp_local.controllers.score import FULL_KL, Score
 from aisp_local.controllers.tilts import Steps
@@ -21,7 +20,7 @@ from aisp_local.errors import InputError
 from aisp_local.loop import search
 from aisp_local.seeds import RowSeeds
 from aisp_local.testing import FakeEngine, FakeReward
-from aisp_local.types import Controls, Laws, Prompt, Rollouts
+from aisp_local.types import Controls, Laws, Prompt, Result, Rollouts
 
 D, V, T = 8, 12, 10
 
@@ -56,9 +55,9 @@ def dense(laws: Laws) -> dict[tuple[int, int], tuple[np.ndarray, np.ndarray]]:
 def test_one_step_against_its_formula_in_float64() -> None:
     engine, temperature = FakeEngine(d=D, vocabulary=V), 3.0
     w = engine.head.weight.astype(np.float64)
-    controller = score(engine, temperature=temperature, min_p=0.001, step=0.3, strength=1.0, reuse=0.0)
+    controller = score(engine, temperature=temperature, min_p=0.001, step=0.3, strength=1.0, selection=0.0)
     rewards = np.array([1.0, -0.5, 2.0, np.nan, 0.25])
-    before = np.zeros(D)
+    before, length = np.zeros(D), float(T)
     for iteration in (1, 2, 3):
         rollouts = roll(engine, controller, 5, iteration)
         assert rollouts.laws is not None
@@ -78,7 +77,8 @@ def test_one_step_against_its_formula_in_float64() -> None:
             inside = p > 0
             untilted = np.where(inside, p, 1) * np.exp(-(w @ before) / temperature) * inside
             np.testing.assert_allclose(untilted / untilted.sum(), q * inside / (q * inside).sum(), rtol=1e-3, atol=1e-6)
-        share = np.mean([len(row) for row in rollouts.tokens]) / len(laws)  # a step's, times a response's steps
+        share = length / len(laws)  # a step's, times a response's steps: the limit, then the mean of the last
+        length = float(np.mean([len(row) for row in rollouts.tokens]))
         info = controller.tell(rollouts, rewards)
         moved = controller.mean - before
         np.testing.assert_allclose(moved, g * np.linalg.norm(moved) / np.linalg.norm(g), rtol=1e-3, atol=1e-4)
@@ -112,7 +112,7 @@ def test_divergences_of_tilted_laws(seed: int, steps: int, size: int) -> None:
 @pytest.mark.parametrize("strength", [0.0, 0.1, 0.2])
 def test_the_budget_of_nats_is_kept(strength: float) -> None:
     engine = FakeEngine(d=D, vocabulary=V)
-    controller = score(engine, strength=strength, step=0.5, reuse=0.0, min_p=0.0, temperature=3.0)
+    controller = score(engine, strength=strength, step=0.5, selection=0.0, min_p=0.0, temperature=3.0)
     kls = []
     for iteration in range(1, 13):
         asked = roll(engine, controller, 64, iteration)
@@ -127,7 +127,7 @@ def test_the_budget_of_nats_is_kept(strength: float) -> None:
 
 def test_it_learns() -> None:
     engine = FakeEngine(d=D, vocabulary=V)
-    controller = score(engine, max_tokens=T, reuse=0.0, temperature=3.0, min_p=0.0)
+    controller = score(engine, max_tokens=T, selection=0.0, temperature=3.0, min_p=0.0, step=2.0)
     result = search(engine, controller, FakeReward(vowels), "", method="score", budget=256, n=16, max_tokens=T, seed=1)
     first, last = result.iterations[0], result.iterations[-1]
     assert last.mean > first.mean + first.std
@@ -143,24 +143,6 @@ def test_nothing_to_learn_moves_nothing() -> None:
     alone = score(engine)
     alone.tell(roll(engine, alone, 1, 1), np.array([3.0]))
     assert not alone.mean.any()
-
-
-def test_later_rollouts_begin_as_the_best_did() -> None:
-    engine = FakeEngine(d=D, vocabulary=V)
-    controller = score(engine, reuse=0.5, elite=2)
-    first = roll(engine, controller, 6, 1)
-    rewards = np.array([0.0, 5.0, 1.0, 4.0, np.nan, 2.0])
-    controller.tell(first, rewards)
-    asked = controller.ask(6)
-    assert asked.prefixes is not None
-    assert [len(prefix) for prefix in asked.prefixes[:3]] == [0, 0, 0]
-    parents = [list(first.tokens[1]), list(first.tokens[3])]
-    for prefix in asked.prefixes[3:]:
-        assert any(list(prefix) == parent[: len(prefix)] and len(prefix) < len(parent) for parent in parents)
-    same = score(engine, reuse=0.5, elite=2)
-    same.tell(roll(engine, same, 6, 1), rewards)
-    again = same.ask(6).prefixes
-    assert again is not None and all(np.array_equal(a, b) for a, b in zip(asked.prefixes, again, strict=True))
 
 
 def test_the_guard_sees_worse_and_repetitive_answers() -> None:
@@ -181,7 +163,7 @@ def test_the_guard_sees_worse_and_repetitive_answers() -> None:
 
 def test_the_guard_shortens_the_control_and_says_so() -> None:
     engine = FakeEngine(d=D, vocabulary=V)
-    controller = score(engine, reuse=0.0, temperature=3.0, min_p=0.0)
+    controller = score(engine, selection=0.0, temperature=3.0, min_p=0.0)
     notes = []
     for iteration in range(1, 6):
         rollouts = roll(engine, controller, 8, iteration)
@@ -193,28 +175,12 @@ def test_the_guard_shortens_the_control_and_says_so() -> None:
     assert before.any()
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.lists(st.one_of(st.floats(-5, 5), st.just(float("nan"))), min_size=1, max_size=9), st.integers(1, 4))
-def test_beginnings_are_of_the_best(rewards: list[float], size: int) -> None:
-    kept = Beginnings(size)
-    for i, reward in enumerate(rewards):  # one after another, as over iterations
-        kept.add(np.array([reward]), [np.full(3, i, np.int32)])
-    finite = sorted((r for r in rewards if np.isfinite(r)), reverse=True)
-    assert len(kept) == min(size, len(finite))
-    if len(kept):
-        rng = np.random.default_rng(0)
-        drawn = [kept.draw(rng) for _ in range(60)]
-        assert {len(tokens) for tokens in drawn} == {0, 1, 2}
-        assert all(rewards[tokens[0]] >= finite[len(kept) - 1] for tokens in drawn if len(tokens))
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"strength": 1.5}, "strength is 1.5"),
         ({"step": 0.0}, "step is 0.0"),
-        ({"reuse": -0.1}, "reuse is -0.1"),
-        ({"elite": 0}, "elite is 0"),
+        ({"selection": -0.1}, "selection is -0.1"),
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"min_p": 1.0}, "min_p is 1.0"),
     ],
@@ -229,7 +195,7 @@ def test_its_nats_are_those_of_the_engine() -> None:
     """On the shipped model, against llama.cpp's own logits and the whole base law."""
     with LlamaEngine(shipped.model(), threads=2) as engine:
         prompt: Prompt = [{"role": "user", "content": "Tell me a story about a fox."}]
-        controller = score(engine, max_tokens=32, step=3.0, temperature=1.0, min_p=0.001, reuse=0.0)
+        controller = score(engine, max_tokens=32, step=3.0, temperature=1.0, min_p=0.001, selection=0.0)
         rollouts = roll(engine, controller, 8, 1, 32, prompt)
         controller.tell(rollouts, np.array([text.count("a") for text in rollouts.texts], np.float64))
         asked = controller.ask(8)
@@ -248,3 +214,88 @@ def test_its_nats_are_those_of_the_engine() -> None:
         _, cut = kl(replace(asked, vectors=np.zeros_like(asked.vectors)))
         assert info.kl is not None and info.kl > 1.5
         assert info.kl == pytest.approx(whole - cut, rel=0.2)
+
+
+def find(reward: Any = vowels, engine: Any = None, **options: Any) -> Result:
+    engine = engine or FakeEngine(d=D, vocabulary=30)
+    search_options = {name: options.pop(name) for name in ("stop", "time_limit", "clock", "want") if name in options}
+    controller = score(engine, max_tokens=40, temperature=2.0, min_p=0.0, **options)
+    given = reward if isinstance(reward, FakeReward) else FakeReward(reward)
+    return search(
+        engine, controller, given, "", method="score", budget=48, n=16, max_tokens=40, seed=1, **search_options
+    )
+
+
+def letters(prompt: Prompt, responses: Sequence[str]) -> list[float]:
+    """What each part adds does not depend on the rest: the score of a beginning tells of the whole."""
+    return [float(sum(c in "aeiou" for c in r)) for r in responses]
+
+
+def test_blocks_are_one_iteration_and_every_rollout_counts_once() -> None:
+    result = find(letters)
+    assert result.status == "complete" and len(result.candidates) == 48
+    assert [(s.iteration, s.n) for s in result.iterations] == [(1, 16), (2, 16), (3, 16)]
+    for iteration in (1, 2, 3):
+        mine = [c for c in result.candidates if c.iteration == iteration]
+        assert sorted(c.row for c in mine) == list(range(1, 17))
+        assert all(c.n_given == 0 and c.finish_reason in ("stop", "length") for c in mine)
+    assert result.n_tokens == sum(s.n_tokens for s in result.iterations)
+    assert all(c.reward == letters("", [c.text])[0] for c in result.candidates)
+
+
+def test_selection_finds_more_than_the_control_alone() -> None:
+    rewards = [find(letters, selection=share, seed=seed).reward for share in (0.5, 0.0) for seed in range(4)]
+    assert np.mean(rewards[:4]) > np.mean(rewards[4:]) + 1
+
+
+def test_its_nats_are_the_controls_and_the_selections() -> None:
+    kls = [s.kl or 0.0 for s in find(letters, strength=0.4).iterations]
+    assert 0 < max(kls) <= 1.4 * FULL_KL * 0.4**2
+    only = [s.kl or 0.0 for s in find(letters, strength=0.4, selection=1.0).iterations]
+    assert 0 < max(only) <= FULL_KL * 0.4**2
+    # Asked for, the control's are those of the engine.
+    exact = [s.kl or 0.0 for s in find(letters, strength=0.4, selection=1.0, want=frozenset({"kl"})).iterations]
+    assert exact == pytest.approx(only)
+
+
+@pytest.mark.parametrize("options", [{"strength": 0.0}, {"selection": 0.0}, {"unfinished": False}])
+def test_nothing_pauses_where_nothing_is_selected(options: dict[str, Any]) -> None:
+    controls = score(FakeEngine(), max_tokens=40, **options).ask(16)
+    assert controls.pause is None and (("laws" in controls.want) == (options.get("strength") != 0.0))
+
+
+def test_an_end_between_blocks_gives_the_best_unfinished_answer() -> None:
+    asked = []
+
+    def stop() -> bool:
+        asked.append(1)
+        return len(asked) > 14
+
+    result = find(letters, stop=stop)
+    assert result.status == "interrupted" and result.answer
+    assert result.reward == max(c.reward for c in result.candidates)
+    assert {c.finish_reason for c in result.candidates} <= {"interrupted", "stop"}
+    ticks = iter(range(10_000))
+    late = find(letters, clock=lambda: float(next(ticks)), time_limit=60.0)
+    assert late.status == "time-limit" and late.answer
+
+
+def test_rewards_that_are_not_finite_go_on_with_nothing() -> None:
+    def some(prompt: Prompt, responses: Sequence[str]) -> list[float]:
+        return [float("nan") if r.startswith("b") else len(r) for r in responses]
+
+    result = find(some)
+    assert np.isfinite(result.reward) and len(result.candidates) == 48
+
+
+@pytest.mark.native
+def test_on_the_shipped_model_blocks_are_better_than_best_of_n() -> None:
+    prompts: list[Prompt] = [
+        [{"role": "user", "content": f"Tell me a story about a {animal}."}] for animal in ("fox", "boat", "bear")
+    ]
+    common: dict[str, Any] = {"budget": 32, "n": 32, "max_tokens": 64, "seed": 2}
+    with Aligner.load(threads=2) as aligner:
+        ours = aligner.generate_many(prompts, method="score", **common)
+        base = aligner.generate_many(prompts, method="best-of-n", temperature=1.0, min_p=0.05, **common)
+        means = [np.mean([result.reward for result in found if isinstance(result, Result)]) for found in (ours, base)]
+    assert means[0] > means[1] + 0.5

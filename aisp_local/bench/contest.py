@@ -50,7 +50,9 @@ def _grid(**values: Sequence[float]) -> list[Settings]:
 PUBLISHED = {"sigma": 0.5**0.5, "lambda_": 0.3, "alpha": 0.999}
 
 ENTRIES = (
-    Entry("score", "score"),
+    Entry("score", "score", n=32),
+    Entry("score, nothing selected", "score", n=32, settings={"selection": 0.0}),
+    Entry("smc", "smc", n=32, grid=_grid(ess=(0.1, 0.15, 0.25, 0.4, 0.6))),
     Entry(
         "best-of-n",
         "best-of-n",
@@ -85,9 +87,9 @@ class Pair:
 
 @dataclass(frozen=True)
 class Run:
-    """What is kept of one search. ``rewards`` are in the order of the rollouts, as is ``given``: tokens of each that
-    were taken from an earlier rollout. ``kl``: of the law sampled from, in the last iteration, nats; ``exact_kl``: as
-    the engine computes it against the whole base law. ``logprob``: of the answer's tokens under the base model.
+    """What is kept of one search. ``rewards`` are in the order of the rollouts. ``kl``: of the law sampled from, in the
+    last iteration, nats; ``exact_kl``: as the engine computes it against the whole base law. ``logprob``: of the
+    answer's tokens under the base model.
     """
 
     pair: str
@@ -98,7 +100,6 @@ class Run:
     n: int
     settings: Settings
     rewards: list[float]
-    given: list[int]
     answer: str
     seconds: float
     n_tokens: int
@@ -195,7 +196,7 @@ class Contest:
             asked = [
                 Run(
                     self.pair.name, entry.label, text, self._seed + start, budget, entry.n, dict(settings),
-                    [], [], "", 0.0, 0,
+                    [], "", 0.0, 0,
                 )
                 for text in group
             ]  # fmt: skip
@@ -236,7 +237,6 @@ class Contest:
                     **{
                         **asdict(run),
                         "rewards": [c.reward for c in rollouts],
-                        "given": [c.n_given for c in rollouts],
                         "answer": result.answer,
                         "seconds": seconds,
                         "n_tokens": result.n_tokens,
@@ -269,10 +269,8 @@ class Contest:
 
 
 def _last_kl(result: Result) -> float | None:
-    """Mean KL of the last iteration's rollouts that took nothing from others."""
-    last = result.iterations[-1].iteration
-    kls = [c.kl for c in result.candidates if c.iteration == last and c.n_given == 0 and c.kl is not None]
-    return float(np.mean(kls)) if kls else None
+    """Of the law that the last iteration was sampled from."""
+    return result.iterations[-1].kl
 
 
 def _shown(settings: Settings) -> str:

@@ -31,16 +31,18 @@ def best_at(runs: Sequence[Run], budget: int) -> Array:
 
 
 def needed(runs: Sequence[Run], reward: float) -> int | None:
-    """The least number of rollouts whose mean best reward is at least ``reward``; None if all are too few."""
+    """The least number of rollouts, in whole iterations, whose mean best reward is at least ``reward``.
+
+    None if all are too few. A rollout may owe its reward to all others of its iteration.
+    """
     so_far = np.mean([np.maximum.accumulate(run.rewards) for run in runs], axis=0)
-    reached = np.flatnonzero(so_far >= reward)
-    return int(reached[0]) + 1 if len(reached) else None
+    reached, n = np.flatnonzero(so_far >= reward), runs[0].n
+    return min(-(-(int(reached[0]) + 1) // n) * n, len(so_far)) if len(reached) else None
 
 
 def last_mean(run: Run) -> float:
-    """Mean reward of the last iteration's rollouts that took nothing from earlier ones: samples of the law itself."""
-    rewards, given = np.array(run.rewards[-run.n :]), np.array(run.given[-run.n :])
-    return float(rewards[given == 0].mean()) if (given == 0).any() else float("nan")
+    """Mean reward of the last iteration's rollouts."""
+    return float(np.mean(run.rewards[-run.n :]))
 
 
 def diversity(text: str) -> float:

@@ -73,7 +73,7 @@ def methods(path: Path, n: int, iterations: int, tokens: int, repeats: int) -> I
         "best-of-n": {"method": "best-of-n", "temperature": 0.8},
         "aisp": {"method": "aisp", "sigma": SIGMA},
         "score": {"method": "score"},
-        "score, nothing taken over": {"method": "score", "reuse": 0.0},
+        "score, nothing selected": {"method": "score", "selection": 0.0},
         "aisp-held": {"method": "aisp-held", "sigma": SIGMA},
         "aisp-held with KL": {"method": "aisp-held", "sigma": SIGMA, "kl": True},
     }

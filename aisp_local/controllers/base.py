@@ -11,7 +11,11 @@ from aisp_local.types import ControllerInfo, Controls, Rollouts
 
 
 class Controller(Protocol):
-    """Proposes controls and learns from rewards. It never calls an engine or a reward."""
+    """Proposes controls and learns from rewards. It never calls an engine or a reward.
+
+    An iteration may be decoded block by block: controls with a ``pause`` make unfinished rollouts, which the reward
+    scores as such, and the next ``ask`` is for as many as paused, to go on from any of them by ``prefixes``.
+    """
 
     @property
     def name(self) -> str:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-_STRIKES = 2  # iterations in a row with worse rewards than the model's own
-_VARIETY = 0.8  # of the base model's: below it, answers repeat themselves
+_STRIKES = 2  # iterations in a row that are worse than the first
+_WORSE = 2.0  # by so many of its standard deviations
+_VARIETY = 0.8  # of the first iteration's: below it, answers repeat themselves
 _TELLING = 24  # tokens: of shorter answers variety says little
 
 
@@ -22,7 +23,7 @@ class Verdict:
 
 
 class Guard:
-    """Compares each iteration with the first, which was the base model's."""
+    """Compares each iteration with the first, most of which was the base model's."""
 
     def __init__(self) -> None:
         self._base: tuple[float, float, float] | None = None  # mean and spread of the rewards, variety
@@ -38,10 +39,10 @@ class Guard:
             self._base = mean, float(finite.std()), variety
             return None
         base_mean, spread, base_variety = self._base
-        self._strikes = self._strikes + 1 if mean < base_mean - spread else 0
+        self._strikes = self._strikes + 1 if mean < base_mean - _WORSE * spread else 0
         if self._strikes == _STRIKES:
             self._strikes = 0
-            return Verdict(0.0, "steering made answers worse than the model's own: begun anew, with half the strength")
+            return Verdict(0.0, "steering made answers worse than it found them: begun anew, with half the strength")
         if variety < _VARIETY * base_variety and np.mean([len(row) for row in tokens]) >= _TELLING:
             return Verdict(0.5, "answers repeat themselves: the control and its strength are halved")
         return None

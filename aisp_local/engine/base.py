@@ -51,8 +51,8 @@ class Feed(Protocol):
     def stepped(self, job: Job, step: int, rows: int, n_tokens: int) -> None:
         """The job took part in its ``step``-th decode step; ``rows`` of it go on, ``n_tokens`` were decoded so far."""
 
-    def ended(self, job: Job, row: int, text: str) -> None:
-        """A rollout (from 0) ended by itself."""
+    def ended(self, job: Job, row: int, text: str, paused: bool) -> None:
+        """A rollout (from 0) ended by itself, or paused as its controls have it."""
 
     def finished(self, job: Job, rollouts: Rollouts) -> None:
         """All rollouts of the job ended, or were cut short."""
@@ -126,7 +126,7 @@ class OneJob:
         if self._on_step is not None:
             self._on_step(step, rows, n_tokens)
 
-    def ended(self, job: Job, row: int, text: str) -> None:
+    def ended(self, job: Job, row: int, text: str, paused: bool) -> None:
         pass
 
     def finished(self, job: Job, rollouts: Rollouts) -> None:

@@ -17,7 +17,7 @@ from aisp_local.engine.sampling import log_law, log_softmax, picker, sparse_law
 from aisp_local.errors import DecodeError
 from aisp_local.native import Context, Model
 from aisp_local.timeline import Timeline
-from aisp_local.types import FinishReason, FloatArray, Laws, Rollouts, Sampling, Want
+from aisp_local.types import FinishReason, FloatArray, Laws, Prompt, Rollouts, Sampling, Want
 
 Ints = npt.NDArray[np.int64]
 Tokens = npt.NDArray[np.int32]
@@ -45,6 +45,14 @@ class _Rollout:
 
 
 @dataclass
+class _Held:
+    """What the sequence of a free row still holds: a prompt and all but the last token of a rollout that paused."""
+
+    prompt: Prompt
+    tokens: bytes
+
+
+@dataclass
 class _Open:
     """A job in work."""
 
@@ -53,7 +61,8 @@ class _Open:
     start: Start
     began: float = field(default_factory=time.perf_counter)
     stops: list[bytes] = field(default_factory=list)
-    next_row: int = 0
+    waiting: list[int] = field(default_factory=list)  # its rollouts that have no row yet, the next one last
+    on: dict[int, int] = field(default_factory=dict)  # the row that such a one had when it paused: its rollout
     steps: int = 0
     n_tokens: int = 0
     done: dict[int, _Rollout] = field(default_factory=dict)
@@ -62,6 +71,11 @@ class _Open:
     @property
     def n(self) -> int:
         return self.job.controls.n
+
+    @property
+    def limit(self) -> int:
+        """Tokens at which its rollouts end, or pause."""
+        return min(self.max_tokens, self.job.controls.pause or self.max_tokens)
 
 
 @dataclass
@@ -83,6 +97,7 @@ class Decoder:
 
     A row whose rollout ended takes the next one: of the same job, else of the feed's next job. ``open_prompt`` gives a
     job's start and its token limit, or None while there is no place for its prompt; ``close_prompt`` takes it back.
+    What a paused rollout's row holds is kept until the row is needed: those that go on from it need not read it again.
     """
 
     def __init__(
@@ -108,6 +123,7 @@ class Decoder:
         self._jobs: list[_Open] = []
         # By row.
         self._owner: list[_Open | None] = [None] * rows
+        self._held: list[_Held | None] = [None] * rows
         self._free = rows  # of them
         self._column: _Column | None = None
         self._index = np.zeros(rows, np.int64)  # of the rollout in its job
@@ -167,6 +183,9 @@ class Decoder:
             if job is None:
                 break
             self._begin(row, job, read)
+        for row, owner in enumerate(self._owner):
+            if owner is not None:
+                self._held[row] = None
         if read:
             self._read(read)
 
@@ -183,7 +202,7 @@ class Decoder:
 
     def _job_with_work(self) -> _Open | None:
         for owner in self._jobs:
-            if owner.next_row < owner.n:
+            if owner.waiting:
                 return owner
         idle = not self._jobs
         if not self._waiting:
@@ -200,17 +219,37 @@ class Decoder:
         self._waiting.popleft()
         start, max_tokens = opened
         stops = [stop.encode() for stop in job.stop_strings]
-        self._jobs.append(_Open(job, max_tokens, start, stops=stops))
+        waiting = list(range(job.controls.n - 1, -1, -1))
+        self._jobs.append(_Open(job, max_tokens, start, stops=stops, waiting=waiting, on=self._go_on(job, max_tokens)))
         return self._jobs[-1]
 
+    def _go_on(self, job: Job, max_tokens: int) -> dict[int, int]:
+        """Which rows hold what a rollout of the job begins with, one rollout each."""
+        prefixes, on = job.controls.prefixes, dict[int, int]()
+        if prefixes is None or not any(self._held) or job.want & {"logprobs", "prelogits"}:
+            return on
+        rollouts: dict[bytes, list[int]] = {}
+        for index in range(job.controls.n - 1, -1, -1):
+            rollouts.setdefault(prefixes[index][: max_tokens - 1].tobytes(), []).append(index)
+        for row, held in enumerate(self._held):
+            if held is not None and held.prompt == job.prompt and rollouts.get(held.tokens):
+                on[row] = rollouts[held.tokens].pop()
+        return on
+
     def _begin(self, row: int, owner: _Open, read: list[tuple[int, Tokens, int]]) -> None:
-        job, start, index = owner.job, owner.start, owner.next_row
-        owner.next_row += 1
+        job, start = owner.job, owner.start
+        index = owner.on.pop(row, None)
+        if index is None:
+            # Those with a row of their own wait for it, as long as there are others.
+            others = [i for i in owner.waiting if i not in owner.on.values()]
+            index = (others or owner.waiting)[-1]
+            owner.on = {theirs: i for theirs, i in owner.on.items() if i != index}
+        owner.waiting.remove(index)
         self._owner[row] = owner
         self._free -= 1
         self._column = None
         self._index[row] = index
-        self._step[row], self._limit[row] = 0, owner.max_tokens
+        self._step[row], self._limit[row] = 0, owner.limit
         self._position[row], self._current[row] = start.position, start.token
         self._bytes[row] = bytearray()
         self._kl[row] = 0.0
@@ -218,8 +257,19 @@ class Decoder:
             numbers = job.seeds.generator(index, "sampling").random(owner.max_tokens)
             self._uniforms[row, : owner.max_tokens] = numbers
         sequence = self._first + row
-        if start.sequence is not None:
-            self._context.fork(start.sequence, sequence)
+        self._forced[row] = 0
+        prefix = np.zeros(0, np.int32)
+        if job.controls.prefixes is not None:
+            prefix = job.controls.prefixes[index][: owner.max_tokens - 1]
+        source = self._holder(row, owner, prefix)
+        if source != row:
+            if self._held[row] is not None:
+                self._context.remove(sequence)
+                self._held[row] = None
+            if source is not None:
+                self._context.fork(self._first + source, sequence)
+            elif start.sequence is not None:
+                self._context.fork(start.sequence, sequence)
         vectors = job.controls.vectors
         self._controlled[row] = vectors is not None
         if vectors is None:
@@ -227,11 +277,21 @@ class Decoder:
         else:
             vector = vectors[index][: owner.max_tokens]
             self._context.set_control(sequence, vector, start.position, held=job.controls.held)
-        self._forced[row] = 0
-        if job.controls.prefixes is not None:
-            self._begin_with(row, owner, job.controls.prefixes[index][: owner.max_tokens - 1], read)
+        self._begin_with(row, owner, prefix, read if source is None else [])
         if "prelogits" in job.want and self._prelogits is None:
             self._prelogits = np.zeros((len(self._owner), self._max_tokens, self._model.d), np.float32)
+
+    def _holder(self, row: int, owner: _Open, prefix: Tokens) -> int | None:
+        """A row, this one if it can be, that holds the prompt and all but the last token of the prefix."""
+        if not len(prefix) or owner.job.want & {"logprobs", "prelogits"}:
+            return None
+        tokens, prompt = prefix.tobytes(), owner.job.prompt
+        holds = [
+            other
+            for other, held in enumerate(self._held)
+            if held is not None and held.tokens == tokens and held.prompt == prompt
+        ]
+        return row if row in holds else holds[0] if holds else None
 
     def _begin_with(self, row: int, owner: _Open, prefix: Tokens, read: list[tuple[int, Tokens, int]]) -> None:
         """The response begins with these tokens: read at once, or step by step where each step has to report."""
@@ -278,7 +338,8 @@ class Decoder:
             owner.n_tokens += len(mine)
             self._feed.stepped(owner.job, owner.steps, len(mine) - int(np.count_nonzero(ended[mine])), owner.n_tokens)
         for i in np.flatnonzero(ended).tolist():
-            self._end(int(rows[i]), "stop" if stopped[i] else "length")
+            whole = self._step[rows[i]] >= owners[i].max_tokens
+            self._end(int(rows[i]), "stop" if stopped[i] else "length" if whole else "paused")
 
     def _sample(self, logits: FloatArray, column: _Column, uniforms: npt.NDArray[np.float64]) -> Tokens:
         if len(column.samplings) == 1:
@@ -345,7 +406,10 @@ class Decoder:
         self._owner[row] = None
         self._free += 1
         self._column = None
-        self._context.remove(self._first + row)
+        if reason == "paused":
+            self._held[row] = _Held(owner.job.prompt, tokens.tobytes())
+        else:
+            self._context.remove(self._first + row)
 
     def _text(self, owner: _Open, tokens: Tokens) -> str:
         data = b"".join(self._model.piece(int(token)) for token in tokens)
@@ -359,7 +423,7 @@ class Decoder:
         assert owner is not None
         index = int(self._index[row])
         self._take(row, reason)
-        self._feed.ended(owner.job, index, owner.done[index].text)
+        self._feed.ended(owner.job, index, owner.done[index].text, reason == "paused")
         if len(owner.done) == owner.n:
             self._jobs.remove(owner)
             self._close_prompt(owner.start)

@@ -19,7 +19,8 @@ class Reward(Protocol):
 
     One with an attribute ``background`` that is true is called from another thread and for a few responses at a time,
     while the rest still decode; else it gets all responses of an iteration at once. One with an attribute ``prefix``
-    that is true knows what to make of an unfinished response (see ``score_prefixes``).
+    that is true knows what to make of an unfinished response (see ``score_prefixes``); one with an attribute
+    ``unfinished`` that is false is not asked for them by a search.
     """
 
     @property
@@ -79,6 +80,11 @@ def score_prefixes(reward: Reward, prompt: Prompt, prefixes: Sequence[str]) -> n
             f"the reward {reward.name!r} was not trained to score unfinished responses; its scores of them may mislead",
             stacklevel=2,
         )
+    return call_prefixes(reward, prompt, prefixes)
+
+
+def call_prefixes(reward: Reward, prompt: Prompt, prefixes: Sequence[str]) -> npt.NDArray[np.float64]:
+    """``score_prefixes`` without its warning, for methods that watch whether such scores are of use."""
     return call(reward.name, getattr(reward, "score_prefixes", reward.score), prompt, prefixes)
 
 

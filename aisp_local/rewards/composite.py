@@ -115,6 +115,7 @@ class Composite:
         self.calibration = calibration
         self.background = all(getattr(part.reward, "background", False) for part in self.parts)
         self.prefix = all(getattr(part.reward, "prefix", False) for part in self.parts)
+        self.unfinished = all(getattr(part.reward, "unfinished", True) for part in self.parts)
 
     def score(self, prompt: Prompt, responses: Sequence[str]) -> npt.NDArray[np.float32]:
         """Scores [n]. Raises ScoreError, and RewardError where a part has to be measured first."""

@@ -90,6 +90,7 @@ class ServerReward:
 
     background = True
     prefix = False
+    unfinished = False  # each score is a request
 
     def __init__(
         self,

@@ -1,0 +1,95 @@
+"""Which unfinished rollouts are gone on with: where an iteration pauses, how many survive, and what that costs in nats.
+
+Blockwise selection (arXiv 2310.17022) by a reward of unfinished responses, as sequential Monte Carlo does
+(arXiv 2404.17546): at every pause the k best of n rollouts go on, each with as many copies as the others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+import numpy.typing as npt
+
+Tokens = npt.NDArray[np.int32]
+
+BLOCKS = 8
+"""Blocks that a response of the expected length is cut into."""
+
+_FIRST = 6  # tokens of the first block while no response has ended: answers may turn out to be short
+_SHORTEST = 4  # tokens of a block
+_GRID = 4096  # of quantiles
+
+
+class Schedule:
+    """Where rollouts pause, in tokens: each block as long as all before it, at most a ``BLOCKS``-th of a response."""
+
+    def __init__(self, max_tokens: int) -> None:
+        self._max_tokens, self._expected = max_tokens, float(max_tokens)
+        self._first = min(_FIRST, self._block)
+
+    @property
+    def expected(self) -> float:
+        """Tokens of a response: the limit, until some have ended."""
+        return self._expected
+
+    @property
+    def _block(self) -> int:
+        return max(_SHORTEST, math.ceil(self._expected / BLOCKS))
+
+    def learn(self, lengths: Sequence[int]) -> None:
+        """Of responses that ended."""
+        if lengths:
+            self._expected = float(np.mean(lengths))
+            self._first = self._block
+
+    def pause(self, position: int) -> int | None:
+        """Where rollouts of so many tokens pause next; None: they run to their end."""
+        at = position + max(self._first, min(position, self._block))
+        return at if at + self._block // 2 < self._max_tokens else None
+
+    def count(self) -> int:
+        """Pauses of a response of the expected length."""
+        position, pauses = self.pause(0), 0
+        while position is not None and position < self._expected:
+            position, pauses = self.pause(position), pauses + 1
+        return pauses
+
+
+@cache
+def selection_kl(n: int, k: int) -> float:
+    """Nats between one of the k best of n independent draws, each as likely, and one draw; scores without ties.
+
+    With q a draw's quantile its density is ``n / k P(fewer than k of n - 1 others are above q)``.
+    """
+    if k >= n:
+        return 0.0
+    q = (np.arange(_GRID) + 0.5) / _GRID
+    above = np.arange(k)
+    log_choose = np.array([math.lgamma(n) - math.lgamma(j + 1) - math.lgamma(n - j) for j in above])
+    log_p = log_choose[:, None] + above[:, None] * np.log1p(-q) + (n - 1 - above)[:, None] * np.log(q)
+    density = n / k * np.exp(log_p).sum(axis=0)
+    density /= density.mean()
+    return float((density * np.log(np.maximum(density, 1e-300))).mean())
+
+
+def survivors(n: int, pauses: int, nats: float) -> int:
+    """The fewest of n that may survive each of some pauses within a budget of nats."""
+    return next(k for k in range(1, n + 1) if pauses * selection_kl(n, k) <= nats or k == n)
+
+
+def select(scores: npt.NDArray[np.float64], tokens: Sequence[Tokens], k: int) -> list[int]:
+    """The k best [at most k] of some rollouts, no two of them alike, the best first; of equals the earlier.
+
+    All, if none is better than another. Scores that are not finite are left out.
+    """
+    finite = [i for i in range(len(scores)) if np.isfinite(scores[i])]
+    if not finite or float(np.ptp(scores[finite])) == 0.0:
+        return list(range(len(scores)))
+    chosen: dict[bytes, int] = {}
+    for i in sorted(finite, key=lambda i: -scores[i]):
+        if len(chosen) < k:
+            chosen.setdefault(tokens[i].tobytes(), i)
+    return list(chosen.values())
