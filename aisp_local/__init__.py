@@ -15,6 +15,7 @@ from aisp_local.errors import (
     RewardError,
     ScoreError,
 )
+from aisp_local.steering import Steering
 from aisp_local.types import (
     Baseline,
     Candidate,
@@ -48,5 +49,6 @@ __all__ = [
     "Rollouts",
     "Sampling",
     "ScoreError",
+    "Steering",
     "__version__",
 ]

@@ -22,8 +22,20 @@ from aisp_local.rewards import Reward, load_reward
 from aisp_local.rewards.base import Calibrates, call_parts
 from aisp_local.rewards.interruption import AbandonedError, Interruption, interruptible
 from aisp_local.seeds import RowSeeds
+from aisp_local.steering import Steering
 from aisp_local.timeline import OFF, Timeline
-from aisp_local.types import Baseline, Calibration, Controls, Limits, Message, Progress, Prompt, Result, Want
+from aisp_local.types import (
+    Baseline,
+    Calibration,
+    Controls,
+    FloatArray,
+    Limits,
+    Message,
+    Progress,
+    Prompt,
+    Result,
+    Want,
+)
 
 EFFORT = {"low": 32, "medium": 128, "high": 512}
 """Rollouts in all, by the name of the effort."""
@@ -108,6 +120,7 @@ class Aligner:
         target_reward: float | None = None,
         patience: int | None = None,
         budget_tokens: int | None = None,
+        steering: Steering | str | os.PathLike[str] | None = None,
         stop: Callable[[], bool] | None = None,
         on_progress: Callable[[Progress], None] | None = None,
         **options: Any,
@@ -120,6 +133,7 @@ class Aligner:
         without a better answer) and ``budget_tokens`` end the search sooner as well (see types.Limits). ``kl`` and
         ``logprobs`` need a second output product a step; ``baseline`` adds the unaligned greedy answer, which does not
         count (None if it was interrupted); ``judge_all``: the judge scores every candidate, not the answer alone.
+        ``steering``: what an earlier search with this model learnt (see ``steering``), or its file, to start with.
         ``timeline``: a file for where the time went, which Chrome and Perfetto draw. ``stop()`` true, or Ctrl-C, ends
         the search with the best answer so far. ``options`` go to the method (strength, sigma, temperature, ...; see its
         docstring).
@@ -147,6 +161,7 @@ class Aligner:
             judge_all=judge_all,
             timeline=timeline,
             limits=Limits(target_reward, patience, budget_tokens),
+            steering=steering,
             stop=stop,
             options=options,
         )
@@ -175,6 +190,7 @@ class Aligner:
         target_reward: float | None = None,
         patience: int | None = None,
         budget_tokens: int | None = None,
+        steering: Steering | str | os.PathLike[str] | None = None,
         stop: Callable[[], bool] | None = None,
         on_progress: Callable[[int, Progress], None] | None = None,
         **options: Any,
@@ -210,6 +226,7 @@ class Aligner:
             judge_all=judge_all,
             timeline=timeline,
             limits=Limits(target_reward, patience, budget_tokens),
+            steering=steering,
             stop=stop,
             options=options,
         )
@@ -235,6 +252,7 @@ class Aligner:
         judge_all: bool,
         timeline: str | os.PathLike[str] | None,
         limits: Limits,
+        steering: Steering | str | os.PathLike[str] | None,
         stop: Callable[[], bool] | None,
         options: dict[str, Any],
     ) -> list[Result | BaseException]:
@@ -251,6 +269,8 @@ class Aligner:
         check_search(method=method, budget=budget, n=n, max_tokens=max_tokens, seed=seed, **options)
         for index in indices:
             RowSeeds(seed, index)
+        if steering is not None:
+            options = options | {"steering": self._checked(steering)}
         wants: dict[Want, bool] = {"kl": kl, "logprobs": logprobs}
         # No response is longer than the context, so that no control needs to be.
         common: dict[str, Any] = {"d": self.engine.d, "max_tokens": min(max_tokens, self.engine.n_ctx), "seed": seed}
@@ -319,6 +339,22 @@ class Aligner:
             "versions": versions(),
         }
         return [replace(result, **about) if isinstance(result, Result) else result for result in results]
+
+    def steering(self, result: Result) -> Steering:
+        """What the search of a result learnt, for another one with this model: ``steering(result).save("u.json")``.
+
+        Raises InputError for a method that holds no control.
+        """
+        if result.control is None:
+            raise InputError(f"the method {result.method!r} holds no control that could be kept; use score")
+        return Steering(result.control, self.engine.fingerprint, self.reward.name)
+
+    def _checked(self, steering: Steering | str | os.PathLike[str]) -> FloatArray:
+        kept = steering if isinstance(steering, Steering) else Steering.load(steering)
+        if kept.model != self.engine.fingerprint:
+            where = "the steering" if isinstance(steering, Steering) else f"the steering in {steering}"
+            raise InputError(f"{where} was learnt with another model; it means nothing to this one")
+        return kept.u
 
     def _calibrated(
         self,

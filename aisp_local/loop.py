@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from aisp_local.controllers.base import Chooses, Controller, Prepares
+from aisp_local.controllers.base import Chooses, Controller, Prepares, Steers
 from aisp_local.engine.base import Engine, Job
 from aisp_local.errors import CapacityError, InputError, ScoreError
 from aisp_local.rewards.base import Reward
@@ -20,6 +21,7 @@ from aisp_local.timeline import OFF, Timeline
 from aisp_local.types import (
     Candidate,
     ControllerInfo,
+    Controls,
     IterationStats,
     Limits,
     Progress,
@@ -290,8 +292,21 @@ class _Blocks:
         self.notes: list[str] = []
         self.n_tokens = 0
         self.decode_seconds = self.reward_seconds = self.update_seconds = 0.0
+        self._tokens: list[bytes] = []  # of the unfinished
         self._origins: dict[bytes, tuple[int, float | None]] = {}  # of those that paused, by their tokens
         self._several = False
+        self.position = 0  # tokens of the rollouts that go on
+        self.settled = ""
+
+    def go_on(self, controls: Controls, best: Candidate | None, last: bool) -> None:
+        """With these rollouts; ``best``: of those that have finished. Only in the last iteration something settles."""
+        if not controls.prefixes or not self.unfinished:
+            return
+        self.position = max(map(len, controls.prefixes))
+        if last:
+            going = {prefix.tobytes() for prefix in controls.prefixes}
+            texts = [c.text for tokens, c in zip(self._tokens, self.unfinished, strict=True) if tokens in going]
+            self.settled = os.path.commonprefix(texts + ([best.text] if best is not None else []))
 
     def origins(self, job: Job, rollouts: Rollouts, rows: Sequence[int]) -> tuple[list[int], list[float | None]]:
         """For each of these rollouts how many tokens it has from earlier iterations, and its KL since."""
@@ -311,6 +326,7 @@ class _Blocks:
                 paused[tokens.tobytes()] = given, kl
             elif kl is not None:
                 self.kls.append(kl)
+        self._tokens = [rollouts.tokens[i].tobytes() for i in rows if rollouts.finish_reasons[i] == "paused"]
         self._several |= bool(paused)
         self._origins |= paused
         return taken, kls
@@ -406,6 +422,7 @@ class _Search:
                     f"no memory for the controls of {size} rollouts ({error}); "
                     "use fewer rollouts an iteration, fewer tokens, or a method with a held control"
                 ) from error
+        self.blocks.go_on(controls, self.best, last=self.asked >= self.budget)
         seeds = RowSeeds(self.seed, self.task.index, self.iteration)
         self.job = Job(self.task.prompt, controls, self.max_tokens, seeds, self.stop_strings, self.want)
         if self.pool is not None and self.more:
@@ -543,12 +560,14 @@ class _Search:
             iterations=self.iterations,
             rollouts_done=len(self.candidates),
             budget=self.budget,
-            step=step,
+            step=self.blocks.position + step,
             rows_active=rows,
             n_tokens=self.n_tokens + tokens,
             seconds=self.clock() - self.start,
             best=self.best,
             stats=stats,
+            unfinished=max(self.blocks.unfinished, key=lambda c: c.reward, default=None),
+            settled=self.blocks.settled,
         )
         try:
             self.on_progress(progress)
@@ -593,4 +612,5 @@ class _Search:
             status="complete" if complete else self.why or why or "interrupted",
             seconds=self.seconds,
             n_tokens=self.n_tokens,
+            control=self.task.controller.held if isinstance(self.task.controller, Steers) else None,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -54,6 +55,10 @@ class FakeEngine:
         return _Head(self._w)
 
     @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self._w.tobytes()).hexdigest()
+
+    @property
     def n_ctx(self) -> int:
         return 4096
 
@@ -101,6 +106,8 @@ class FakeEngine:
         laws: list[tuple[int, int, int, float, float]] = []
         kl = np.zeros(n, np.float32)
         uniforms = [seeds.generator(i, "sampling").random(max_tokens) for i in range(n)]
+        prefixes = [self._prefix(controls, i, max_tokens) for i in range(n)]
+        given = [0 if want & {"logprobs", "prelogits"} else len(prefix) for prefix in prefixes]  # read at once
         for step in range(max_tokens):
             if should_stop is not None and should_stop():
                 break
@@ -112,9 +119,7 @@ class FakeEngine:
                 base = (self._w @ z)[None]
                 logits = (self._w @ (z + self._control(controls, i, step)))[None]
                 token = int(pick(logits, controls.sampling, uniforms[i][step : step + 1])[0])
-                prefix: Sequence[int] = (
-                    [] if controls.prefixes is None else controls.prefixes[i][: max_tokens - 1].tolist()
-                )
+                prefix = prefixes[i]
                 if step < len(prefix):
                     token = prefix[step]
                 tokens[i].append(token)
@@ -133,14 +138,15 @@ class FakeEngine:
                     reasons[i] = "length"
                 elif len(tokens[i]) == controls.pause:
                     reasons[i] = "paused"
-            if on_step is not None:
-                on_step(step + 1, reasons.count("interrupted"), sum(map(len, tokens)))
+            if on_step is not None and step >= min(given):
+                decoded = sum(max(0, len(row) - known) for row, known in zip(tokens, given, strict=True))
+                on_step(step + 1 - min(given), reasons.count("interrupted"), decoded)
         return Rollouts(
             tokens=[np.array(t, np.int32) for t in tokens],
             texts=[_text(row, stop_strings) for row in tokens],
             finish_reasons=reasons,
             decode_seconds=0.0,
-            n_tokens=sum(map(len, tokens)),
+            n_tokens=sum(map(len, tokens)) - sum(given),
             base_logprobs=[np.array(row, np.float32) for row in logprobs] if "logprobs" in want else None,
             kl=kl if "kl" in want else None,
             prelogits=[np.array(rows, np.float32).reshape(-1, self.d) for rows in prelogits]

@@ -252,18 +252,23 @@ class ControllerInfo:
 
 @dataclass(frozen=True)
 class Progress:
-    """A report of a running search, given to ``on_progress``: after every decode step and every iteration."""
+    """A report of a running search, given to ``on_progress``: after every decode step and every iteration.
+
+    ``settled``: what the answer begins with for sure, as all rollouts do that may still win (see docs/methods.md).
+    """
 
     iteration: int  # the one that runs, from 1
     iterations: int  # planned
     rollouts_done: int
     budget: int
-    step: int  # decode steps of this iteration so far
+    step: int  # decode steps of this iteration so far, as many as its longest rollout has tokens
     rows_active: int
     n_tokens: int  # decoded since the start
     seconds: float
     best: Candidate | None = None
     stats: IterationStats | None = None  # of the iteration that just ended, else None
+    unfinished: Candidate | None = None  # the best at the last pause of this iteration
+    settled: str = ""
 
 
 @dataclass(frozen=True)
@@ -286,6 +291,7 @@ class Result:
     judge_model: str = ""
     judge: float | None = None  # the judge's score of the answer; None without one, or where it failed
     calibration: Calibration | None = None  # of a composite reward, if it was measured for this search
+    control: FloatArray | None = field(default=None, compare=False)  # [d], held at all steps in the end, if one is
     versions: Mapping[str, str] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
 

@@ -80,11 +80,11 @@ def test_one_step_against_its_formula_in_float64() -> None:
         share = length / len(laws)  # a step's, times a response's steps: the limit, then the mean of the last
         length = float(np.mean([len(row) for row in rollouts.tokens]))
         info = controller.tell(rollouts, rewards)
-        moved = controller.mean - before
+        moved = controller.held - before
         np.testing.assert_allclose(moved, g * np.linalg.norm(moved) / np.linalg.norm(g), rtol=1e-3, atol=1e-4)
         assert 0.5 * moved @ fisher @ moved * share == pytest.approx(0.3, rel=1e-3)
         assert info.kl == pytest.approx(expected * share, rel=1e-4, abs=1e-5)
-        before = controller.mean.astype(np.float64)
+        before = controller.held.astype(np.float64)
 
 
 @settings(max_examples=40, deadline=None)
@@ -122,7 +122,7 @@ def test_the_budget_of_nats_is_kept(strength: float) -> None:
     assert max(kls) <= 1.4 * budget + 1e-6, "the next iteration's own steps differ a little from those of the bound"
     assert kls[-1] >= 0.6 * budget
     if strength == 0:
-        assert not controller.mean.any()
+        assert not controller.held.any()
 
 
 def test_it_learns() -> None:
@@ -139,10 +139,10 @@ def test_nothing_to_learn_moves_nothing() -> None:
     for rewards in (np.ones(4), np.full(4, np.nan), np.array([np.nan, 2.0, np.nan, np.nan])):
         controller = score(engine)
         controller.tell(roll(engine, controller, 4, 1), rewards)
-        assert not controller.mean.any()
+        assert not controller.held.any()
     alone = score(engine)
     alone.tell(roll(engine, alone, 1, 1), np.array([3.0]))
-    assert not alone.mean.any()
+    assert not alone.held.any()
 
 
 def test_the_guard_sees_worse_and_repetitive_answers() -> None:
@@ -167,7 +167,7 @@ def test_the_guard_shortens_the_control_and_says_so() -> None:
     notes = []
     for iteration in range(1, 6):
         rollouts = roll(engine, controller, 8, iteration)
-        before = controller.mean
+        before = controller.held
         # Rewards that fall with every iteration, whatever is done.
         info = controller.tell(rollouts, np.array(vowels("", rollouts.texts)) - 20.0 * iteration)
         notes.append(info.note)

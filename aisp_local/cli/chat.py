@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from aisp_local.api import DEFAULT_EFFORT, EFFORT, check_search
-from aisp_local.cli.live import ProgressLine, stop_on_interrupt
+from aisp_local.cli.live import ProgressLine, Streamed, stop_on_interrupt
 from aisp_local.cli.options import load, method_options, model_options, search_options
 from aisp_local.errors import AispError, BindingError, CapacityError, InputError
 from aisp_local.files import check_output, write_output
@@ -42,6 +42,7 @@ class Settings:
     seed: int
     time_limit: float | None
     effort: str
+    stream: bool = False
     options: dict[str, Any] = field(default_factory=dict)  # of the method
 
 
@@ -57,7 +58,7 @@ class Session:
     def ask(self, text: str) -> None:
         """One turn: search, show, remember."""
         messages: list[Message] = [*self.messages, {"role": "user", "content": text}]
-        line = ProgressLine()
+        line = Streamed() if self.settings.stream else ProgressLine()
         settings = self.settings
         try:
             with stop_on_interrupt() as stop:
@@ -70,7 +71,10 @@ class Session:
             line.clear()
         self.messages = [*messages, {"role": "assistant", "content": result.answer}]
         self.last = result
-        click.echo(wrapped(result.answer.strip()))
+        if isinstance(line, Streamed):
+            line.finish(result.answer.rstrip())
+        else:
+            click.echo(wrapped(result.answer.strip()))
         note = f"reward {result.reward:.2f}{_judge(result.judge)}, {result.rollouts} rollouts, {result.seconds:.1f} s"
         if result.status == "interrupted":
             note += ", interrupted: the best so far"
@@ -94,7 +98,7 @@ class Session:
                     messages,
                     method=settings.method,
                     effort=settings.effort,
-                    n=settings.rows,
+                    n=EFFORT[settings.effort] if settings.stream else settings.rows,
                     max_tokens=settings.max_tokens,
                     seed=settings.seed + len(messages),
                     time_limit=settings.time_limit,
@@ -211,6 +215,7 @@ def chat(
     max_tokens: int,
     rows: int,
     seed: int,
+    stream: bool,
     time_limit: float | None,
 ) -> None:
     """Talk with a model whose answers are aligned while it speaks. /help lists the commands.
@@ -220,10 +225,10 @@ def chat(
       aisp-local chat
       aisp-local chat -m model.gguf -r reward_folder --effort medium
     """
-    options = method_options(strength)
+    options = method_options(method, strength, stream)
     check_search(method=method, budget=EFFORT[effort], n=rows, max_tokens=max_tokens, seed=seed, **options)
     aligner = load(model, reward, judge, n_gpu_layers, threads)
-    session = Session(aligner, Settings(method, max_tokens, rows, seed, time_limit, effort, options))
+    session = Session(aligner, Settings(method, max_tokens, rows, seed, time_limit, effort, stream, options))
     judging = "" if aligner.judge is None else f", judged by {aligner.judge.name}"
     click.echo(f"{Path(aligner.model_name).name} with {aligner.reward.name}{judging}. /help for help.")
     while True:

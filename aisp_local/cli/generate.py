@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from aisp_local.api import DEFAULT_EFFORT, EFFORT, check_search
-from aisp_local.cli.live import ProgressLine, stop_on_interrupt
+from aisp_local.cli.live import ProgressLine, Streamed, stop_on_interrupt
 from aisp_local.cli.options import load, method_options, model_options, search_options
+from aisp_local.cli.output import print_answer
+from aisp_local.controllers import METHODS
 from aisp_local.errors import InputError
 from aisp_local.files import check_output, write_output
+from aisp_local.steering import Steering
 from aisp_local.types import Limits
 
 if TYPE_CHECKING:
@@ -119,27 +121,14 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def print_answer(text: str) -> None:
-    """Print to standard output, with "?" for what its encoding lacks, lone surrogates among it.
-
-    Raises InputError when it is full; a closed pipe is click's to handle.
-    """
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    try:
-        click.echo(text.encode(encoding, "replace").decode(encoding))
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails again when it exits
-        raise InputError(f"standard output cannot be written ({error.strerror}); use -o FILE") from error
-
-
 @click.command()
 @click.argument("prompt")
 @click.option("--budget", type=int, default=EFFORT[DEFAULT_EFFORT], show_default=True, help="Rollouts in all.")
 @click.option("--budget-tokens", type=int, help="Stop after about so many decoded tokens.")
 @click.option("--target-reward", type=float, help="Stop once an answer has this reward.")
 @click.option("--patience", type=int, help="Stop after so many iterations without a better answer.")
+@click.option("--steering", type=click.Path(path_type=Path), help="Start with what an earlier search learnt: its file.")
+@click.option("--save-steering", type=click.Path(path_type=Path), help="Write what this search learnt to a file.")
 @click.option("--json", "json_", is_flag=True, help="Print a JSON object with every candidate.")
 @click.option("--judge-all", is_flag=True, help="The judge scores every candidate (with --json).")
 @click.option("--kl", is_flag=True, help="Compute the sequence KL (a second output product a step).")
@@ -158,6 +147,8 @@ def generate(
     budget_tokens: int | None,
     target_reward: float | None,
     patience: int | None,
+    steering: Path | None,
+    save_steering: Path | None,
     json_: bool,
     judge_all: bool,
     kl: bool,
@@ -174,6 +165,7 @@ def generate(
     max_tokens: int,
     rows: int,
     seed: int,
+    stream: bool,
     time_limit: float | None,
 ) -> None:
     """Answer PROMPT (`-`: standard input) and print the answer.
@@ -189,13 +181,20 @@ def generate(
         check_output(output)
     elif sys.stdout is None:
         raise InputError("standard output is closed; use -o FILE")
-    if timeline is not None:
-        check_output(timeline)
-    options = method_options(strength)
+    for written in (timeline, save_steering):
+        if written is not None:
+            check_output(written)
+    if save_steering is not None and not hasattr(METHODS.get(method), "held"):
+        raise InputError(f"--save-steering needs a method that holds a control, such as score; {method!r} does not")
+    kept = None if steering is None else Steering.load(steering)
+    if stream and (json_ or output is not None):
+        raise InputError("--stream prints the answer as it settles; leave out --json and -o")
+    options = method_options(method, strength, stream)
+    rows = budget if stream else rows
     check_search(method=method, budget=budget, n=rows, max_tokens=max_tokens, seed=seed, **options)
     Limits(target_reward, patience, budget_tokens)
     aligner = load(model, reward, judge, n_gpu_layers, threads)
-    line = ProgressLine()
+    line = Streamed() if stream else ProgressLine()
     with stop_on_interrupt() as stop:
         result = aligner.generate(
             text if raw else [{"role": "user", "content": text}],
@@ -208,6 +207,7 @@ def generate(
             target_reward=target_reward,
             patience=patience,
             budget_tokens=budget_tokens,
+            steering=kept,
             kl=kl,
             baseline=json_,
             judge_all=judge_all and json_,
@@ -216,6 +216,8 @@ def generate(
             on_progress=line,
             **options,
         )
+    if isinstance(line, Streamed):
+        line.finish(result.answer)
     line.clear()
     if result.status == "interrupted":
         click.echo("interrupted: this is the best answer so far", err=True)
@@ -225,5 +227,7 @@ def generate(
     shown = json.dumps(finite(as_json(result)), ensure_ascii=False, indent=2) if json_ else result.answer
     if output is not None:
         write_output(output, shown + "\n")
-    else:
+    elif not stream:
         print_answer(shown)
+    if save_steering is not None:
+        aligner.steering(result).save(save_steering)

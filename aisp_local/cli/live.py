@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from aisp_local.cli.output import print_text
 from aisp_local.types import Progress
 
 
@@ -39,6 +40,8 @@ class ProgressLine:
         line = f"iteration {progress.iteration}/{progress.iterations}"
         if progress.best is not None:
             line += f"  best {progress.best.reward:.2f}"
+        elif progress.unfinished is not None:
+            line += f"  best {progress.unfinished.reward:.2f} (unfinished)"
         line += self._stats
         if progress.seconds > 0:
             line += f"  {progress.n_tokens / progress.seconds:.0f} tokens/s"
@@ -54,6 +57,35 @@ class ProgressLine:
         if self.enabled:
             sys.stderr.write("\r\x1b[2K")
             sys.stderr.flush()
+
+
+class Streamed(ProgressLine):
+    """Prints what has settled of the answer as it does, after which there is no line."""
+
+    def __init__(self, enabled: bool | None = None) -> None:
+        super().__init__(enabled)
+        self.printed = ""
+
+    def __call__(self, progress: Progress) -> None:
+        new = progress.settled.lstrip()[len(self.printed) :]
+        if new:
+            self.clear()
+            self.enabled = False
+            self._print(new)
+        super().__call__(progress)
+
+    def finish(self, answer: str) -> None:
+        """The rest of the answer. All of it again where it does not begin with what was printed: after an interrupt."""
+        self.clear()
+        answer = answer.lstrip()
+        if answer.startswith(self.printed):
+            self._print(answer[len(self.printed) :] + "\n")
+        else:
+            self._print("\n\n" + answer + "\n")
+
+    def _print(self, text: str) -> None:
+        print_text(text)
+        self.printed += text
 
 
 class StopFlag:

@@ -10,9 +10,13 @@ import click
 
 from aisp_local.api import DEFAULT_MAX_TOKENS, DEFAULT_METHOD, DEFAULT_N, DEFAULT_SEED
 from aisp_local.controllers import METHODS
+from aisp_local.errors import InputError
 
 if TYPE_CHECKING:
     from aisp_local.api import Aligner
+
+STREAMED: dict[str, dict[str, Any]] = {"score": {"selection": 1.0}, "smc": {}}
+"""Methods whose answers settle before they end, with what makes that soon."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -62,16 +66,21 @@ def model_options(command: F) -> F:
 
 
 def search_options(command: F) -> F:
-    """--method, --strength, --max-tokens, --seed, --rows, --time-limit"""
+    """--method, --strength, --max-tokens, --seed, --rows, --stream, --time-limit"""
     for option in (
         click.option("--time-limit", type=float, help="Seconds; then the best answer so far."),
         click.option("--seed", type=int, default=DEFAULT_SEED, show_default=True),
         click.option("--rows", type=int, default=DEFAULT_N, show_default=True, help="Rollouts at once."),
+        click.option(
+            "--stream",
+            is_flag=True,
+            help="Choose each block for good, and print it as it is. All rollouts at once, whatever --rows is.",
+        ),
         click.option("--max-tokens", type=int, default=DEFAULT_MAX_TOKENS, show_default=True),
         click.option(
             "--strength",
             type=click.FloatRange(0.0, 1.0),
-            help="How far the default method may move from the model: 0 not at all, 1 by 100 nats. [default: 0.5]",
+            help="How far the default method may move from the model: 0 not at all, 1 by 80 nats. [default: 0.5]",
         ),
         click.option(
             "--method",
@@ -84,9 +93,14 @@ def search_options(command: F) -> F:
     return command
 
 
-def method_options(strength: float | None) -> dict[str, Any]:
+def method_options(method: str, strength: float | None, stream: bool) -> dict[str, Any]:
     """Options of the method that were given."""
-    return {} if strength is None else {"strength": strength}
+    options: dict[str, Any] = {} if strength is None else {"strength": strength}
+    if stream:
+        if method not in STREAMED:
+            raise InputError(f"--stream needs a method that selects block by block, which {method!r} does not")
+        options |= STREAMED[method]
+    return options
 
 
 def load(

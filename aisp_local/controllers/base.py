@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from aisp_local.types import ControllerInfo, Controls, Rollouts
+from aisp_local.types import ControllerInfo, Controls, FloatArray, Rollouts
 
 
 class Controller(Protocol):
@@ -34,6 +34,15 @@ class Prepares(Protocol):
 
     def prepare(self, n: int) -> None:
         """Draw what the next ``ask(n)`` needs whatever is told until then; in another thread, while rows decode."""
+
+
+@runtime_checkable
+class Steers(Protocol):
+    """A controller with one control at all steps, from which another search may start (its option ``steering``)."""
+
+    @property
+    def held(self) -> FloatArray:
+        """u [d]."""
 
 
 @runtime_checkable

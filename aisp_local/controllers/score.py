@@ -41,16 +41,17 @@ Array = npt.NDArray[np.float64]
 Tokens = npt.NDArray[np.int32]
 Divergence = Callable[[FloatArray], float]
 
-FULL_KL = 100.0
+FULL_KL = 80.0
 """Nats over a response that a strength of 1 allows."""
 
 _REFINEMENTS = 4  # of the factor that shortens u: its divergence is nearly quadratic
 
 
 class Score:
-    """Options: ``strength`` (0: the base model; the law sampled from stays within ``100 strength^2`` nats of it over a
+    """Options: ``strength`` (0: the base model; the law sampled from stays within ``80 strength^2`` nats of it over a
     response, to a good approximation), ``selection`` (the share of them that selecting unfinished rollouts takes; 0:
-    none are), ``step`` (nats that the control moves an iteration), ``temperature``, ``min_p``.
+    none are), ``step`` (nats that the control moves an iteration), ``temperature``, ``min_p``, ``steering`` (u to start
+    with [d], held to the budget from the first update on).
     """
 
     name = "score"
@@ -64,11 +65,12 @@ class Score:
         head: Head | None = None,
         prompt_index: int = 0,
         unfinished: bool = True,
+        steering: FloatArray | None = None,
         strength: float = 0.5,
         selection: float = 0.5,
         step: float = 8.0,
         temperature: float = 1.0,
-        min_p: float = 0.05,
+        min_p: float = 0.02,
     ) -> None:
         if not 0.0 <= strength <= 1.0:
             raise InputError(f"strength is {strength}; it must be in [0, 1]")
@@ -84,6 +86,11 @@ class Score:
             selection = 0.0
         self._selection_kl, self._control_kl, self._step = selection * nats, (1.0 - selection) * nats, step
         self._u: FloatArray = np.zeros(d, np.float32)
+        if steering is not None:
+            if steering.shape != (d,) or not np.isfinite(steering).all():
+                raise InputError(f"the steering has the shape {steering.shape}; it must be {d} finite numbers")
+            if self._control_kl > 0:
+                self._u = steering.astype(np.float32)
         self._guard = Guard()
         self._schedule = Schedule(max_tokens)
         self._begin()
@@ -98,7 +105,7 @@ class Score:
         self._selected = 0.0  # nats
 
     @property
-    def mean(self) -> FloatArray:
+    def held(self) -> FloatArray:
         """u [d], a copy."""
         return self._u.copy()
 

@@ -38,7 +38,7 @@ class Smc:
         unfinished: bool = True,
         ess: float = 0.25,
         temperature: float = 1.0,
-        min_p: float = 0.05,
+        min_p: float = 0.02,
     ) -> None:
         if not 0.0 < ess <= 1.0:
             raise InputError(f"ess is {ess}; it must be in (0, 1]")

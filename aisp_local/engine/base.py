@@ -66,6 +66,10 @@ class Engine(Protocol):
         """Width of the pre-logits."""
 
     @property
+    def fingerprint(self) -> str:
+        """A hash of the model."""
+
+    @property
     def n_ctx(self) -> int:
         """The model's context in tokens."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import sys
 from collections.abc import Callable
@@ -21,6 +22,7 @@ ArrayOrTensor = TypeVar("ArrayOrTensor")
 Read = Callable[[int, int], FloatArray | None]
 
 _SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})\.gguf")
+_SAMPLES, _SAMPLE_BYTES = 64, 65_536
 _NAMES = ("output.weight", "token_embd.weight", "output.bias", "output.scale")
 
 
@@ -163,3 +165,19 @@ def shards(path: Path) -> list[Path]:
         if not file.is_file():
             raise ModelError(f"{path} is one of {count} files and {file} is missing; put them all into one folder")
     return files
+
+
+def fingerprint(path: Path) -> str:
+    """A hash of a model's files, all its shards: of their sizes and samples from all over them.
+
+    Reading all of a large model would take longer than a search.
+    """
+    digest = hashlib.sha256()
+    for shard in shards(path):
+        size = shard.stat().st_size
+        digest.update(size.to_bytes(8, "little"))
+        with shard.open("rb") as file:
+            for i in range(_SAMPLES):
+                file.seek(max(0, size - _SAMPLE_BYTES) * i // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()

@@ -26,7 +26,7 @@ import numpy.typing as npt
 from aisp_local.engine.base import Feed, Job, OneJob
 from aisp_local.engine.cache import PromptCache
 from aisp_local.engine.decode import Decoder, Start
-from aisp_local.engine.head import OutputHead, has_tensor
+from aisp_local.engine.head import OutputHead, fingerprint, has_tensor
 from aisp_local.engine.prompts import prompt_tokens
 from aisp_local.errors import CapacityError, InputError
 from aisp_local.host import available_cores, available_memory
@@ -125,6 +125,11 @@ class LlamaEngine:
         if self._head is None:
             self._head = OutputHead(self.model.path, self.model.output_rows)
         return self._head
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the model."""
+        return fingerprint(self.model.path)
 
     @property
     def n_ctx(self) -> int:

@@ -11,7 +11,8 @@ from typing import Any
 import click
 
 from aisp_local import shipped
-from aisp_local.cli.generate import finite, print_answer
+from aisp_local.cli.generate import finite
+from aisp_local.cli.output import print_answer
 
 
 class _Folder(click.Path):

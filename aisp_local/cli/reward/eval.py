@@ -30,7 +30,7 @@ def eval_(folder: Path, data: Path, plots: Path | None, json_: bool) -> None:
       aisp-local reward eval my_reward pairs.jsonl
       aisp-local reward eval my_reward pairs.jsonl.gz --plots plots --json
     """
-    from aisp_local.cli.generate import print_answer
+    from aisp_local.cli.output import print_answer
     from aisp_local.files import check_output, write_output
     from aisp_local.reward_kit.evaluate import evaluate
     from aisp_local.reward_kit.pairs import read_pairs

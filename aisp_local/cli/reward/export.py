@@ -64,7 +64,7 @@ def export(
       aisp-local reward export OpenAssistant/reward-model-deberta-v3-base my-reward --precision int8
       aisp-local generate "Tell me a story about a fox." -r my-reward
     """
-    from aisp_local.cli.generate import print_answer
+    from aisp_local.cli.output import print_answer
     from aisp_local.reward_kit.export import export_reward
     from aisp_local.reward_kit.export.parity import sentence
 

@@ -23,7 +23,7 @@ def list_(folders: tuple[Path, ...], json_: bool) -> None:
       aisp-local reward list
       aisp-local reward list my_rewards --json
     """
-    from aisp_local.cli.generate import print_answer
+    from aisp_local.cli.output import print_answer
     from aisp_local.errors import InputError
     from aisp_local.reward_kit.folders import describe, find_rewards, standard_folders
 

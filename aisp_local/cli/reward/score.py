@@ -45,7 +45,7 @@ def score(folder: Path, texts: tuple[str, ...], prompt: str, input_: Path | None
       aisp-local reward score my_reward -i answers.jsonl --json
       generator | aisp-local reward score my_reward
     """
-    from aisp_local.cli.generate import print_answer
+    from aisp_local.cli.output import print_answer
     from aisp_local.errors import InputError
     from aisp_local.reward_kit.jsonl import read_lines
     from aisp_local.reward_kit.rows import Row, read_rows, score_rows

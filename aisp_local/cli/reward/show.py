@@ -19,7 +19,7 @@ def show(folder: Path, json_: bool) -> None:
     Example:
       aisp-local reward show my_reward
     """
-    from aisp_local.cli.generate import print_answer
+    from aisp_local.cli.output import print_answer
     from aisp_local.reward_kit.folders import describe
     from aisp_local.rewards.onnx import OnnxReward
 

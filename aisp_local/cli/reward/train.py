@@ -101,7 +101,7 @@ def train(
       aisp-local reward train preferences.jsonl my-reward --backbone ./all-MiniLM-L6-v2
       aisp-local generate "Tell me a story about a fox." -r my-reward
     """
-    from aisp_local.cli.generate import print_answer
+    from aisp_local.cli.output import print_answer
     from aisp_local.reward_kit.train import Plan, train_reward
     from aisp_local.reward_kit.train.examples import Columns
     from aisp_local.reward_kit.train.work import WorkFolder

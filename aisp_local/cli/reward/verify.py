@@ -24,7 +24,7 @@ def verify(folder: Path, pairs: Path | None, json_: bool) -> None:
       aisp-local reward verify my_reward
       aisp-local reward verify my_reward --pairs mine.jsonl --json
     """
-    from aisp_local.cli.generate import print_answer
+    from aisp_local.cli.output import print_answer
     from aisp_local.reward_kit.pairs import read_pairs
     from aisp_local.reward_kit.verify import Check
     from aisp_local.reward_kit.verify import verify as run

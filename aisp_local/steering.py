@@ -1,0 +1,53 @@
+"""What a search learnt, kept for another one with the same model."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from aisp_local.errors import InputError
+from aisp_local.files import write_output
+from aisp_local.types import FloatArray
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Steering:
+    """A control u [d] that is held at all steps, and the fingerprint of the model to whose pre-logits it is added."""
+
+    u: FloatArray
+    model: str
+    reward: str = ""  # the name of the one that it was learnt from
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a JSON file, whole or not at all. Raises InputError where that cannot be."""
+        content = {
+            "format": _FORMAT,
+            "model": self.model,
+            "reward": self.reward,
+            "u": [round(float(value), 7) for value in self.u],
+        }
+        write_output(Path(path), json.dumps(content) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Steering:
+        """What ``save`` wrote. Raises InputError for anything else."""
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} cannot be read as steering ({error})") from error
+        values = content.get("u") if isinstance(content, dict) else None
+        if (
+            not isinstance(values, list)
+            or content.get("format") != _FORMAT
+            or not isinstance(content.get("model"), str)
+            or not all(isinstance(v, int | float) and math.isfinite(v) and abs(v) < 1e30 for v in values)
+        ):
+            raise InputError(f"{path} holds no steering of this version; write one with --save-steering")
+        return cls(np.array(values, np.float32), content["model"], str(content.get("reward", "")))
