@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from aisp_local import controllers
-from aisp_local.controllers import Aisp, AispHeld
+from aisp_local.controllers import Aisp, AispHeld, Cem
 from aisp_local.errors import InputError
 from aisp_local.seeds import RowSeeds
 from aisp_local.testing import FakeEngine
@@ -178,7 +178,7 @@ def test_same_seed_same_controls(method: str) -> None:
 
     for first, second in zip(draw(5), draw(5), strict=True):
         np.testing.assert_array_equal(first, second)
-    if method not in ("best-of-n", "soft-best-of-n", "misvo", "score"):  # they draw no noise
+    if method not in ("best-of-n", "soft-best-of-n", "misvo", "score", "smc"):  # they draw no noise
         assert not np.array_equal(draw(5)[0], draw(6)[0])
 
 
@@ -191,7 +191,7 @@ def test_rows_do_not_depend_on_how_many_there_are() -> None:
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        ("nonsense", {}, "'nonsense' is unknown; use one of aisp, aisp-held, aisp-static, best-of-n"),
+        ("nonsense", {}, "'nonsense' is unknown; use one of aisp, aisp-held, aisp-static, best-of-n, cem"),
         ("aisp", {"sgima": 1}, "has no option 'sgima'"),
         ("aisp", {"sigma": -1.0}, "sigma is -1.0"),
         ("aisp", {"lambda_": 0.0}, "lambda is 0.0"),
@@ -306,3 +306,32 @@ def test_misvo_against_its_formulas() -> None:
         controller.tell(rollouts, rewards)
         np.testing.assert_allclose(controller.mean, u, rtol=2e-4, atol=2e-5)
     assert np.abs(u).max() > 0.1
+
+
+def test_cem_follows_its_elites() -> None:
+    """Mean and variance against their formulas; equal rewards and a single elite's worth of them teach nothing."""
+    controller = Cem(d=D, max_tokens=T, seed=1, sigma=0.5, elite_share=0.25, rate=0.4)
+    v = controller.ask(8).vectors
+    assert v is not None and v.shape == (8, 1, D)
+    rewards = np.array([0.0, 5.0, 1.0, np.nan, 4.0, -1.0, 2.0, 3.0])
+    controller.tell(finished([T] * 8), rewards)
+    elites = v[[1, 4], 0]
+    np.testing.assert_allclose(controller.mean, elites.mean(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(controller.variance, 0.6 * 0.25 + 0.4 * np.square(elites).mean(axis=0), rtol=1e-5)
+    before = controller.mean, controller.variance
+    for same in (np.ones(8), np.full(8, np.nan)):
+        controller.ask(8)
+        controller.tell(finished([T] * 8), same)
+        np.testing.assert_array_equal(controller.mean, before[0])
+        np.testing.assert_array_equal(controller.variance, before[1])
+
+
+def test_cem_finds_a_quadratic_optimum() -> None:
+    target = np.linspace(-1, 1, D)
+    controller = Cem(d=D, max_tokens=T, seed=0, sigma=1.0)
+    for _ in range(60):
+        v = controller.ask(32).vectors
+        assert v is not None
+        controller.tell(finished([T] * 32), -np.square(v[:, 0] - target).sum(axis=1))
+    np.testing.assert_allclose(controller.mean, target, atol=0.15)
+    assert controller.variance.max() < 0.2

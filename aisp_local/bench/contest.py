@@ -27,6 +27,7 @@ from aisp_local.types import Controls, Message, Result
 Settings = Mapping[str, float]
 Say = Callable[[str], None]
 
+_EXACT = 2  # iterations, at the end of which the KL is computed exactly
 _GROUP = 4  # prompts in one batch; what is kept at a time
 
 
@@ -70,6 +71,7 @@ ENTRIES = (
     Entry("aisp, published", "aisp", n=32, settings=PUBLISHED),
     Entry("aisp-static", "aisp-static", grid=_grid(sigma=(0.5, 0.7, 1.0, 1.4, 2.0))),
     Entry("aisp-held", "aisp-held", grid=_grid(sigma=(0.5, 0.7, 1.0, 1.4, 2.0))),
+    Entry("cem", "cem", grid=_grid(sigma=(0.5, 0.7, 1.0, 1.4, 2.0))),
     Entry("misvo", "misvo", grid=_grid(eta=(0.3, 1.0, 3.0, 10.0, 30.0))),
     Entry("misvo, published", "misvo", settings={"eta": 0.1, "temperature": 1.0}),
 )
@@ -90,8 +92,8 @@ class Pair:
 @dataclass(frozen=True)
 class Run:
     """What is kept of one search. ``rewards`` are in the order of the rollouts. ``kl``: of the law sampled from, in the
-    last iteration, nats; ``exact_kl``: as the engine computes it against the whole base law. ``logprob``: of the
-    answer's tokens under the base model.
+    last iteration, nats; ``exact_kl``: as the engine computes it against the whole base law, in the second iteration.
+    ``logprob``: of the answer's tokens under the base model.
     """
 
     pair: str
@@ -225,8 +227,9 @@ class Contest:
         seconds = (time.perf_counter() - began) / len(group)
         exact: list[float | None] = [None] * len(group)
         if exact_kl:
-            # Again, since the second output product would be in the seconds.
-            again = self.aligner.generate_many(messages, budget=asked[0].budget, kl=True, **common)
+            # Again, since the second output product would be in the seconds; the control is at its length by then.
+            budget = min(asked[0].budget, _EXACT * entry.n)
+            again = self.aligner.generate_many(messages, budget=budget, kl=True, **common)
             exact = [_last_kl(result) for result in again if isinstance(result, Result)]
         runs = []
         for run, prompt, result, kl in zip(asked, messages, results, exact, strict=True):

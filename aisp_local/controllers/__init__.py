@@ -11,6 +11,7 @@ from aisp_local.controllers.aisp_held import AispHeld
 from aisp_local.controllers.aisp_static import AispStatic
 from aisp_local.controllers.base import Controller
 from aisp_local.controllers.best_of_n import BestOfN
+from aisp_local.controllers.cem import Cem
 from aisp_local.controllers.misvo import Misvo
 from aisp_local.controllers.score import Score
 from aisp_local.controllers.smc import Smc
@@ -19,7 +20,7 @@ from aisp_local.errors import InputError
 from aisp_local.types import Head
 
 METHODS: dict[str, Callable[..., Controller]] = {
-    method.name: method for method in (Aisp, AispHeld, AispStatic, BestOfN, Misvo, Score, Smc, SoftBestOfN)
+    method.name: method for method in (Aisp, AispHeld, AispStatic, BestOfN, Cem, Misvo, Score, Smc, SoftBestOfN)
 }
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "AispHeld",
     "AispStatic",
     "BestOfN",
+    "Cem",
     "Controller",
     "Misvo",
     "Score",
