@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from aisp_local.controllers.base import Chooses, Controller, Prepares, Steers
 from aisp_local.engine.base import Engine, Job
@@ -21,7 +22,6 @@ from aisp_local.timeline import OFF, Timeline
 from aisp_local.types import (
     Candidate,
     ControllerInfo,
-    Controls,
     IterationStats,
     Limits,
     Progress,
@@ -30,6 +30,8 @@ from aisp_local.types import (
     Rollouts,
     Want,
 )
+
+Tokens = npt.NDArray[np.int32]
 
 NO_LIMITS = Limits()
 _PATIENCE = 4
@@ -291,6 +293,7 @@ class _Blocks:
         self.unfinished: list[Candidate] = []
         self.notes: list[str] = []
         self.n_tokens = 0
+        self.at = 0.0  # when the last block was settled
         self.decode_seconds = self.reward_seconds = self.update_seconds = 0.0
         self._tokens: list[bytes] = []  # of the unfinished
         self._origins: dict[bytes, tuple[int, float | None]] = {}  # of those that paused, by their tokens
@@ -298,15 +301,18 @@ class _Blocks:
         self.position = 0  # tokens of the rollouts that go on
         self.settled = ""
 
-    def go_on(self, controls: Controls, best: Candidate | None, last: bool) -> None:
+    def go_on(
+        self, prefixes: Sequence[Tokens], best: Candidate | None, last: bool, stop_strings: Sequence[str]
+    ) -> None:
         """With these rollouts; ``best``: of those that have finished. Only in the last iteration something settles."""
-        if not controls.prefixes or not self.unfinished:
-            return
-        self.position = max(map(len, controls.prefixes))
+        self.position = max(map(len, prefixes))
         if last:
-            going = {prefix.tobytes() for prefix in controls.prefixes}
+            going = {prefix.tobytes() for prefix in prefixes}
             texts = [c.text for tokens, c in zip(self._tokens, self.unfinished, strict=True) if tokens in going]
-            self.settled = os.path.commonprefix(texts + ([best.text] if best is not None else []))
+            settled = os.path.commonprefix(texts + ([best.text] if best is not None else []))
+            # What may be the beginning of a stop string may have to go.
+            ends = [i for stop in stop_strings for i in range(1, len(stop)) if settled.endswith(stop[:i])]
+            self.settled = settled[: len(settled) - max(ends, default=0)]
 
     def origins(self, job: Job, rollouts: Rollouts, rows: Sequence[int]) -> tuple[list[int], list[float | None]]:
         """For each of these rollouts how many tokens it has from earlier iterations, and its KL since."""
@@ -335,7 +341,10 @@ class _Blocks:
         """Of the i-th rollout of a job, from 1: of several blocks they are counted as they finish."""
         return len(self.rewards) + 1 if self._several and not paused else i + 1
 
-    def count(self, rollouts: Rollouts, reward_seconds: float, update_seconds: float, info: ControllerInfo) -> None:
+    def count(
+        self, rollouts: Rollouts, reward_seconds: float, now: float, update_seconds: float, info: ControllerInfo
+    ) -> None:
+        self.at = now
         self.n_tokens += rollouts.n_tokens
         self.decode_seconds += rollouts.decode_seconds
         self.reward_seconds += reward_seconds
@@ -385,6 +394,7 @@ class _Search:
         self.asked = 0  # rollouts
         self.n_tokens = 0
         self.blocks = _Blocks()  # of the iteration that runs
+        self.before: Candidate | None = None  # the best when it began
         self.paused = 0  # rollouts that wait to be gone on with
 
     @property
@@ -409,7 +419,7 @@ class _Search:
         size, self.paused = self.paused, 0
         if not size:
             self.iteration += 1
-            self.blocks = _Blocks()
+            self.blocks, self.before = _Blocks(), self.best
             size = self._size()
             self.asked += size
         with self.timeline.span("ask"):
@@ -422,7 +432,10 @@ class _Search:
                     f"no memory for the controls of {size} rollouts ({error}); "
                     "use fewer rollouts an iteration, fewer tokens, or a method with a held control"
                 ) from error
-        self.blocks.go_on(controls, self.best, last=self.asked >= self.budget)
+        if self.blocks.unfinished and controls.prefixes is not None:
+            self.blocks.go_on(controls.prefixes, self.best, self.asked >= self.budget, self.stop_strings)
+            if self.want & {"logprobs", "prelogits"}:
+                self.blocks.position = 0  # each token is a step again
         seeds = RowSeeds(self.seed, self.task.index, self.iteration)
         self.job = Job(self.task.prompt, controls, self.max_tokens, seeds, self.stop_strings, self.want)
         if self.pool is not None and self.more:
@@ -484,7 +497,7 @@ class _Search:
         if not rows:
             return
         assert self.job is not None
-        whole, before, blocks = whole and len(rows) == len(rollouts), self.best, self.blocks
+        whole, blocks = whole and len(rows) == len(rollouts), self.blocks
         unfinished: list[Candidate] = []
         for given, kl, i, value in zip(*blocks.origins(self.job, rollouts, rows), rows, rewards, strict=True):
             paused = rollouts.finish_reasons[i] == "paused"
@@ -511,13 +524,13 @@ class _Search:
         with self.timeline.span("update"):
             info = self.task.controller.tell(rollouts, rewards) if whole else ControllerInfo()
         now = self.clock()
-        blocks.count(rollouts, self.scorer.seconds, now - began, info)
+        blocks.count(rollouts, self.scorer.seconds, now, now - began, info)
         blocks.unfinished = unfinished
         if whole and unfinished:
             self.paused = len(unfinished)
             return
         if whole and self.asked < self.budget:
-            self.why = self._limit(self.best is not before)
+            self.why = self._limit(self.best is not self.before)
         self._end_iteration(now, info)
 
     def _add(self, candidate: Candidate) -> None:
@@ -566,7 +579,9 @@ class _Search:
             seconds=self.clock() - self.start,
             best=self.best,
             stats=stats,
-            unfinished=max(self.blocks.unfinished, key=lambda c: c.reward, default=None),
+            unfinished=max(
+                (c for c in self.blocks.unfinished if np.isfinite(c.reward)), key=lambda c: c.reward, default=None
+            ),
             settled=self.blocks.settled,
         )
         try:
@@ -583,6 +598,9 @@ class _Search:
         if not self.candidates:
             for candidate in self.blocks.unfinished:
                 self._add(candidate)
+                self.blocks.rewards.append(candidate.reward)
+        if self.blocks.rewards and (not self.stats or self.stats[-1].iteration < self.iteration):
+            self._end_iteration(self.blocks.at, ControllerInfo())  # cut short between two blocks or within one
         if not self.candidates:
             if why == "time-limit":
                 return InputError(
@@ -600,7 +618,7 @@ class _Search:
             self.candidates,
             key=lambda c: (c is not answer, -c.reward if np.isfinite(c.reward) else float("inf")),
         )
-        complete = len(self.candidates) == self.budget
+        complete = sum(c.finish_reason != "interrupted" for c in self.candidates) == self.budget
         return Result(
             answer=answer.text,
             reward=answer.reward,

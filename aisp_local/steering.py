@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from aisp_local.files import write_output
 from aisp_local.types import FloatArray
 
 _FORMAT = 1
+_LARGEST = 1e30
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +47,7 @@ class Steering:
             not isinstance(values, list)
             or content.get("format") != _FORMAT
             or not isinstance(content.get("model"), str)
-            or not all(isinstance(v, int | float) and math.isfinite(v) and abs(v) < 1e30 for v in values)
+            or not all(isinstance(v, int | float) and -_LARGEST < v < _LARGEST for v in values)
         ):
             raise InputError(f"{path} holds no steering of this version; write one with --save-steering")
         return cls(np.array(values, np.float32), content["model"], str(content.get("reward", "")))

@@ -146,7 +146,7 @@ class FakeEngine:
             texts=[_text(row, stop_strings) for row in tokens],
             finish_reasons=reasons,
             decode_seconds=0.0,
-            n_tokens=sum(map(len, tokens)) - sum(given),
+            n_tokens=sum(max(0, len(row) - known) for row, known in zip(tokens, given, strict=True)),
             base_logprobs=[np.array(row, np.float32) for row in logprobs] if "logprobs" in want else None,
             kl=kl if "kl" in want else None,
             prelogits=[np.array(rows, np.float32).reshape(-1, self.d) for rows in prelogits]

@@ -28,6 +28,7 @@ import numpy as np
 
 from aisp_local import Aligner, Result, shipped
 from aisp_local.bench.contest import prompt_sets
+from aisp_local.bench.contest_report import interval
 from aisp_local.engine import Engine
 from aisp_local.files import check_output, write_output
 from aisp_local.measure import calibrated
@@ -49,16 +50,6 @@ def agreement(a: np.ndarray, b: np.ndarray) -> float:
     """Share of the pairs that both order alike; a tie of either counts half."""
     rows = np.triu_indices(len(a), 1)
     return float((1 + np.sign(a[:, None] - a)[rows] * np.sign(b[:, None] - b)[rows]).mean() / 2)
-
-
-def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean over prompts and its 95% bootstrap interval; those without a value (nan) are left out."""
-    kept = np.array([value for value in values if np.isfinite(value)])
-    if not len(kept):
-        return (float("nan"),) * 3
-    means = kept[np.random.default_rng(0).integers(0, len(kept), (4000, len(kept)))].mean(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(kept.mean()), float(low), float(high)
 
 
 def rows_of(result: Result, rows: int) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from aisp_local.engine.decode import Decoder
 from aisp_local.errors import InputError
 from aisp_local.seeds import RowSeeds
 from aisp_local.testing import FakeEngine
-from aisp_local.types import Controls, Prompt, Rollouts, Sampling, Want
+from aisp_local.types import Controls, FinishReason, Prompt, Rollouts, Sampling, Want
 
 D, STEPS = 8, 24
 WARM = Sampling(0.8, min_p=0.05)
@@ -203,22 +203,53 @@ def test_nats_of_a_selection(n: int, k: int) -> None:
     assert selection_kl(n, k) <= np.log(n / k) and selection_kl(n, n) == 0
 
 
-@given(st.integers(1, 64), st.integers(0, 12), st.floats(0, 40))
+@given(st.integers(1, 300), st.floats(0, 8))
 @settings(max_examples=60, deadline=None)
-def test_as_few_survive_as_the_nats_allow(n: int, pauses: int, nats: float) -> None:
-    k = survivors(n, pauses, nats)
-    assert 1 <= k <= n
-    assert k == n or pauses * selection_kl(n, k) <= nats
-    assert k == 1 or pauses * selection_kl(n, k - 1) > nats
+def test_as_few_survive_as_the_nats_allow(n: int, nats: float) -> None:
+    k = survivors(n, nats)
+    assert 1 <= k <= n and selection_kl(n, k) <= nats
+    assert k == 1 or selection_kl(n, k - 1) > nats
 
 
-def test_the_best_survive_and_no_two_alike() -> None:
+def test_the_best_survive_and_copies_only_to_fill_up() -> None:
     tokens = [np.array(row, np.int32) for row in ([1], [2], [2], [3], [4], [5])]
     scores = np.array([0.0, 3.0, 3.0, 2.0, np.nan, 1.0])
+    assert select(scores, tokens, 1) == [1]
     assert select(scores, tokens, 3) == [1, 3, 5]
-    assert select(scores, tokens, 6) == [1, 3, 5, 0]
+    assert select(scores, tokens, 6) == [1, 3, 5, 0, 2]
     assert select(np.ones(6), tokens, 2) == list(range(6)), "nothing to choose by"
+    assert select(np.ones(6), tokens, 1) == [0]
     assert select(np.full(6, np.nan), tokens, 2) == list(range(6))
+
+
+@pytest.mark.parametrize(
+    ("first", "later"),
+    [
+        ([24] * 4, [24] * 8 + [68] * 8),
+        ([2] * 16, [40] * 16),
+        ([68] * 16, [68] * 16),
+        ([24] * 16, [24] * 2 + [300] * 14),
+    ],
+)
+@pytest.mark.parametrize("alike", [False, True])
+def test_a_selection_keeps_within_its_nats(first: list[int], later: list[int], alike: bool) -> None:
+    """However long responses are, and however many begin alike."""
+    controller = controllers.create("score", d=D, max_tokens=320, seed=0, strength=0.4, selection=1.0)
+    rng = np.random.default_rng(0)
+    for lengths in (first, later):
+        going = list(lengths)
+        while going:
+            asked = controller.ask(len(going))
+            pause = asked.pause or 320
+            ends = [min(length, pause) for length in going]
+            reasons: list[FinishReason] = ["paused" if length > pause else "stop" for length in going]
+            tokens = [np.full(end, 0 if alike else i % 3, np.int32) for i, end in enumerate(ends)]
+            info = controller.tell(
+                Rollouts(tokens, [""] * len(going), reasons, 0.0, 0), rng.standard_normal(len(going))
+            )
+            going = [length for length in going if length > pause]
+        assert info.selection_kl <= 80 * 0.4**2 + 1e-9
+        assert info.kl == info.selection_kl
 
 
 def test_smc_resamples_by_what_a_block_added() -> None:

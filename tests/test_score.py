@@ -20,7 +20,7 @@ from aisp_local.errors import InputError
 from aisp_local.loop import search
 from aisp_local.seeds import RowSeeds
 from aisp_local.testing import FakeEngine, FakeReward
-from aisp_local.types import Controls, Laws, Prompt, Result, Rollouts
+from aisp_local.types import Controls, Laws, Limits, Prompt, Result, Rollouts
 
 D, V, T = 8, 12, 10
 
@@ -272,12 +272,43 @@ def test_an_end_between_blocks_gives_the_best_unfinished_answer() -> None:
         return len(asked) > 14
 
     result = find(letters, stop=stop)
-    assert result.status == "interrupted" and result.answer
+    assert result.status == "interrupted" and result.answer and result.seconds > 0
+    assert [(s.iteration, s.n) for s in result.iterations] == [(1, len(result.candidates))]
     assert result.reward == max(c.reward for c in result.candidates)
     assert {c.finish_reason for c in result.candidates} <= {"interrupted", "stop"}
     ticks = iter(range(10_000))
     late = find(letters, clock=lambda: float(next(ticks)), time_limit=60.0)
     assert late.status == "time-limit" and late.answer
+
+
+def test_an_interrupt_in_the_only_iteration_is_told() -> None:
+    """Wherever it comes: what there is then does not make the budget complete."""
+    for calls in range(2, 30):
+        left = iter(range(calls))
+        engine = FakeEngine(d=D, vocabulary=30)
+        controller = score(engine, max_tokens=40, temperature=2.0, min_p=0.0)
+        result = search(
+            engine, controller, FakeReward(letters), "", method="score", budget=16, n=16, max_tokens=40, seed=1,
+            stop=lambda left=left: next(left, None) is None,
+        )  # fmt: skip
+        whole = all(c.finish_reason != "interrupted" for c in result.candidates) and len(result.candidates) == 16
+        assert result.status == ("complete" if whole else "interrupted")
+        assert len(result.iterations) == 1 and result.iterations[0].n == len(result.candidates)
+
+
+def test_patience_counts_iterations_not_blocks() -> None:
+    engine = FakeEngine(d=D, vocabulary=30)
+    controller = score(engine, max_tokens=40, temperature=2.0, min_p=0.0)
+
+    def shorter(prompt: Prompt, responses: Sequence[str]) -> list[float]:
+        return [-float(len(r)) for r in responses]
+
+    result = search(
+        engine, controller, FakeReward(shorter), "", method="score", budget=160, n=8, max_tokens=40, seed=1,
+        limits=Limits(patience=2),
+    )  # fmt: skip
+    assert result.status == "patience" and len(result.iterations) == 3
+    assert [s.best_so_far for s in result.iterations] == [result.reward] * 3
 
 
 def test_rewards_that_are_not_finite_go_on_with_nothing() -> None:

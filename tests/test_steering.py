@@ -40,8 +40,9 @@ def test_a_search_starts_where_another_ended(tmp_path: Path) -> None:
         for options in ({"steering": tmp_path / "u.json", "selection": 0.0}, {"selection": 0.0})
     ]
     assert means[0] > means[1]
-    strict = find(aligner, steering=again, strength=0.0)
-    assert strict.control is not None and not strict.control.any(), "the base model stays the base model"
+    for none in ({"strength": 0.0}, {"selection": 1.0}):
+        with pytest.raises(InputError, match="leave the steering out"):
+            find(aligner, steering=again, **none)
 
 
 def test_another_model_and_other_methods_refuse_it(tmp_path: Path) -> None:
@@ -63,7 +64,8 @@ def test_another_model_and_other_methods_refuse_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content",
     ["", "[]", "{}", '{"format": 1, "model": "m", "u": [1, NaN]}', '{"format": 1, "model": "m", "u": [1, "a"]}',
-     '{"format": 2, "model": "m", "u": [1]}', '{"format": 1, "model": 3, "u": [1]}', '{"format": 1, "u": 1e999}'],
+     '{"format": 2, "model": "m", "u": [1]}', '{"format": 1, "model": 3, "u": [1]}', '{"format": 1, "u": 1e999}',
+     '{"format": 1, "model": "m", "u": [1' + "0" * 400 + "]}"],
 )  # fmt: skip
 def test_files_that_are_none(tmp_path: Path, content: str) -> None:
     path = tmp_path / "u.json"

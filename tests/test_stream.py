@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -19,24 +20,24 @@ def vowels(prompt: Any, responses: Any) -> list[float]:
     return [float(sum(c in "aeiou" for c in r)) for r in responses]
 
 
-def run(budget: int, **options: Any) -> tuple[Result, list[Progress]]:
+def run(budget: int, stop_strings: Sequence[str] = (), **options: Any) -> tuple[Result, list[Progress]]:
     engine, seen = FakeEngine(d=8, vocabulary=30), list[Progress]()
     controller = controllers.create(
         "score", d=8, max_tokens=40, seed=4, head=lambda: engine.head, temperature=2.0, min_p=0.0, **options
     )
     return search(
         engine, controller, FakeReward(vowels), "", method="score",
-        budget=budget, n=16, max_tokens=40, seed=1, on_progress=seen.append,
+        budget=budget, n=16, max_tokens=40, seed=1, on_progress=seen.append, stop_strings=stop_strings,
     ), seen  # fmt: skip
 
 
-@pytest.mark.parametrize("selection", [0.5, 1.0])
-def test_what_has_settled_stays(selection: float) -> None:
-    result, seen = run(16, selection=selection)
+@pytest.mark.parametrize("commit", [False, True])
+def test_what_has_settled_stays(commit: bool) -> None:
+    result, seen = run(16, commit=commit)
     settled = [progress.settled for progress in seen]
     assert all(after.startswith(before) for before, after in zip(settled, settled[1:], strict=False))
     assert result.answer.startswith(settled[-1])
-    if selection == 1.0:
+    if commit:
         assert len(set(settled)) > 3, "a block at a time"
     assert [progress.step for progress in seen if progress.stats is None] == sorted(
         progress.step for progress in seen if progress.stats is None
@@ -46,7 +47,7 @@ def test_what_has_settled_stays(selection: float) -> None:
 
 
 def test_nothing_settles_before_the_last_iteration() -> None:
-    result, seen = run(32, selection=1.0)
+    result, seen = run(32, commit=True)
     assert {progress.settled for progress in seen if progress.iteration == 1} == {""}
     assert result.answer.startswith(seen[-1].settled)
 
@@ -63,6 +64,18 @@ def test_the_answer_is_printed_once_and_whole(capsys: pytest.CaptureFixture[str]
     line.finish(" Once upon a time")
     out, err = capsys.readouterr()
     assert out == "on a time\n" and "iteration" not in err
+    line = Streamed(enabled=False)
+    line(progress("The end.\n"))
+    line.finish("The end.")
+    assert capsys.readouterr().out == "The end.\n"
+
+
+def test_what_may_become_a_stop_string_has_not_settled() -> None:
+    whole, _ = run(16, commit=True)
+    for at in range(4, 12):
+        stop = whole.answer[at : at + 3]
+        result, seen = run(16, commit=True, stop_strings=[stop])
+        assert all(result.answer.startswith(progress.settled) for progress in seen)
 
 
 def test_an_interrupt_prints_another_answer_anew(capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,7 +92,7 @@ def test_the_command_streams_the_answer_of_python() -> None:
     assert out.returncode == 0, out.stderr.decode()
     with Aligner.load(threads=2) as aligner:
         result = aligner.generate(
-            [{"role": "user", "content": STORY}], budget=8, n=8, max_tokens=24, seed=3, selection=1.0
+            [{"role": "user", "content": STORY}], budget=8, n=8, max_tokens=24, seed=3, commit=True
         )
     assert out.stdout.decode() == result.answer.lstrip() + "\n"
 
@@ -97,9 +110,10 @@ def test_a_conversation_streams() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--json"], "leave out --json and -o"),
-        (["-o", "answer.txt"], "leave out --json and -o"),
-        (["--method", "aisp"], "which 'aisp' does not"),
+        (["--json"], "leave out --json, -o"),
+        (["-o", "answer.txt"], "leave out --json, -o"),
+        (["--method", "aisp"], "'aisp' chooses at the end"),
+        (["--budget-tokens", "50"], "leave out"),
     ],
 )
 def test_what_does_not_stream(arguments: list[str], message: str) -> None:

@@ -17,12 +17,16 @@ BASE, DEFAULT = "best-of-n", "score"
 _DRAWS = 4000
 
 
-def interval(values: Array) -> tuple[float, float, float]:
-    """Mean over prompts and its 95% bootstrap interval."""
+def interval(values: Sequence[float] | Array) -> tuple[float, float, float]:
+    """Mean over prompts and its 95% bootstrap interval; those without a value (nan) are left out."""
+    kept = np.asarray(values, np.float64)
+    kept = kept[np.isfinite(kept)]
+    if not len(kept):
+        return (float("nan"),) * 3
     rng = np.random.default_rng(0)
-    means = values[rng.integers(0, len(values), (_DRAWS, len(values)))].mean(axis=1)
+    means = kept[rng.integers(0, len(kept), (_DRAWS, len(kept)))].mean(axis=1)
     low, high = np.quantile(means, [0.025, 0.975])
-    return float(values.mean()), float(low), float(high)
+    return float(kept.mean()), float(low), float(high)
 
 
 def best_at(runs: Sequence[Run], budget: int) -> Array:

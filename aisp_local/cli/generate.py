@@ -187,8 +187,8 @@ def generate(
     if save_steering is not None and not hasattr(METHODS.get(method), "held"):
         raise InputError(f"--save-steering needs a method that holds a control, such as score; {method!r} does not")
     kept = None if steering is None else Steering.load(steering)
-    if stream and (json_ or output is not None):
-        raise InputError("--stream prints the answer as it settles; leave out --json and -o")
+    if stream and (json_ or output is not None or budget_tokens is not None):
+        raise InputError("--stream prints the answer as it settles; leave out --json, -o and --budget-tokens")
     options = method_options(method, strength, stream)
     rows = budget if stream else rows
     check_search(method=method, budget=budget, n=rows, max_tokens=max_tokens, seed=seed, **options)

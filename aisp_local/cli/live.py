@@ -67,7 +67,7 @@ class Streamed(ProgressLine):
         self.printed = ""
 
     def __call__(self, progress: Progress) -> None:
-        new = progress.settled.lstrip()[len(self.printed) :]
+        new = progress.settled.strip()[len(self.printed) :]  # whitespace at the end may be that of the answer
         if new:
             self.clear()
             self.enabled = False

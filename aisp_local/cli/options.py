@@ -15,8 +15,8 @@ from aisp_local.errors import InputError
 if TYPE_CHECKING:
     from aisp_local.api import Aligner
 
-STREAMED: dict[str, dict[str, Any]] = {"score": {"selection": 1.0}, "smc": {}}
-"""Methods whose answers settle before they end, with what makes that soon."""
+STREAMED: dict[str, dict[str, Any]] = {"score": {"commit": True}}
+"""Methods that can choose an answer block by block, with what makes them do so."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -74,7 +74,7 @@ def search_options(command: F) -> F:
         click.option(
             "--stream",
             is_flag=True,
-            help="Choose each block for good, and print it as it is. All rollouts at once, whatever --rows is.",
+            help="Choose block by block and print what is chosen. All rollouts are decoded at once.",
         ),
         click.option("--max-tokens", type=int, default=DEFAULT_MAX_TOKENS, show_default=True),
         click.option(
@@ -98,7 +98,7 @@ def method_options(method: str, strength: float | None, stream: bool) -> dict[st
     options: dict[str, Any] = {} if strength is None else {"strength": strength}
     if stream:
         if method not in STREAMED:
-            raise InputError(f"--stream needs a method that selects block by block, which {method!r} does not")
+            raise InputError(f"--stream needs the method {' or '.join(STREAMED)}; {method!r} chooses at the end")
         options |= STREAMED[method]
     return options
 

@@ -6,6 +6,7 @@ Blockwise selection (arXiv 2310.17022) by a reward of unfinished responses, as s
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Sequence
 from functools import cache
@@ -50,9 +51,9 @@ class Schedule:
         at = position + max(self._first, min(position, self._block))
         return at if at + self._block // 2 < self._max_tokens else None
 
-    def count(self) -> int:
-        """Pauses of a response of the expected length."""
-        position, pauses = self.pause(0), 0
+    def count(self, begin: int = 0) -> int:
+        """Pauses of a response of the expected length that has so many tokens, those that are to come."""
+        position, pauses = self.pause(begin), 0
         while position is not None and position < self._expected:
             position, pauses = self.pause(position), pauses + 1
         return pauses
@@ -75,21 +76,24 @@ def selection_kl(n: int, k: int) -> float:
     return float((density * np.log(np.maximum(density, 1e-300))).mean())
 
 
-def survivors(n: int, pauses: int, nats: float) -> int:
-    """The fewest of n that may survive each of some pauses within a budget of nats."""
-    return next(k for k in range(1, n + 1) if pauses * selection_kl(n, k) <= nats or k == n)
+def survivors(n: int, nats: float) -> int:
+    """The fewest of n that may survive a pause within a budget of nats."""
+    return bisect.bisect_left(range(1, n + 1), -nats, key=lambda k: -selection_kl(n, k)) + 1
 
 
 def select(scores: npt.NDArray[np.float64], tokens: Sequence[Tokens], k: int) -> list[int]:
-    """The k best [at most k] of some rollouts, no two of them alike, the best first; of equals the earlier.
+    """The k best of some rollouts, the best first; of equals the earlier, and copies of others only to fill up.
 
-    All, if none is better than another. Scores that are not finite are left out.
+    All, if none is better than another. Those whose scores are not finite only if there are no others.
     """
     finite = [i for i in range(len(scores)) if np.isfinite(scores[i])]
-    if not finite or float(np.ptp(scores[finite])) == 0.0:
+    if not finite or (k > 1 and float(np.ptp(scores[finite])) == 0.0):
         return list(range(len(scores)))
-    chosen: dict[bytes, int] = {}
+    seen: set[bytes] = set()
+    distinct: list[int] = []
+    copies: list[int] = []
     for i in sorted(finite, key=lambda i: -scores[i]):
-        if len(chosen) < k:
-            chosen.setdefault(tokens[i].tobytes(), i)
-    return list(chosen.values())
+        key = tokens[i].tobytes()
+        (copies if key in seen else distinct).append(i)
+        seen.add(key)
+    return (distinct + copies)[:k]

@@ -23,14 +23,14 @@ class Verdict:
 
 
 class Guard:
-    """Compares each iteration with the first, most of which was the base model's."""
+    """Compares each iteration with the first that it is shown."""
 
     def __init__(self) -> None:
         self._base: tuple[float, float, float] | None = None  # mean and spread of the rewards, variety
         self._strikes = 0
 
     def look(self, rewards: npt.NDArray[np.float64], tokens: Sequence[npt.NDArray[np.int32]]) -> Verdict | None:
-        """``rewards`` [n] and ``tokens`` of rollouts that took nothing over; None: all is well."""
+        """``rewards`` [n] and ``tokens`` of an iteration's rollouts; None: all is well."""
         finite = rewards[np.isfinite(rewards)]
         if not len(finite):
             return None

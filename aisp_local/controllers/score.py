@@ -48,10 +48,14 @@ _REFINEMENTS = 4  # of the factor that shortens u: its divergence is nearly quad
 
 
 class Score:
-    """Options: ``strength`` (0: the base model; the law sampled from stays within ``80 strength^2`` nats of it over a
-    response, to a good approximation), ``selection`` (the share of them that selecting unfinished rollouts takes; 0:
-    none are), ``step`` (nats that the control moves an iteration), ``temperature``, ``min_p``, ``steering`` (u to start
-    with [d], held to the budget from the first update on).
+    """Options:
+
+    - ``strength`` (0: the base model; the law sampled from stays within ``80 strength^2`` nats of it over a response);
+    - ``selection`` (the share of them that selecting unfinished rollouts takes; 0: none are);
+    - ``commit`` (one rollout survives each pause, whatever nats that takes: what is decoded by then has settled);
+    - ``step`` (nats that the control moves an iteration);
+    - ``temperature``, ``min_p``;
+    - ``steering`` (u to start with [d], held to the budget from the first update on).
     """
 
     name = "score"
@@ -68,6 +72,7 @@ class Score:
         steering: FloatArray | None = None,
         strength: float = 0.5,
         selection: float = 0.5,
+        commit: bool = False,
         step: float = 8.0,
         temperature: float = 1.0,
         min_p: float = 0.02,
@@ -83,14 +88,16 @@ class Score:
         self._head, self._sampling = head, Sampling(temperature, min_p=min_p)
         nats = FULL_KL * strength**2
         if not unfinished:
-            selection = 0.0
+            selection, commit = 0.0, False
         self._selection_kl, self._control_kl, self._step = selection * nats, (1.0 - selection) * nats, step
+        self._pauses, self._commit = commit or self._selection_kl > 0, commit
         self._u: FloatArray = np.zeros(d, np.float32)
         if steering is not None:
             if steering.shape != (d,) or not np.isfinite(steering).all():
                 raise InputError(f"the steering has the shape {steering.shape}; it must be {d} finite numbers")
-            if self._control_kl > 0:
-                self._u = steering.astype(np.float32)
+            if not self._control_kl > 0:
+                raise InputError("with strength 0 or selection 1 no control is held; leave the steering out")
+            self._u = steering.astype(np.float32)
         self._guard = Guard()
         self._schedule = Schedule(max_tokens)
         self._begin()
@@ -117,14 +124,14 @@ class Score:
             held=controlled,
             sampling=self._sampling,
             prefixes=self._going_on or None,
-            pause=self._schedule.pause(self._position) if self._selection_kl > 0 else None,
+            pause=self._schedule.pause(self._position) if self._pauses and n > 1 else None,
             want=frozenset({"laws"}) if self._control_kl > 0 else frozenset(),
             shift=self._head.shift(self._u) if controlled and self._head is not None else None,
         )
 
     def tell(self, rollouts: Rollouts, rewards: npt.NDArray[np.float64]) -> ControllerInfo:
         parents = self._parents if len(self._parents) == len(rewards) else np.zeros(len(rewards), np.int64)
-        blocks = 1 + (self._schedule.count() if self._selection_kl > 0 else 0)
+        blocks = 1 + (self._schedule.count() if self._pauses else 0)
         if rollouts.laws is not None and self._head is not None and len(rollouts.laws):
             given = [len(prefix) for prefix in self._going_on] or [0] * len(rewards)
             drawn = [tokens[begin:] for tokens, begin in zip(rollouts.tokens, given, strict=True)]
@@ -140,14 +147,16 @@ class Score:
 
     def _go_on(self, scores: npt.NDArray[np.float64], tokens: Sequence[Tokens]) -> None:
         """With the best of some rollouts, as often as there are rollouts."""
-        n = len(scores)
-        keep = survivors(n, self._schedule.count(), self._selection_kl)
+        n, self._position = len(scores), len(tokens[0])
+        left = 1 + self._schedule.count(self._position)  # pauses, this one among them
+        keep = 1 if self._commit else survivors(n, (self._selection_kl - self._selected) / left)
         chosen = select(scores, tokens, keep)
-        if len(chosen) < n:
-            self._selected += selection_kl(n, len(chosen))
-        self._parents = np.arange(n) % len(chosen)
-        self._going_on = [tokens[chosen[parent]] for parent in self._parents.tolist()]
-        self._position = len(tokens[0])
+        self._selected += selection_kl(n, len(chosen))
+        # Of those that are alike there is one parent.
+        parents: dict[bytes, int] = {}
+        ids = [parents.setdefault(tokens[i].tobytes(), i) for i in chosen]
+        self._parents = np.array([ids[i % len(ids)] for i in range(n)])
+        self._going_on = [tokens[i] for i in self._parents.tolist()]
 
     def _end(self) -> ControllerInfo:
         """Of an iteration whose rollouts have all finished."""
@@ -155,7 +164,7 @@ class Score:
         tokens = [row for _, row in self._finished]
         self._schedule.learn([len(row) for row in tokens])
         kl = self._selected + (float(np.mean(self._kls)) if self._kls else 0.0)
-        verdict = self._guard.look(rewards, tokens)
+        verdict = self._guard.look(rewards, tokens) if self._u.any() else None
         if verdict is not None:
             self._u = self._u * np.float32(verdict.factor)
             self._control_kl /= 4  # half of the strength

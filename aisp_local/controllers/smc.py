@@ -60,23 +60,35 @@ class Smc:
         self._lengths: list[int] = []
         self._sizes: list[float] = []  # effective sample sizes
         self._lambda: float | None = None
+        self._nats = 0.0  # of the weights
 
     def ask(self, n: int) -> Controls:
-        pause = self._schedule.pause(self._position) if self._ess < 1.0 else None
+        pause = self._schedule.pause(self._position) if self._ess < 1.0 and n > 1 else None
         return Controls(n=n, sampling=self._sampling, prefixes=self._going_on or None, pause=pause)
 
     def tell(self, rollouts: Rollouts, rewards: Array) -> ControllerInfo:
         paused = [i for i, reason in enumerate(rollouts.finish_reasons) if reason == "paused"]
         self._lengths += [len(tokens) for i, tokens in enumerate(rollouts.tokens) if i not in set(paused)]
         if not paused:
-            info = ControllerInfo(ess=float(np.mean(self._sizes)) if self._sizes else None, lambda_=self._lambda)
+            info = ControllerInfo(
+                ess=float(np.mean(self._sizes)) if self._sizes else None,
+                lambda_=self._lambda,
+                kl=self._nats,
+                selection_kl=self._nats,
+            )
             self._schedule.learn(self._lengths)
             self._begin()
             return info
         before = self._scores if len(self._scores) else np.zeros(len(rewards))
         added, n = (rewards - before)[paused], len(paused)
         self._lambda = lambda_for_ess(added, self._ess * n)
-        weights = np.full(n, 1.0 / n) if self._lambda is None else importance_weights(added, self._lambda)
+        weights = np.full(n, 1.0 / n)
+        if self._lambda is not None:
+            weights = importance_weights(added, self._lambda)
+        elif np.isfinite(added).any():
+            weights = np.isfinite(added) / np.isfinite(added).sum()
+        positive = weights[weights > 0]
+        self._nats += float((positive * np.log(positive * n)).sum())
         self._sizes.append(effective_sample_size(weights))
         # One number for all: systematic resampling.
         self._block += 1

@@ -176,18 +176,18 @@ class Decoder:
     def _fill(self) -> None:
         """Give every free row a rollout, as long as there are any."""
         read: list[tuple[int, Tokens, int]] = []  # sequence, tokens, the first one's position
-        for row, owner in enumerate(self._owner):
-            if owner is not None:
-                continue
-            job = self._job_with_work()
-            if job is None:
-                break
-            self._begin(row, job, read)
+        while self._free and (job := self._job_with_work()) is not None:
+            self._begin(self._row_for(job), job, read)
         for row, owner in enumerate(self._owner):
             if owner is not None:
                 self._held[row] = None
         if read:
             self._read(read)
+
+    def _row_for(self, owner: _Open) -> int:
+        """A free row: one that holds what a rollout of the job begins with, else one that holds nothing, else any."""
+        free = [row for row, other in enumerate(self._owner) if other is None]
+        return min(free, key=lambda row: 0 if row in owner.on else 1 if self._held[row] is None else 2)
 
     def _read(self, parts: list[tuple[int, Tokens, int]]) -> None:
         """Decode what sequences begin with, many at a time and without logits."""

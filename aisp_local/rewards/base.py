@@ -18,7 +18,7 @@ class Reward(Protocol):
     """Scores responses to a prompt: higher is better.
 
     One with an attribute ``background`` that is true is called from another thread and for a few responses at a time,
-    while the rest still decode; else it gets all responses of an iteration at once. One with an attribute ``prefix``
+    while the rest still decode; else it gets all at once that end, or pause, together. One with an attribute ``prefix``
     that is true knows what to make of an unfinished response (see ``score_prefixes``); one with an attribute
     ``unfinished`` that is false is not asked for them by a search.
     """
