@@ -20,7 +20,7 @@ from onnx_files import write_reward
 
 from aisp_local import Aligner, shipped
 from aisp_local.api import EFFORT
-from aisp_local.cli.chat import chat
+from aisp_local.cli.chat import chat, told_apart
 from aisp_local.cli.generate import finite, generate
 from aisp_local.cli.live import ProgressLine
 from aisp_local.errors import InputError
@@ -404,3 +404,11 @@ def test_long_lines_are_broken_between_words_on_a_terminal_only(monkeypatch: pyt
     monkeypatch.setenv("COLUMNS", "20")
     assert chat.wrapped(text).split("\n")[:2] == ["Once upon a time", "there was a fox."]
     assert chat.wrapped("x" * 50) == "x" * 50
+
+
+def test_candidates_are_shown_from_where_they_differ() -> None:
+    assert told_apart(["a fox", "a\ndog"]) == ["a fox", "a dog"]
+    begin = "Once upon a time there was a fox that "
+    shown = told_apart([begin + "sang" + " la" * 40, begin + "slept", begin + "sat"], width=40)
+    assert shown == ["...sang" + " la" * 10 + "...", "...slept", "...sat"]
+    assert told_apart([]) == [] and told_apart(["x" * 99], width=10) == ["x" * 7 + "..."]

@@ -191,6 +191,11 @@ def test_a_schedule_pauses_before_the_end(max_tokens: int, lengths: list[int]) -
         assert within >= BLOCKS - 2
 
 
+def test_fewer_blocks_are_longer() -> None:
+    counts = [Schedule(256, blocks).count() for blocks in (1, 2, 4, 8, 16)]
+    assert counts == sorted(counts) and counts[0] < counts[2] < counts[4]
+
+
 @pytest.mark.parametrize(("n", "k"), [(2, 1), (16, 1), (16, 3), (32, 5), (64, 63), (255, 30)])
 def test_nats_of_a_selection(n: int, k: int) -> None:
     """Best-of-n has ``log n - (n - 1) / n``; else the histogram of the quantiles of many selections."""

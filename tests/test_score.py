@@ -181,6 +181,7 @@ def test_the_guard_shortens_the_control_and_says_so() -> None:
         ({"strength": 1.5}, "strength is 1.5"),
         ({"step": 0.0}, "step is 0.0"),
         ({"selection": -0.1}, "selection is -0.1"),
+        ({"blocks": 0}, "blocks is 0"),
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"min_p": 1.0}, "min_p is 1.0"),
     ],

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -159,9 +160,8 @@ class Session:
             row = f"{s.iteration:9d}  {s.n:8d}  {s.best:5.2f}  {s.mean:5.2f}  {ess}  {norm}  {kl}  {s.seconds:7.2f}"
             click.echo(row if s.note is None else f"{row}  {s.note}")
         click.echo("best candidates:")
-        for candidate in self.last.candidates[:5]:
-            text = " ".join(candidate.text.split())
-            shown = text if len(text) <= 90 else text[:87] + "..."
+        best = self.last.candidates[:5]
+        for candidate, shown in zip(best, told_apart([c.text for c in best]), strict=True):
             click.echo(f"  {candidate.reward:6.2f}  (iteration {candidate.iteration})  {shown}")
             if candidate.parts:
                 click.echo("          " + ", ".join(f"{name} {score:.2f}" for name, score in candidate.parts.items()))
@@ -254,6 +254,15 @@ def chat(
             raise
         except AispError as error:
             click.echo(f"error: {error}", err=True)
+
+
+def told_apart(texts: Sequence[str], width: int = 90) -> list[str]:
+    """Each text on one line of at most so many characters, from where they begin to differ if that is far in."""
+    lines = [" ".join(text.split()) for text in texts]
+    common = len(os.path.commonprefix(lines)) if len(lines) > 1 else 0
+    begin = lines[0].rfind(" ", 0, common) + 1 if common > width // 2 else 0
+    shown = [("..." if begin else "") + line[begin:] for line in lines]
+    return [line if len(line) <= width else line[: width - 3] + "..." for line in shown]
 
 
 def _judge(score: float | None) -> str:

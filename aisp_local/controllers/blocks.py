@@ -14,6 +14,8 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
+from aisp_local.errors import InputError
+
 Tokens = npt.NDArray[np.int32]
 
 BLOCKS = 8
@@ -25,9 +27,12 @@ _GRID = 4096  # of quantiles
 
 
 class Schedule:
-    """Where rollouts pause, in tokens: each block as long as all before it, at most a ``BLOCKS``-th of a response."""
+    """Where rollouts pause, in tokens: each block as long as all before it, at most one of ``blocks`` of a response."""
 
-    def __init__(self, max_tokens: int) -> None:
+    def __init__(self, max_tokens: int, blocks: int = BLOCKS) -> None:
+        if blocks < 1:
+            raise InputError(f"blocks is {blocks}; it must be at least 1")
+        self._blocks = blocks
         self._max_tokens, self._expected = max_tokens, float(max_tokens)
         self._first = min(_FIRST, self._block)
 
@@ -38,7 +43,7 @@ class Schedule:
 
     @property
     def _block(self) -> int:
-        return max(_SHORTEST, math.ceil(self._expected / BLOCKS))
+        return max(_SHORTEST, math.ceil(self._expected / self._blocks))
 
     def learn(self, lengths: Sequence[int]) -> None:
         """Of responses that ended."""

@@ -30,7 +30,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from aisp_local.controllers.blocks import Schedule, select, selection_kl, survivors
+from aisp_local.controllers.blocks import BLOCKS, Schedule, select, selection_kl, survivors
 from aisp_local.controllers.guard import Guard
 from aisp_local.controllers.tilts import Steps
 from aisp_local.controllers.weights import NOISE, length
@@ -53,6 +53,7 @@ class Score:
     - ``strength`` (0: the base model; the law sampled from stays within ``80 strength^2`` nats of it over a response);
     - ``selection`` (the share of them that selecting unfinished rollouts takes; 0: none are);
     - ``commit`` (one rollout survives each pause, whatever nats that takes: what is decoded by then has settled);
+    - ``blocks`` (a response of the expected length is cut into about so many: more cost more of the reward's time);
     - ``step`` (nats that the control moves an iteration);
     - ``temperature``, ``min_p``;
     - ``steering`` (u to start with [d], held to the budget from the first update on).
@@ -73,6 +74,7 @@ class Score:
         strength: float = 0.5,
         selection: float = 0.5,
         commit: bool = False,
+        blocks: int = BLOCKS,
         step: float = 8.0,
         temperature: float = 1.0,
         min_p: float = 0.02,
@@ -99,7 +101,7 @@ class Score:
                 raise InputError("with strength 0 or selection 1 no control is held; leave the steering out")
             self._u = steering.astype(np.float32)
         self._guard = Guard()
-        self._schedule = Schedule(max_tokens)
+        self._schedule = Schedule(max_tokens, blocks)
         self._begin()
 
     def _begin(self) -> None:

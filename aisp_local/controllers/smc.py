@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from aisp_local.controllers.blocks import Schedule
+from aisp_local.controllers.blocks import BLOCKS, Schedule
 from aisp_local.controllers.weights import effective_sample_size, importance_weights, lambda_for_ess
 from aisp_local.errors import InputError
 from aisp_local.seeds import RowSeeds
@@ -24,7 +24,7 @@ Tokens = npt.NDArray[np.int32]
 
 
 class Smc:
-    """Options: ``ess`` (share of n, in (0, 1]; 1: rollouts are left alone), ``temperature``, ``min_p``."""
+    """Options: ``ess`` (share of n, in (0, 1]; 1: rollouts are left alone), ``blocks``, ``temperature``, ``min_p``."""
 
     name = "smc"
 
@@ -37,6 +37,7 @@ class Smc:
         prompt_index: int = 0,
         unfinished: bool = True,
         ess: float = 0.25,
+        blocks: int = BLOCKS,
         temperature: float = 1.0,
         min_p: float = 0.02,
     ) -> None:
@@ -47,7 +48,7 @@ class Smc:
         self._sampling = Sampling(temperature, min_p=min_p)
         self._ess = ess if unfinished else 1.0
         self._seed, self._prompt_index = seed, prompt_index
-        self._schedule = Schedule(max_tokens)
+        self._schedule = Schedule(max_tokens, blocks)
         self._iteration = 0
         self._begin()
 
