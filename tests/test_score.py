@@ -18,6 +18,8 @@ from aisp_local.controllers.tilts import Steps
 from aisp_local.engine import LlamaEngine
 from aisp_local.errors import InputError
 from aisp_local.loop import search
+from aisp_local.rewards import Composite
+from aisp_local.rewards.rules import Length
 from aisp_local.seeds import RowSeeds
 from aisp_local.testing import FakeEngine, FakeReward
 from aisp_local.types import Controls, Laws, Limits, Prompt, Result, Rollouts
@@ -263,6 +265,24 @@ def test_its_nats_are_the_controls_and_the_selections() -> None:
 def test_nothing_pauses_where_nothing_is_selected(options: dict[str, Any]) -> None:
     controls = score(FakeEngine(), max_tokens=40, **options).ask(16)
     assert controls.pause is None and (("laws" in controls.want) == (options.get("strength") != 0.0))
+
+
+def test_rewards_that_cannot_tell_yet_are_asked_at_the_end_only() -> None:
+    """How long a response becomes, its beginning does not say."""
+    lengths: list[int] = []
+
+    class Seen(Length):
+        def score(self, prompt: Prompt, responses: Sequence[str]) -> Any:
+            lengths.extend(map(len, responses))
+            return super().score(prompt, responses)
+
+    rules: list[Any] = [Seen(characters=[3, 5]), Composite([FakeReward(letters), Seen(characters=[3, 5])])]
+    for rule in rules:
+        for method in ("score", "smc"):
+            lengths.clear()
+            aligner = Aligner(FakeEngine(d=D, vocabulary=30), rule)
+            result = aligner.generate("p", method=method, budget=16, n=8, max_tokens=30, temperature=2.0, min_p=0.0)
+            assert len(lengths) == 16 == len(result.candidates)
 
 
 def test_an_end_between_blocks_gives_the_best_unfinished_answer() -> None:

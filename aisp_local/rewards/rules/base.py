@@ -25,6 +25,7 @@ class Rule(ABC):
 
     background = True
     prefix = False  # whether the score means something before the response has ended
+    unfinished = True  # whether a search may go by it then: those that begin better end better
     PATHS: ClassVar[tuple[str, ...]] = ()  # keys that are paths, relative to the TOML file
 
     name: str

@@ -26,6 +26,7 @@ class JsonSchema(Rule):
     """
 
     PATHS = ("file",)
+    unfinished = False
 
     def __init__(
         self,

@@ -21,6 +21,8 @@ class Length(Rule):
     Give one of the three as a range ``[least, most]``. ``unit``: 10 words, 50 characters or 1 sentence unless given.
     """
 
+    unfinished = False
+
     def __init__(
         self,
         *,
