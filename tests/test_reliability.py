@@ -300,7 +300,7 @@ def test_a_prompt_is_decoded_once(kind: str, models: dict[str, Path], monkeypatc
         assert isinstance(aligner.engine, LlamaEngine)
         length, longer = (len(aligner.engine.tokens(text)) - 1 for text in (TWO, TWO + TWO))
         for prompt in (TWO, TWO, TWO + TWO, TWO + TWO):
-            aligner.generate(prompt, budget=6, n=3, max_tokens=8)
+            aligner.generate(prompt, budget=6, n=3, max_tokens=8, selection=0.0)
     once = [(0, length), *[(length, 0)] * 3]
     assert prefilled == [*once, (length, longer - length), *[(longer, 0)] * 3]
 

@@ -62,7 +62,7 @@ def test_a_run_is_drawn_thread_by_thread(background: bool, tmp_path: Path) -> No
     path = tmp_path / "trace.json"
     reward = (Background if background else FakeReward)(vowels)
     with Aligner(LlamaEngine(model(), threads=1), reward) as aligner:
-        aligner.generate("Once upon a time", budget=12, n=4, max_tokens=8, timeline=path, baseline=True)
+        aligner.generate("Once upon a time", budget=12, n=4, max_tokens=8, timeline=path, baseline=True, selection=0.0)
         assert aligner.engine.timeline is OFF
         spans = check(path)
         main = threading.current_thread().name
@@ -74,7 +74,7 @@ def test_a_run_is_drawn_thread_by_thread(background: bool, tmp_path: Path) -> No
         assert sum(event["name"] == "score" for event in spans[scoring]) == 3
         if background:
             assert {event["name"] for event in spans[scoring]} == {"score"}
-        aligner.generate_many(["One", "Two"], budget=8, n=4, max_tokens=8, timeline=path)
+        aligner.generate_many(["One", "Two"], budget=8, n=4, max_tokens=8, timeline=path, selection=0.0)
         assert sum(event["name"] == "update" for event in check(path)[main]) == 4
     assert list(tmp_path.iterdir()) == [path]
 
