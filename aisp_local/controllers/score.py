@@ -139,7 +139,8 @@ class Score:
             drawn = [tokens[begin:] for tokens, begin in zip(rollouts.tokens, given, strict=True)]
             self._learn(rollouts.laws, drawn, _advantages(parents, rewards), self._step / blocks)
         paused = [i for i, reason in enumerate(rollouts.finish_reasons) if reason == "paused"]
-        self._finished += [(rewards[i], tokens) for i, tokens in enumerate(rollouts.tokens) if i not in set(paused)]
+        ended = zip(rewards, rollouts.tokens, rollouts.finish_reasons, strict=True)
+        self._finished += [(reward, tokens) for reward, tokens, reason in ended if reason != "paused"]
         if paused:
             self._go_on(rewards[paused], [rollouts.tokens[i] for i in paused])
             return ControllerInfo()

@@ -69,7 +69,8 @@ class Smc:
 
     def tell(self, rollouts: Rollouts, rewards: Array) -> ControllerInfo:
         paused = [i for i, reason in enumerate(rollouts.finish_reasons) if reason == "paused"]
-        self._lengths += [len(tokens) for i, tokens in enumerate(rollouts.tokens) if i not in set(paused)]
+        ended = zip(rollouts.tokens, rollouts.finish_reasons, strict=True)
+        self._lengths += [len(tokens) for tokens, reason in ended if reason != "paused"]
         if not paused:
             info = ControllerInfo(
                 ess=float(np.mean(self._sizes)) if self._sizes else None,
