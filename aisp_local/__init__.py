@@ -15,6 +15,7 @@ from aisp_local.errors import (
     RewardError,
     ScoreError,
 )
+from aisp_local.native import Lora
 from aisp_local.steering import Steering
 from aisp_local.types import (
     Baseline,
@@ -40,6 +41,7 @@ __all__ = [
     "DecodeError",
     "InputError",
     "IterationStats",
+    "Lora",
     "Message",
     "ModelError",
     "Progress",

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from aisp_local.errors import AispError, DecodeError, InputError
 from aisp_local.files import check_output
 from aisp_local.loop import Task, search_many
 from aisp_local.measure import calibrated, calibration_of, judged
-from aisp_local.native import check_model_file, versions
+from aisp_local.native import Lora, check_model_file, versions
 from aisp_local.rewards import Reward, load_reward
-from aisp_local.rewards.base import Calibrates, call_parts
+from aisp_local.rewards.base import Calibrates, call_parts, call_prefixes
 from aisp_local.rewards.interruption import AbandonedError, Interruption, interruptible
 from aisp_local.seeds import RowSeeds
 from aisp_local.steering import Steering
@@ -43,15 +44,18 @@ EFFORT = {"low": 32, "medium": 128, "high": 512}
 DEFAULT_EFFORT = "low"
 DEFAULT_METHOD = "score"
 DEFAULT_N = 32
+DEFAULT_N_WHOLE = 16
+"""Where responses are scored at their end only, an iteration can but learn from the one before: more, smaller ones."""
+
 DEFAULT_MAX_TOKENS = 256
 DEFAULT_SEED = 0
 
 
-def check_search(*, method: str, budget: int, n: int, max_tokens: int, seed: int, **options: Any) -> None:
+def check_search(*, method: str, budget: int, n: int | None, max_tokens: int, seed: int, **options: Any) -> None:
     """Raises InputError for what ``Aligner.generate`` would refuse: before a model is loaded for it."""
     if budget < 1:
         raise InputError(f"the budget is {budget} rollouts; it must be at least 1")
-    if n < 1:
+    if n is not None and n < 1:
         raise InputError(f"n is {n} rollouts an iteration; it must be at least 1")
     if max_tokens < 1:
         raise InputError(f"max_tokens is {max_tokens}; it must be at least 1")
@@ -84,11 +88,13 @@ class Aligner:
         judge: str | os.PathLike[str] | Reward | Callable[..., Any] | None = None,
         n_gpu_layers: int | None = None,
         threads: int | None = None,
+        loras: Sequence[str | os.PathLike[str] | Lora] = (),
     ) -> Aligner:
         """Load a GGUF ``model`` and a ``reward``: a folder, a TOML file, the name of a recipe, a Reward, or
         ``(prompt, responses) -> scores``. A ``judge`` is any of these; without one, the reward's own, if it names one.
 
-        What is left out is the shipped one. ``n_gpu_layers``: layers on the GPU, as in llama.cpp.
+        What is left out is the shipped one. ``n_gpu_layers``: layers on the GPU, as in llama.cpp. ``loras``: adapters,
+        GGUF files, which make the model that is aligned: nats are measured from the model with them.
         Raises ModelError, RewardError, BindingError.
         """
         path = shipped.model() if model is None else Path(model)
@@ -96,7 +102,7 @@ class Aligner:
         check_model_file(path)
         scorer = load_reward(shipped.reward() if reward is None else reward)
         judging = getattr(scorer, "judge", None) if judge is None else load_reward(judge)
-        engine = LlamaEngine(path, n_gpu_layers=n_gpu_layers, threads=threads)
+        engine = LlamaEngine(path, n_gpu_layers=n_gpu_layers, threads=threads, loras=loras)
         return cls(engine, scorer, judge=judging, model_name=str(path))
 
     def generate(
@@ -106,7 +112,7 @@ class Aligner:
         method: str = DEFAULT_METHOD,
         budget: int | None = None,
         effort: str = DEFAULT_EFFORT,
-        n: int = DEFAULT_N,
+        n: int | None = None,
         max_tokens: int = DEFAULT_MAX_TOKENS,
         seed: int = DEFAULT_SEED,
         prompt_index: int = 0,
@@ -128,9 +134,10 @@ class Aligner:
         """The best of ``budget`` rollouts of ``method``, in iterations of ``n``.
 
         ``prompt``: a string, which the model continues as plain text, or messages, which pass through its
-        chat template. ``budget`` overrides ``effort`` (low 32, medium 128, high 512). ``seed`` and ``prompt_index``
-        together name the random numbers. ``time_limit`` is in seconds; ``target_reward``, ``patience`` (iterations
-        without a better answer) and ``budget_tokens`` end the search sooner as well (see types.Limits). ``kl`` and
+        chat template. ``budget`` overrides ``effort`` (low 32, medium 128, high 512). Without an ``n`` it is 32, or 16
+        with a reward that is asked at the end of responses only. ``seed`` and ``prompt_index`` together name the random
+        numbers. ``time_limit`` is in seconds; ``target_reward``, ``patience`` (iterations without a better answer) and
+        ``budget_tokens`` end the search sooner as well (see types.Limits). ``kl`` and
         ``logprobs`` need a second output product a step; ``baseline`` adds the unaligned greedy answer, which does not
         count (None if it was interrupted); ``judge_all``: the judge scores every candidate, not the answer alone.
         ``steering``: what an earlier search with this model learnt (see ``steering``), or its file, to start with.
@@ -176,7 +183,7 @@ class Aligner:
         method: str = DEFAULT_METHOD,
         budget: int | None = None,
         effort: str = DEFAULT_EFFORT,
-        n: int = DEFAULT_N,
+        n: int | None = None,
         max_tokens: int = DEFAULT_MAX_TOKENS,
         seed: int = DEFAULT_SEED,
         at_once: int | None = None,
@@ -241,7 +248,7 @@ class Aligner:
         method: str,
         budget: int | None,
         effort: str,
-        n: int,
+        n: int | None,
         max_tokens: int,
         seed: int,
         stop_strings: Sequence[str],
@@ -266,6 +273,9 @@ class Aligner:
             if effort not in EFFORT:
                 raise InputError(f"effort {effort!r} is unknown; use one of {', '.join(EFFORT)}")
             budget = EFFORT[effort]
+        unfinished = getattr(self.reward, "unfinished", True)
+        if n is None:
+            n = DEFAULT_N if unfinished else DEFAULT_N_WHOLE
         check_search(method=method, budget=budget, n=n, max_tokens=max_tokens, seed=seed, **options)
         for index in indices:
             RowSeeds(seed, index)
@@ -274,7 +284,7 @@ class Aligner:
         wants: dict[Want, bool] = {"kl": kl, "logprobs": logprobs}
         # No response is longer than the context, so that no control needs to be.
         common: dict[str, Any] = {"d": self.engine.d, "max_tokens": min(max_tokens, self.engine.n_ctx), "seed": seed}
-        common |= {"head": lambda: self.engine.head, "unfinished": getattr(self.reward, "unfinished", True)} | options
+        common |= {"head": lambda: self.engine.head, "text": self.engine.text, "unfinished": unfinished} | options
         began = time.perf_counter()
         results: list[Result | BaseException] = []
         with self._recorded(timeline, results):
@@ -282,11 +292,12 @@ class Aligner:
             errors: dict[int, BaseException] = {}
             tasks: list[Task] = []
             for i, (prompt, index) in enumerate(zip(prompts, indices, strict=True)):
-                controller = controllers.create(method, prompt_index=index, **common)
                 reward = self._calibrated(prompt, index, seed, max_tokens, stop_strings, stop, began, time_limit)
                 if isinstance(reward, BaseException):
                     errors[i] = reward
                 else:
+                    score = partial(call_prefixes, reward or self.reward, prompt)
+                    controller = controllers.create(method, prompt_index=index, score=score, **common)
                     tasks.append(Task(prompt, controller, index, reward))
             left = time_limit
             if time_limit is not None and isinstance(self.reward, Calibrates) and tasks:

@@ -12,15 +12,16 @@ from pathlib import Path
 from aisp_local.errors import InputError
 
 
-def write_output(path: Path, text: str) -> None:
+def write_output(path: Path, content: str | bytes) -> None:
     """Write whole or not at all, "?" for a lone surrogate; a device or a pipe is written to, never replaced."""
+    data = content.encode("utf-8", "replace") if isinstance(content, str) else content
     target = path.resolve()
     temporary = _beside(target, "tmp")
     try:
         if target.exists() and not target.is_file():
-            target.write_text(text, encoding="utf-8", errors="replace")
+            target.write_bytes(data)
             return
-        temporary.write_text(text, encoding="utf-8", errors="replace")
+        temporary.write_bytes(data)
         os.replace(temporary, target)
     except BaseException as error:
         temporary.unlink(missing_ok=True)

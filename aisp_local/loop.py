@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -22,12 +22,15 @@ from aisp_local.timeline import OFF, Timeline
 from aisp_local.types import (
     Candidate,
     ControllerInfo,
+    FloatArray,
     IterationStats,
     Limits,
+    LogitsProcessor,
     Progress,
     Prompt,
     Result,
     Rollouts,
+    Step,
     Want,
 )
 
@@ -292,7 +295,7 @@ class _Blocks:
         self.kls: list[float] = []
         self.unfinished: list[Candidate] = []
         self.notes: list[str] = []
-        self.n_tokens = 0
+        self.n_tokens = self.n_scored = 0
         self.at = 0.0  # when the last block was settled
         self.decode_seconds = self.reward_seconds = self.update_seconds = 0.0
         self._tokens: list[bytes] = []  # of the unfinished
@@ -342,15 +345,33 @@ class _Blocks:
         return len(self.rewards) + 1 if self._several and not paused else i + 1
 
     def count(
-        self, rollouts: Rollouts, reward_seconds: float, now: float, update_seconds: float, info: ControllerInfo
+        self, rollouts: Rollouts, scorer: Scorer, now: float, update_seconds: float, info: ControllerInfo
     ) -> None:
         self.at = now
+        self.n_scored += scorer.n_scored + info.n_scored
         self.n_tokens += rollouts.n_tokens
         self.decode_seconds += rollouts.decode_seconds
-        self.reward_seconds += reward_seconds
+        self.reward_seconds += scorer.seconds
         self.update_seconds += update_seconds
         if info.note is not None and info.note not in self.notes:
             self.notes.append(info.note)
+
+
+class _Guarded:
+    """A logits processor: what it raises ends its own search alone."""
+
+    def __init__(self, processor: LogitsProcessor, fail: Callable[[Exception], None]) -> None:
+        self._processor, self._fail, self._failed = processor, fail, False
+        self.needs_prelogits = processor.needs_prelogits
+
+    def __call__(self, step: Step) -> FloatArray:
+        if not self._failed:
+            try:
+                return self._processor(step)
+            except Exception as error:
+                self._failed = True
+                self._fail(error)
+        return step.logits
 
 
 class _Search:
@@ -436,6 +457,8 @@ class _Search:
             self.blocks.go_on(controls.prefixes, self.best, self.asked >= self.budget, self.stop_strings)
             if self.want & {"logprobs", "prelogits"}:
                 self.blocks.position = 0  # each token is a step again
+        if controls.processor is not None:
+            controls = replace(controls, processor=_Guarded(controls.processor, self._fail))
         seeds = RowSeeds(self.seed, self.task.index, self.iteration)
         self.job = Job(self.task.prompt, controls, self.max_tokens, seeds, self.stop_strings, self.want)
         if self.pool is not None and self.more:
@@ -443,6 +466,9 @@ class _Search:
         self.scorer.begin(size)
         self.report(0, size, 0)
         return self.job
+
+    def _fail(self, error: Exception) -> None:
+        self.error = self.error or error
 
     def _size(self) -> int:
         """Rollouts of the next iteration."""
@@ -524,7 +550,7 @@ class _Search:
         with self.timeline.span("update"):
             info = self.task.controller.tell(rollouts, rewards) if whole else ControllerInfo()
         now = self.clock()
-        blocks.count(rollouts, self.scorer.seconds, now, now - began, info)
+        blocks.count(rollouts, self.scorer, now, now - began, info)
         blocks.unfinished = unfinished
         if whole and unfinished:
             self.paused = len(unfinished)
@@ -560,6 +586,7 @@ class _Search:
             kl=info.kl if not blocks.kls else float(np.mean(blocks.kls)) + info.selection_kl,
             n_nonfinite=len(rewards) - len(finite),
             note="; ".join(blocks.notes) or None,
+            n_scored=blocks.n_scored,
         )
         self.seconds = now - self.start
         self.stats.append(stats)

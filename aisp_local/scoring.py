@@ -103,6 +103,7 @@ class Scorer:
     def begin(self, n: int) -> None:
         """A new iteration of n rollouts."""
         self.seconds = 0.0  # of scoring, of what ``rewards`` gave
+        self.n_scored = 0  # texts
         self._pending: dict[bool, dict[int, str]] = {True: {}, False: {}}  # finished or not
         self._futures: list[tuple[list[int], Future[Scored]]] = []
         self._parts: dict[int, dict[str, float]] = {}
@@ -126,6 +127,7 @@ class Scorer:
             return
         self._pending[finished] = {}
         rows = sorted(pending)
+        self.n_scored += len(rows)
         texts = [pending[row] for row in rows]
         self._futures.append((rows, self._worker.score(self._reward, self._prompt, texts, finished)))
 

@@ -8,6 +8,7 @@ from aisp_local.errors import InputError
 
 MODEL = "models/storyteller/storyteller.gguf"
 REWARD = "reward_models/story-reward"
+ADAPTER = "models/storyteller/story-reward.lora.gguf"
 JUDGE = "reward_models/story-judge"
 TALKER = "models/talker/talker.gguf"
 TALKER_REWARD = "reward_models/cheer"
@@ -34,6 +35,11 @@ def model() -> Path:
 def reward() -> Path:
     """The shipped reward model (folder with reward.json)."""
     return _find(REWARD)
+
+
+def adapter() -> Path:
+    """A LoRA adapter of the shipped language model, trained for the shipped reward, for comparisons (GGUF)."""
+    return _find(ADAPTER)
 
 
 def judge() -> Path:

@@ -141,3 +141,37 @@ def document(height: float, parts: Sequence[str]) -> str:
     size = f'width="{WIDTH}" height="{height:g}" viewBox="0 0 {WIDTH} {height:g}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="system-ui, sans-serif">'
     return "\n".join([head, _STYLE, '<rect class="paper" width="100%" height="100%"/>', *parts, "</svg>"]) + "\n"
+
+
+def heat_map(
+    title: str,
+    rows: tuple[str, Sequence[str]],
+    columns: tuple[str, Sequence[str]],
+    cells: Sequence[Sequence[float]],
+    marked: Sequence[Sequence[bool]],
+) -> str:
+    """A cell for each value, the darker the higher, with the value in it; marked ones have a frame.
+
+    ``rows`` and ``columns``: what they are, and their names.
+    """
+    finite = [value for row in cells for value in row if math.isfinite(value)]
+    low, high = min(finite, default=0.0), max(finite, default=1.0)
+    left, width = 96.0, (WIDTH - RIGHT - 96.0) / len(columns[1])
+    height = (HEIGHT - _TOP - _BOTTOM) / len(rows[1])
+    parts = [draw_title(title)]
+    for i, (name, row) in enumerate(zip(rows[1], cells, strict=True)):
+        y = _TOP + i * height
+        parts.append(draw_text(left - 8, y + height / 2 + 4, name, anchor="end"))
+        for j, value in enumerate(row):
+            x = left + j * width
+            share = (value - low) / (high - low) if high > low and math.isfinite(value) else 0.0
+            frame = ' stroke="#c05621" stroke-width="3"' if marked[i][j] else ""
+            size = f'x="{x + 2:.1f}" y="{y + 2:.1f}" width="{width - 4:.1f}" height="{height - 4:.1f}"'
+            parts.append(f'<rect {size} fill="#2b6cb0" fill-opacity="{0.08 + 0.72 * share:.2f}"{frame}/>')
+            parts.append(draw_text(x + width / 2, y + height / 2 + 4, f"{value:.3g}", anchor="middle"))
+    for j, name in enumerate(columns[1]):
+        parts.append(draw_text(left + (j + 0.5) * width, HEIGHT - _BOTTOM + 16, name, anchor="middle"))
+    parts.append(draw_text(left + (WIDTH - RIGHT - left) / 2, HEIGHT - 12, columns[0], anchor="middle"))
+    middle = (_TOP + HEIGHT - _BOTTOM) / 2
+    parts.append(draw_text(16, middle, rows[0], anchor="middle", more=f' transform="rotate(-90 16 {middle:g})"'))
+    return document(HEIGHT, parts)

@@ -5,20 +5,31 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from aisp_local.controllers.re_control import Value
 from aisp_local.engine.base import Feed, Job
 from aisp_local.engine.law import HeadLaw
 from aisp_local.engine.sampling import log_law, log_softmax, pick, sparse_law
 from aisp_local.rewards.function import CallableReward
 from aisp_local.seeds import RowSeeds
-from aisp_local.types import Controls, FinishReason, FloatArray, Laws, Prompt, Rollouts, Want
+from aisp_local.types import Controls, FinishReason, FloatArray, Laws, Prompt, Rollouts, Step, Want
 
-__all__ = ["FakeEngine", "FakeReward"]
+__all__ = ["FakeEngine", "FakeReward", "needed"]
 
 FakeReward = CallableReward
+
+
+def needed(method: str, d: int) -> dict[str, Any]:
+    """Options without which a method does not run, on a model with pre-logits of width ``d``."""
+    if method != "re-control":
+        return {}
+    rng = np.random.default_rng(0)
+    a, b, w, c = (rng.standard_normal(shape).astype(np.float32) for shape in ((16, d), (16,), (16,), (1,)))
+    return {"value": Value(a, b, w, c), "rate": 0.1, "steps": 3}
 
 
 class _Head(HeadLaw):
@@ -64,6 +75,9 @@ class FakeEngine:
 
     def room(self, prompt: Prompt) -> int:
         return self.n_ctx - sum(len(m) if isinstance(m, str) else len(m["content"]) for m in prompt)
+
+    def text(self, tokens: npt.NDArray[np.int32]) -> str:
+        return _text(tokens.tolist())
 
     def run(self, feed: Feed, *, prompts: Sequence[Prompt], n: int, max_tokens: int) -> None:
         """See engine.base.Engine. One job after the other: it has no rows to share."""
@@ -118,6 +132,10 @@ class FakeEngine:
                 z = self._z[tokens[i][-1] if tokens[i] else 1]
                 base = (self._w @ z)[None]
                 logits = (self._w @ (z + self._control(controls, i, step)))[None]
+                if controls.processor is not None:
+                    so_far = [np.array(tokens[i], np.int32)]
+                    shown = z[None] if controls.processor.needs_prelogits else None
+                    logits = controls.processor(Step(np.array([i], np.int64), so_far, logits, shown))
                 token = int(pick(logits, controls.sampling, uniforms[i][step : step + 1])[0])
                 prefix = prefixes[i]
                 if step < len(prefix):
@@ -128,7 +146,7 @@ class FakeEngine:
                     _, *law = sparse_law(logits, controls.sampling, controls.shift)
                     laws += [(i, step, int(t), float(p), float(q)) for t, p, q in zip(*law, strict=True)]
                 logprobs[i].append(float(log_softmax(base.astype(np.float64))[0, token]))
-                if controls.vectors is not None and step >= len(prefix):
+                if (controls.vectors is not None or controls.processor is not None) and step >= len(prefix):
                     p = log_law(logits, controls.sampling)[0]
                     q = log_softmax(base.astype(np.float64) / (controls.sampling.temperature or 1.0))[0]
                     kl[i] += float((np.exp(p) * np.where(np.isneginf(p), 0, p - q)).sum())

@@ -69,6 +69,33 @@ GREEDY = Sampling()
 
 
 @dataclass(frozen=True)
+class Step:
+    """One decode step of m rollouts of a job, for a logits processor.
+
+    ``rows``: which of the job's rollouts. ``tokens``: what each has so far. ``logits`` [m, V] (under the control) and
+    ``prelogits`` [m, d] (before it; None unless asked for) are views that the next step overwrites.
+    """
+
+    rows: npt.NDArray[np.int64]
+    tokens: Sequence[npt.NDArray[np.int32]]
+    logits: FloatArray
+    prelogits: FloatArray | None
+
+
+class LogitsProcessor(Protocol):
+    """Gives other logits to sample from, between two decode steps: what it takes, decoding waits for.
+
+    What it gives a row may depend on that row alone, never on a clock nor on which rows come together.
+    """
+
+    @property
+    def needs_prelogits(self) -> bool: ...
+
+    def __call__(self, step: Step) -> FloatArray:
+        """Logits [m, V]; -inf for a token that must not be drawn."""
+
+
+@dataclass(frozen=True)
 class Controls:
     """What n rollouts are decoded under: ``v[i, t]`` is added to the pre-logits of rollout i at step t.
 
@@ -77,7 +104,7 @@ class Controls:
     (empty: with none); the last token of a longest response is never one of them. ``pause``: rollouts that have so many
     tokens, a prefix's among them, end for now ("paused"); what goes on from them is given them as a prefix. ``want``:
     what the rollouts report; steps of a prefix have no laws and no KL. ``shift`` [V]: what a control that all rows hold
-    adds to the logits, for the laws' base probabilities.
+    adds to the logits, for the laws' base probabilities. ``processor``: what tokens are sampled from are its logits.
     """
 
     n: int
@@ -88,6 +115,7 @@ class Controls:
     pause: int | None = None
     want: frozenset[Want] = frozenset()
     shift: FloatArray | None = None
+    processor: LogitsProcessor | None = None
 
     def __post_init__(self) -> None:
         if self.n < 1:
@@ -167,6 +195,9 @@ class Head(Protocol):
     def gain(self) -> float:
         """What logits are multiplied with."""
 
+    def logits(self, prelogits: FloatArray) -> FloatArray:
+        """Base logits [N, V] of pre-logits [N, d]."""
+
     def score(self, prelogits: FloatArray, tokens: npt.NDArray[np.int32], temperature: float) -> FloatArray:
         """Gradient of ``log p(token)`` by the pre-logits, ``W^T (e_token - p) / temperature`` [N, d].
 
@@ -236,6 +267,7 @@ class IterationStats:
     kl: float | None = None  # mean over the rollouts, and of choosing among unfinished ones, nats
     n_nonfinite: int = 0
     note: str | None = None  # what a guard against too much steering did
+    n_scored: int = 0  # texts that the reward read, unfinished ones among them
 
 
 @dataclass(frozen=True)
@@ -248,6 +280,7 @@ class ControllerInfo:
     kl: float | None = None  # of the law that the iteration was sampled from, nats, mean over its rollouts
     selection_kl: float = 0.0  # the part of it that choosing among unfinished rollouts has
     note: str | None = None  # what a guard did, in a sentence
+    n_scored: int = 0  # texts that the method itself had the reward read
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from aisp_local import Aligner, controllers
 from aisp_local.errors import InputError, ScoreError
 from aisp_local.loop import search
 from aisp_local.seeds import RowSeeds
-from aisp_local.testing import FakeEngine, FakeReward
+from aisp_local.testing import FakeEngine, FakeReward, needed
 from aisp_local.types import Controls, Limits, Progress, Prompt, Result, Rollouts, Sampling
 
 
@@ -30,6 +30,9 @@ def run(method: str = "aisp", reward: Any = vowels, **options: Any) -> Result:
         max_tokens=settings["max_tokens"],
         seed=settings["seed"],
         head=lambda: engine.head,
+        score=lambda texts: np.array(reward("p", texts)),
+        text=engine.text,
+        **needed(method, engine.d),
         **settings.pop("options", {}),
     )
     return search(engine, controller, FakeReward(reward), "p", method=method, **settings)
@@ -265,6 +268,14 @@ def test_a_budget_of_tokens_is_kept() -> None:
 def test_limits_that_are_none(limits: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         Limits(**limits)
+
+
+@pytest.mark.parametrize("unfinished, sizes", [(True, [32, 8]), (False, [16, 16, 8])])
+def test_rows_by_default(unfinished: bool, sizes: list[int]) -> None:
+    reward = FakeReward(vowels)
+    setattr(reward, "unfinished", unfinished)  # noqa: B010
+    result = Aligner(FakeEngine(), reward).generate("a", budget=40, max_tokens=4)
+    assert [stats.n for stats in result.iterations] == sizes
 
 
 def test_soft_best_of_n_draws_its_answer() -> None:

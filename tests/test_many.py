@@ -19,7 +19,7 @@ from aisp_local.controllers import METHODS, Aisp
 from aisp_local.engine import Job, LlamaEngine
 from aisp_local.errors import CapacityError, InputError, ScoreError
 from aisp_local.loop import Task, search, search_many
-from aisp_local.testing import FakeEngine, FakeReward
+from aisp_local.testing import FakeEngine, FakeReward, needed
 from aisp_local.types import Controls, Progress, Prompt, Result, Rollouts
 
 ANIMALS = ("fox", "bear", "little red hen", "dog that sang", "mouse")
@@ -89,6 +89,7 @@ def test_each_search_draws_what_it_would_draw_alone(method: str) -> None:
     options: dict[str, Any] = {"method": method, "budget": 10, "n": 4, "max_tokens": 16, "seed": 3, "logprobs": True}
     shares = []
     with LlamaEngine(shipped.model(), threads=1, parallel=7) as engine:
+        options |= needed(method, engine.d)
         many = Recorder(engine)
         together = Aligner(many, FakeReward(by_row)).generate_many(PROMPTS, **options)
         for i in (0, 2, 4):
@@ -123,6 +124,7 @@ def test_the_others_do_not_matter(method: str) -> None:
     if method in ("score", "smc"):
         options |= {"temperature": 3.0, "min_p": 0.0}  # min-p leaves this model's law one token
     aligner = Aligner(FakeEngine(), FakeReward(vowels))
+    options |= needed(method, aligner.engine.d)
     together = aligner.generate_many(PROMPTS, **options)
     for i, prompt in enumerate(PROMPTS):
         assert key(together[i]) == key(aligner.generate(prompt, prompt_index=i, **options))

@@ -21,23 +21,29 @@ from aisp_local.api import Aligner
 from aisp_local.engine import LlamaEngine
 from aisp_local.errors import DecodeError, InputError
 from aisp_local.files import write_output
+from aisp_local.rewards.base import call
 from aisp_local.seeds import RowSeeds
-from aisp_local.types import Controls, Message, Result
+from aisp_local.types import Candidate, Controls, FloatArray, Message, Result
 
 Settings = Mapping[str, float]
 Say = Callable[[str], None]
 
 _EXACT = 2  # iterations, at the end of which the KL is computed exactly
+_WINDOW = 16  # tokens
 _GROUP = 4  # prompts in one batch; what is kept at a time
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A method that takes part. ``grid``: the settings that are tried in tuning, none for one that stays as it is."""
+    """A method that takes part. ``grid``: the settings that are tried in tuning, none for one that stays as it is.
+
+    ``most``: rollouts that it gets at most, for one that spends the time of many on each.
+    """
 
     label: str
     method: str
     n: int = 16
+    most: int | None = None
     settings: Settings = field(default_factory=dict)
     grid: Sequence[Settings] = ()
 
@@ -56,6 +62,7 @@ ENTRIES = (
     Entry("score, block by block", "score", n=32, settings={"commit": 1}),
     Entry("score, nothing selected", "score", n=32, settings={"selection": 0.0}),
     Entry("smc", "smc", n=32, grid=_grid(ess=(0.1, 0.15, 0.25, 0.4, 0.6))),
+    Entry("qalign", "qalign", grid=_grid(ess=(0.1, 0.15, 0.25, 0.4, 0.6))),
     Entry(
         "best-of-n",
         "best-of-n",
@@ -72,6 +79,8 @@ ENTRIES = (
     Entry("aisp-static", "aisp-static", grid=_grid(sigma=(0.5, 0.7, 1.0, 1.4, 2.0))),
     Entry("aisp-held", "aisp-held", grid=_grid(sigma=(0.5, 0.7, 1.0, 1.4, 2.0))),
     Entry("cem", "cem", grid=_grid(sigma=(0.5, 0.7, 1.0, 1.4, 2.0))),
+    Entry("args", "args", n=4, most=4, grid=_grid(weight=(0.5, 1.0, 2.0, 4.0, 8.0))),
+    Entry("re-control", "re-control", n=16, grid=_grid(rate=(0.03, 0.1, 0.3, 1.0, 3.0))),
     Entry("misvo", "misvo", grid=_grid(eta=(0.3, 1.0, 3.0, 10.0, 30.0))),
     Entry("misvo, published", "misvo", settings={"eta": 0.1, "temperature": 1.0}),
 )
@@ -79,7 +88,7 @@ ENTRIES = (
 
 @dataclass(frozen=True)
 class Pair:
-    """A model, what rewards its answers, and prompts for both."""
+    """A model, what rewards its answers, prompts for both, and another reward that no search sees."""
 
     name: str
     model: str
@@ -87,13 +96,16 @@ class Pair:
     tuning: Sequence[str]
     evaluation: Sequence[str]
     max_tokens: int = 96
+    judge: str | None = None
 
 
 @dataclass(frozen=True)
 class Run:
-    """What is kept of one search. ``rewards`` are in the order of the rollouts. ``kl``: of the law sampled from, in the
-    last iteration, nats; ``exact_kl``: as the engine computes it against the whole base law, in the second iteration.
-    ``logprob``: of the answer's tokens under the base model.
+    """What is kept of one search. ``rewards`` and ``texts`` are in the order of the rollouts, ``clock`` has the seconds
+    since the start after each iteration. ``kl``: of the law sampled from, in the last iteration, nats; ``exact_kl``: as
+    the engine computes it against the whole base law, in the second iteration. ``logprob``: of the answer's tokens
+    under the base model; ``low_logprob``: the mean of the least likely 16 in a row. ``judged``: what the judge gives
+    the best of the first so many rollouts.
     """
 
     pair: str
@@ -111,6 +123,11 @@ class Run:
     exact_kl: float | None = None
     logprob: float | None = None
     answer_tokens: int = 0
+    low_logprob: float | None = None
+    n_scored: int = 0  # texts that the reward read
+    clock: list[float] = field(default_factory=list)
+    judged: dict[str, float] = field(default_factory=dict)
+    texts: list[str] = field(default_factory=list)
 
 
 def prompt_sets() -> dict[str, dict[str, list[str]]]:
@@ -136,6 +153,10 @@ class Store:
             if rest:  # what an interrupt left of a line
                 write_output(path, "".join(line + "\n" for line in lines))
 
+    def runs(self) -> list[Run]:
+        """All of them."""
+        return list(self._found.values())
+
     def get(self, run: Run) -> Run | None:
         """The kept run with the same question."""
         return self._found.get(_key(run))
@@ -152,10 +173,20 @@ def _key(run: Run) -> str:
 
 
 class Contest:
-    """The contest of one pair."""
+    """The contest of one pair. ``more``: options by method that no run is told apart by, such as a file."""
 
-    def __init__(self, pair: Pair, aligner: Aligner, store: Store, *, budgets: Sequence[int], seed: int, say: Say):
-        self.pair, self.aligner, self._store = pair, aligner, store
+    def __init__(
+        self,
+        pair: Pair,
+        aligner: Aligner,
+        store: Store,
+        *,
+        budgets: Sequence[int],
+        seed: int,
+        say: Say,
+        more: Mapping[str, Mapping[str, Any]] | None = None,
+    ):
+        self.pair, self.aligner, self._store, self._more = pair, aligner, store, more or {}
         self.budgets, self._seed, self._say = sorted(budgets), seed, say
 
     def play(self, entries: Sequence[Entry], exact_kl_prompts: int) -> dict[str, list[Run]]:
@@ -195,6 +226,7 @@ class Contest:
     def _runs(
         self, entry: Entry, settings: Settings, prompts: Sequence[str], budget: int, exact_kl_prompts: int
     ) -> Iterator[Run]:
+        budget = min(budget, entry.most or budget)
         for start in range(0, len(prompts), _GROUP):
             group = prompts[start : start + _GROUP]
             asked = [
@@ -221,6 +253,7 @@ class Contest:
             "max_tokens": self.pair.max_tokens,
             "seed": asked[0].seed,
             **settings,
+            **self._more.get(entry.method, {}),
         }
         began = time.perf_counter()
         results = self.aligner.generate_many(messages, budget=asked[0].budget, **common)
@@ -236,7 +269,7 @@ class Contest:
             if not isinstance(result, Result):
                 raise result
             rollouts = sorted(result.candidates, key=lambda c: (c.iteration, c.row))
-            logprob, length = self._base_logprob(prompt, result.answer)
+            logprobs = self._base_logprobs(prompt, result.answer)
             runs.append(
                 Run(
                     **{
@@ -247,21 +280,34 @@ class Contest:
                         "n_tokens": result.n_tokens,
                         "kl": result.iterations[-1].kl,
                         "exact_kl": kl,
-                        "logprob": logprob,
-                        "answer_tokens": length,
+                        "logprob": None if logprobs is None else float(logprobs.sum()),
+                        "low_logprob": None if logprobs is None else _lowest(logprobs),
+                        "answer_tokens": 0 if logprobs is None else len(logprobs),
+                        "n_scored": sum(s.n_scored for s in result.iterations),
+                        "clock": (np.cumsum([s.seconds for s in result.iterations]) / len(group)).tolist(),
+                        "judged": self._judged(prompt, rollouts),
+                        "texts": [c.text for c in rollouts],
                     }
                 )
             )
         return runs
 
-    def _base_logprob(self, prompt: list[Message], answer: str) -> tuple[float | None, int]:
-        """Log-probability of an answer under the base model at temperature 1, and its number of tokens."""
+    def _judged(self, prompt: list[Message], rollouts: Sequence[Candidate]) -> dict[str, float]:
+        judge = self.aligner.judge
+        if judge is None:
+            return {}
+        sizes = [budget for budget in self.budgets if budget <= len(rollouts)]
+        best = [max(rollouts[:size], key=lambda c: c.reward).text for size in sizes]
+        return dict(zip(map(str, sizes), call(judge.name, judge.score, prompt, best).tolist(), strict=True))
+
+    def _base_logprobs(self, prompt: list[Message], answer: str) -> FloatArray | None:
+        """Log-probabilities of an answer's tokens under the base model at temperature 1."""
         engine = self.aligner.engine
         if not isinstance(engine, LlamaEngine):
-            return None, 0
+            return None
         tokens = engine.model.tokenize(answer, add_special=False, parse_special=False)
         if not len(tokens):
-            return None, 0
+            return None
         rollouts = engine.rollout(
             prompt,
             Controls(n=1, prefixes=[tokens]),
@@ -270,7 +316,13 @@ class Contest:
             want=frozenset({"logprobs"}),
         )
         assert rollouts.base_logprobs is not None
-        return float(rollouts.base_logprobs[0][: len(tokens)].sum()), len(tokens)
+        return rollouts.base_logprobs[0][: len(tokens)]
+
+
+def _lowest(logprobs: FloatArray) -> float:
+    """The least mean of so many in a row."""
+    size = min(_WINDOW, len(logprobs))
+    return float(np.convolve(logprobs, np.full(size, 1 / size), "valid").min())
 
 
 def _last_kl(result: Result) -> float | None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+BUDGETS = [32, 64, 256]
 
 
 @click.group()
@@ -60,22 +65,41 @@ def speed(
     click.echo(measure.as_json(result))
 
 
+def contest_options(command: F) -> F:
+    """What all comparisons of methods ask."""
+    for option in (
+        click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder of runs and report."),
+        click.option("--threads", type=int, help="CPU threads for decoding."),
+        click.option("--seed", type=click.IntRange(0), default=0, show_default=True),
+        click.option(
+            "--exact-kl", type=click.IntRange(0), default=4, show_default=True, help="Prompts whose KL is exact."
+        ),
+        click.option("--max-tokens", type=click.IntRange(1), default=96, show_default=True),
+        click.option("--max-prompts", type=click.IntRange(1), help="At most so many prompts of each list."),
+        click.option(
+            "--budget", "budgets", type=click.IntRange(1), multiple=True, help="Rollouts. Default: 32, 64 and 256."
+        ),
+        click.option("--method", "methods", multiple=True, help="Label of a row; best-of-n is always there."),
+        click.option("--pair", "pairs", multiple=True, help="One of the shipped pairs."),
+        click.option(
+            "--prompts", type=click.Path(path_type=Path), help="JSON file of two lists, tuning and evaluation."
+        ),
+        click.option(
+            "--judge", type=click.Path(path_type=Path), help="With -m and -r: another reward, which no search sees."
+        ),
+        click.option("-r", "--reward", type=click.Path(path_type=Path), help="What rewards its answers."),
+        click.option("-m", "--model", type=click.Path(path_type=Path), help="GGUF model. Default: the shipped pairs."),
+    ):
+        command = option(command)
+    return command
+
+
 @bench.command()
-@click.option("-m", "--model", type=click.Path(path_type=Path), help="GGUF model. Default: the shipped pairs.")
-@click.option("-r", "--reward", type=click.Path(path_type=Path), help="What rewards its answers.")
-@click.option("--prompts", type=click.Path(path_type=Path), help="JSON file of two lists, tuning and evaluation.")
-@click.option("--pair", "pairs", multiple=True, help="One of the shipped pairs. Default: all of them.")
-@click.option("--method", "methods", multiple=True, help="Label of a row. Default: all. best-of-n is always there.")
-@click.option("--budget", "budgets", type=click.IntRange(1), multiple=True, help="Rollouts. Default: 32, 64 and 256.")
-@click.option("--max-prompts", type=click.IntRange(1), help="At most so many prompts of each list.")
-@click.option("--max-tokens", type=click.IntRange(1), default=96, show_default=True)
-@click.option("--exact-kl", type=click.IntRange(0), default=4, show_default=True, help="Prompts whose KL is exact.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--threads", type=int, help="CPU threads for decoding.")
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder of runs and report.")
+@contest_options
 def controllers(
     model: Path | None,
     reward: Path | None,
+    judge: Path | None,
     prompts: Path | None,
     pairs: tuple[str, ...],
     methods: tuple[str, ...],
@@ -90,7 +114,7 @@ def controllers(
     """Compare alignment methods at equal numbers of rollouts, each with its knob tuned on prompts of their own.
 
     Runs are kept in OUT as they come: the same command goes on where it was stopped. report.md and report.json say what
-    was found, with 95% intervals over prompts.
+    was found, with 95% intervals over prompts. Without --pair and --method: all of them.
 
     \b
     Examples:
@@ -99,16 +123,212 @@ def controllers(
     """
     from aisp_local.bench import contest_run
 
-    chosen = contest_run.chosen_pairs(model, reward, prompts, pairs, max_prompts, max_tokens)
+    chosen = contest_run.chosen_pairs(model, reward, judge, prompts, pairs, max_prompts, max_tokens)
     entries = contest_run.chosen_entries(methods)
     contest_run.run(
         chosen,
         entries,
         out,
-        budgets=sorted(set(budgets)) or [32, 64, 256],
+        budgets=sorted(set(budgets)) or BUDGETS,
         exact_kl=exact_kl,
         seed=seed,
         threads=threads,
         say=lambda line: click.echo(line, err=True),
         show=click.echo,
     )
+
+
+@bench.command()
+@contest_options
+def quality(
+    model: Path | None,
+    reward: Path | None,
+    judge: Path | None,
+    prompts: Path | None,
+    pairs: tuple[str, ...],
+    methods: tuple[str, ...],
+    budgets: tuple[int, ...],
+    max_prompts: int | None,
+    max_tokens: int,
+    exact_kl: int,
+    seed: int,
+    threads: int | None,
+    out: Path,
+) -> None:
+    """Compare methods as somebody who chooses one would: at equal rollouts, at equal time, and what a judge says.
+
+    quality.html (a page that needs nothing else), quality.md and quality.json in OUT hold rewards with 95% intervals,
+    p-values of the differences to best-of-n corrected for their number, wins, the rollouts that reach what best-of-n
+    reaches, the score of a judge that no search saw, nats, diversity and likelihood. Every response is kept in
+    OUT/runs.jsonl, and the same command goes on where it was stopped; `bench controllers` uses the same runs. Without
+    --pair: stories and dialogs; without --method: six of them.
+
+    \b
+    Examples:
+      aisp-local bench quality -o quality
+      aisp-local bench quality -o mine -m model.gguf -r my_reward --judge other_reward --prompts prompts.json
+    """
+    from aisp_local.bench import contest_run
+
+    own = model is not None or reward is not None or prompts is not None
+    names = pairs if pairs or own else contest_run.QUALITY_PAIRS
+    chosen = contest_run.chosen_pairs(model, reward, judge, prompts, names, max_prompts, max_tokens)
+    text = contest_run.run_quality(
+        chosen,
+        contest_run.chosen_entries(methods or contest_run.QUALITY),
+        out,
+        budgets=sorted(set(budgets)) or BUDGETS,
+        exact_kl=exact_kl,
+        seed=seed,
+        threads=threads,
+        say=lambda line: click.echo(line, err=True),
+    )
+    click.echo(text)
+
+
+@bench.command()
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.option("--list", "list_", is_flag=True, help="What there is, and which question each answers.")
+@click.option("-m", "--model", type=click.Path(path_type=Path), help="GGUF model. Default: a shipped pair.")
+@click.option("-r", "--reward", type=click.Path(path_type=Path), help="What rewards its answers.")
+@click.option("--prompts", type=click.Path(path_type=Path), help="JSON file of two lists, tuning and evaluation.")
+@click.option("--max-prompts", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--max-tokens", type=click.IntRange(1), default=96, show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--threads", type=int, help="CPU threads for decoding.")
+@click.option("--small", is_flag=True, help="Sizes that only show that it runs.")
+@click.option("--lora", type=click.Path(path_type=Path), help="LoRA adapter, for the experiment with one.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder of results.")
+def experiment(
+    names: tuple[str, ...],
+    list_: bool,
+    model: Path | None,
+    reward: Path | None,
+    prompts: Path | None,
+    max_prompts: int,
+    max_tokens: int,
+    seed: int,
+    threads: int | None,
+    small: bool,
+    lora: Path | None,
+    out: Path | None,
+) -> None:
+    """Repeat an experiment on how alignment by pre-logits works; each writes NAME.md, NAME.json and plots into OUT.
+
+    Without NAME: all of them, which takes about an hour on two cores.
+
+    \b
+    Examples:
+      aisp-local bench experiment --list
+      aisp-local bench experiment lambda map -o results
+      aisp-local bench experiment noise -o mine -m model.gguf -r my_reward --prompts prompts.json
+    """
+    from aisp_local.bench import experiment_run
+    from aisp_local.bench.experiments import EXPERIMENTS
+    from aisp_local.errors import InputError
+
+    if list_:
+        for each in EXPERIMENTS.values():
+            click.echo(f"{each.name:14}{each.question}")
+        return
+    if out is None:
+        raise InputError("give a folder for the results with -o")
+    experiment_run.run(
+        names,
+        out,
+        model=model,
+        reward=reward,
+        prompts=prompts,
+        max_prompts=max_prompts,
+        max_tokens=max_tokens,
+        seed=seed,
+        threads=threads,
+        small=small,
+        lora=lora,
+        say=lambda line: click.echo(line, err=True),
+        show=click.echo,
+    )
+
+
+@bench.command()
+@click.option("-m", "--model", type=click.Path(path_type=Path), help="GGUF model. Default: the shipped one.")
+@click.option("-r", "--reward", type=click.Path(path_type=Path), help="What rewards its answers.")
+@click.option("--prompts", type=click.Path(path_type=Path), help="JSON file of two lists; those of tuning are used.")
+@click.option("--responses", type=click.IntRange(1), default=64, show_default=True, help="Of each prompt.")
+@click.option("--max-tokens", type=click.IntRange(1), default=96, show_default=True)
+@click.option("--epochs", type=click.IntRange(1), default=60, show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--threads", type=int, help="CPU threads for decoding.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="File of the value function.")
+def value(
+    model: Path | None,
+    reward: Path | None,
+    prompts: Path | None,
+    responses: int,
+    max_tokens: int,
+    epochs: int,
+    seed: int,
+    threads: int | None,
+    out: Path,
+) -> None:
+    """Train the value function that the method re-control needs (with PyTorch), for one model and reward.
+
+    \b
+    Examples:
+      aisp-local bench value -o value.safetensors
+      aisp-local generate "Tell me a story." --method re-control --option value=value.safetensors
+    """
+    from aisp_local.api import Aligner
+    from aisp_local.bench import value as made
+    from aisp_local.bench.contest_run import chosen_pairs
+    from aisp_local.files import check_output
+
+    check_output(out)
+    own = model is not None or reward is not None or prompts is not None
+    (pair,) = chosen_pairs(model, reward, None, prompts, [] if own else ["stories"], None, max_tokens)
+
+    def say(line: str) -> None:
+        click.echo(line, err=True)
+
+    with Aligner.load(pair.model, pair.reward, threads=threads) as aligner:
+        episodes = made.collect(aligner, pair.tuning, n=responses, max_tokens=max_tokens, seed=seed, say=say)
+    found, figures = made.train(episodes, epochs=epochs, seed=seed, say=say)
+    found.save(out)
+    shares = ", ".join(f"{name} {figures[name]:.2f}" for name in ("first", "mean", "last"))
+    click.echo(f"{out}: correlation with the reward of {figures['held_out']:.0f} responses held out: {shares} value")
+
+
+@bench.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--method", "methods", multiple=True, help="Labels to compare. Default: all that there are.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+def rate(folder: Path, methods: tuple[str, ...], seed: int) -> None:
+    """Say which of two answers is better without knowing whose they are; FOLDER is one of `bench quality`.
+
+    Each rating is written into FOLDER/ratings.jsonl at once; the same command goes on with those that are left. At the
+    end: how often each method was preferred, by you and by the reward.
+
+    \b
+    Examples:
+      aisp-local bench rate quality
+      aisp-local bench rate quality --method score --method best-of-n
+    """
+    from aisp_local.bench import rating
+    from aisp_local.bench.contest import Store
+    from aisp_local.errors import InputError
+
+    if not (folder / "runs.jsonl").is_file():
+        raise InputError(f"{folder} holds no runs.jsonl; run bench quality with this folder first")
+    store = Store(folder / "runs.jsonl")
+    asked = rating.questions(store, methods, seed)
+    ratings = rating.Ratings(folder / "ratings.jsonl")
+
+    def ask(text: str) -> str:
+        try:
+            return str(click.prompt(text, default="", show_default=False, prompt_suffix=": ", err=True))
+        except click.Abort:
+            raise EOFError from None
+
+    rating.rate(ratings.left(asked), ratings, len(asked), ask, click.echo)
+    rewards = {(run.pair, run.prompt, run.label): max(run.rewards) for run in store.runs()}
+    click.echo("\n" + rating.table(ratings.all, rewards).markdown())

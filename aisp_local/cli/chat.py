@@ -39,7 +39,7 @@ Ctrl-C while it searches  the best answer so far"""
 class Settings:
     method: str
     max_tokens: int
-    rows: int
+    rows: int | None
     seed: int
     time_limit: float | None
     effort: str
@@ -206,14 +206,17 @@ class Session:
 def chat(
     effort: str,
     model: Path | None,
+    lora: tuple[Path, ...],
+    lora_scaled: tuple[tuple[Path, float], ...],
     reward: Path | None,
     judge: Path | None,
     n_gpu_layers: int | None,
     threads: int | None,
     method: str,
     strength: float | None,
+    more: tuple[str, ...],
     max_tokens: int,
-    rows: int,
+    rows: int | None,
     seed: int,
     stream: bool,
     time_limit: float | None,
@@ -225,9 +228,9 @@ def chat(
       aisp-local chat
       aisp-local chat -m model.gguf -r reward_folder --effort medium
     """
-    options = method_options(method, strength, stream)
+    options = method_options(method, strength, stream, more)
     check_search(method=method, budget=EFFORT[effort], n=rows, max_tokens=max_tokens, seed=seed, **options)
-    aligner = load(model, reward, judge, n_gpu_layers, threads)
+    aligner = load(model, lora, lora_scaled, reward, judge, n_gpu_layers, threads)
     session = Session(aligner, Settings(method, max_tokens, rows, seed, time_limit, effort, stream, options))
     judging = "" if aligner.judge is None else f", judged by {aligner.judge.name}"
     click.echo(f"{Path(aligner.model_name).name} with {aligner.reward.name}{judging}. /help for help.")

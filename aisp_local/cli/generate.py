@@ -73,6 +73,7 @@ def as_json(result: Result) -> dict[str, Any]:
                 "kl": s.kl,
                 "n_tokens": s.n_tokens,
                 "n_nonfinite": s.n_nonfinite,
+                "n_scored": s.n_scored,
                 "note": s.note,
                 "seconds": s.seconds,
                 "decode_seconds": s.decode_seconds,
@@ -156,14 +157,17 @@ def generate(
     output: Path | None,
     timeline: Path | None,
     model: Path | None,
+    lora: tuple[Path, ...],
+    lora_scaled: tuple[tuple[Path, float], ...],
     reward: Path | None,
     judge: Path | None,
     n_gpu_layers: int | None,
     threads: int | None,
     method: str,
     strength: float | None,
+    more: tuple[str, ...],
     max_tokens: int,
-    rows: int,
+    rows: int | None,
     seed: int,
     stream: bool,
     time_limit: float | None,
@@ -189,11 +193,11 @@ def generate(
     kept = None if steering is None else Steering.load(steering)
     if stream and (json_ or output is not None or budget_tokens is not None):
         raise InputError("--stream prints the answer as it settles; leave out --json, -o and --budget-tokens")
-    options = method_options(method, strength, stream)
+    options = method_options(method, strength, stream, more)
     rows = budget if stream else rows
     check_search(method=method, budget=budget, n=rows, max_tokens=max_tokens, seed=seed, **options)
     Limits(target_reward, patience, budget_tokens)
-    aligner = load(model, reward, judge, n_gpu_layers, threads)
+    aligner = load(model, lora, lora_scaled, reward, judge, n_gpu_layers, threads)
     line = Streamed() if stream else ProgressLine()
     with stop_on_interrupt() as stop:
         result = aligner.generate(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from aisp_local.api import DEFAULT_MAX_TOKENS, DEFAULT_METHOD, DEFAULT_N, DEFAULT_SEED
-from aisp_local.controllers import METHODS
+from aisp_local.api import DEFAULT_MAX_TOKENS, DEFAULT_METHOD, DEFAULT_N, DEFAULT_N_WHOLE, DEFAULT_SEED
+from aisp_local.controllers import METHODS, options_of
 from aisp_local.errors import InputError
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def _debug(context: click.Context, _parameter: click.Parameter, value: bool) -> 
 
 
 def model_options(command: F) -> F:
-    """-m, -r, --judge, --n-gpu-layers, --threads, --debug"""
+    """-m, --lora, --lora-scaled, -r, --judge, --n-gpu-layers, --threads, --debug"""
     for option in (
         click.option(
             "--debug", is_flag=True, expose_value=False, callback=_debug, help="Show the traceback of an error."
@@ -54,6 +55,19 @@ def model_options(command: F) -> F:
             "Default: the shipped one.",
         ),
         click.option(
+            "--lora-scaled",
+            type=(click.Path(path_type=Path), float),
+            multiple=True,
+            metavar="FILE SCALE",
+            help="The same, with what it adds multiplied.",
+        ),
+        click.option(
+            "--lora",
+            type=click.Path(path_type=Path),
+            multiple=True,
+            help="LoRA adapter of the model, a GGUF file. The model with it is what is aligned. Can be given again.",
+        ),
+        click.option(
             "-m",
             "--model",
             type=click.Path(path_type=Path),
@@ -66,11 +80,22 @@ def model_options(command: F) -> F:
 
 
 def search_options(command: F) -> F:
-    """--method, --strength, --max-tokens, --seed, --rows, --stream, --time-limit"""
+    """--method, --strength, --option, --max-tokens, --seed, --rows, --stream, --time-limit"""
     for option in (
         click.option("--time-limit", type=float, help="Seconds; then the best answer so far."),
+        click.option(
+            "--option",
+            "more",
+            multiple=True,
+            metavar="NAME=VALUE",
+            help="Any other option of the method, such as blocks=4 (docs/methods.md). Can be given again.",
+        ),
         click.option("--seed", type=int, default=DEFAULT_SEED, show_default=True),
-        click.option("--rows", type=int, default=DEFAULT_N, show_default=True, help="Rollouts at once."),
+        click.option(
+            "--rows",
+            type=int,
+            help=f"Rollouts at once. [default: {DEFAULT_N}; {DEFAULT_N_WHOLE} with a reward of whole responses only]",
+        ),
         click.option(
             "--stream",
             is_flag=True,
@@ -93,9 +118,20 @@ def search_options(command: F) -> F:
     return command
 
 
-def method_options(method: str, strength: float | None, stream: bool) -> dict[str, Any]:
+def method_options(method: str, strength: float | None, stream: bool, more: Sequence[str]) -> dict[str, Any]:
     """Options of the method that were given."""
     options: dict[str, Any] = {} if strength is None else {"strength": strength}
+    for text in more:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise InputError(f"--option {text} is not of the form NAME=VALUE")
+        if name not in options_of(method):
+            known = ", ".join(sorted(options_of(method))) or "none"
+            raise InputError(f"method {method!r} has no option {name!r}; its options are {known}")
+        try:
+            options[name] = json.loads(value)
+        except ValueError:  # a name or a path
+            options[name] = value
     if stream:
         if method not in STREAMED:
             raise InputError(f"--stream needs the method {' or '.join(STREAMED)}; {method!r} chooses at the end")
@@ -104,8 +140,16 @@ def method_options(method: str, strength: float | None, stream: bool) -> dict[st
 
 
 def load(
-    model: Path | None, reward: Path | None, judge: Path | None, n_gpu_layers: int | None, threads: int | None
+    model: Path | None,
+    lora: Sequence[Path],
+    lora_scaled: Sequence[tuple[Path, float]],
+    reward: Path | None,
+    judge: Path | None,
+    n_gpu_layers: int | None,
+    threads: int | None,
 ) -> Aligner:
     from aisp_local.api import Aligner
+    from aisp_local.native import Lora
 
-    return Aligner.load(model, reward, judge=judge, n_gpu_layers=n_gpu_layers, threads=threads)
+    loras = [*map(Lora, lora), *(Lora(path, scale) for path, scale in lora_scaled)]
+    return Aligner.load(model, reward, judge=judge, n_gpu_layers=n_gpu_layers, threads=threads, loras=loras)

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from aisp_local.controllers.aisp import Aisp
 from aisp_local.controllers.aisp_held import AispHeld
 from aisp_local.controllers.aisp_static import AispStatic
+from aisp_local.controllers.args import Args
 from aisp_local.controllers.base import Controller
 from aisp_local.controllers.best_of_n import BestOfN
 from aisp_local.controllers.cem import Cem
 from aisp_local.controllers.misvo import Misvo
+from aisp_local.controllers.qalign import Qalign
+from aisp_local.controllers.re_control import ReControl
 from aisp_local.controllers.score import Score
 from aisp_local.controllers.smc import Smc
 from aisp_local.controllers.soft_best_of_n import SoftBestOfN
@@ -20,7 +26,8 @@ from aisp_local.errors import InputError
 from aisp_local.types import Head
 
 METHODS: dict[str, Callable[..., Controller]] = {
-    method.name: method for method in (Aisp, AispHeld, AispStatic, BestOfN, Cem, Misvo, Score, Smc, SoftBestOfN)
+    method.name: method
+    for method in (Aisp, AispHeld, AispStatic, Args, BestOfN, Cem, Misvo, Qalign, ReControl, Score, Smc, SoftBestOfN)
 }
 
 __all__ = [
@@ -28,15 +35,29 @@ __all__ = [
     "Aisp",
     "AispHeld",
     "AispStatic",
+    "Args",
     "BestOfN",
     "Cem",
     "Controller",
     "Misvo",
+    "Qalign",
+    "ReControl",
     "Score",
     "Smc",
     "SoftBestOfN",
     "create",
+    "options_of",
 ]
+
+
+_GIVEN = {"d", "max_tokens", "seed", "prompt_index", "head", "score", "text", "unfinished"}
+
+
+def options_of(method: str) -> set[str]:
+    """The names of a method's options. Raises InputError for an unknown method."""
+    if method not in METHODS:
+        raise InputError(f"method {method!r} is unknown; use one of {', '.join(sorted(METHODS))}")
+    return set(inspect.signature(METHODS[method]).parameters) - _GIVEN
 
 
 def create(
@@ -47,27 +68,31 @@ def create(
     seed: int,
     prompt_index: int = 0,
     head: Callable[[], Head] | None = None,
+    score: Callable[[Sequence[str]], npt.NDArray[np.float64]] | None = None,
+    text: Callable[[npt.NDArray[np.int32]], str] | None = None,
     unfinished: bool = True,
     **options: Any,
 ) -> Controller:
     """The controller of a method id.
 
     ``head`` is asked by methods that follow the score function; ``unfinished``: may responses be scored before they
-    end?
+    end? ``score``: rewards of such, and ``text``: what tokens say, for methods that ask while rows decode.
 
     Raises InputError for an unknown method or option.
     """
-    builder = METHODS.get(method)
-    if builder is None:
-        raise InputError(f"method {method!r} is unknown; use one of {', '.join(sorted(METHODS))}")
+    known = options_of(method)
+    builder = METHODS[method]
     common: dict[str, Any] = {"d": d, "max_tokens": max_tokens, "seed": seed, "prompt_index": prompt_index}
     parameters = set(inspect.signature(builder).parameters)
-    known = parameters - set(common) - {"head", "unfinished"}
     unknown = sorted(set(options) - known)
     if unknown:
         raise InputError(f"method {method!r} has no option {unknown[0]!r}; its options are {', '.join(sorted(known))}")
     if head is not None and "head" in parameters:
         common["head"] = head()
-    if "unfinished" in parameters:
-        common["unfinished"] = unfinished
-    return builder(**common, **options)
+    given = {"score": score, "text": text, "unfinished": unfinished}
+    common |= {name: value for name, value in given.items() if name in parameters}
+    try:
+        return builder(**common, **options)
+    except (TypeError, AttributeError) as error:
+        shown = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        raise InputError(f"method {method!r} cannot use its options {shown} ({error})") from error

@@ -17,7 +17,7 @@ class AispStatic:
     """``v_t^i ~ N(0, sigma^2 I)`` in every iteration; nothing is learnt.
 
     Options: ``sigma``, ``window`` (control steps T, default max_tokens), ``temperature`` (0: greedy under the
-    perturbation).
+    perturbation), ``mean`` [T, d] (in place of 0; it stays as it is).
     """
 
     name = "aisp-static"
@@ -32,12 +32,16 @@ class AispStatic:
         sigma: float = math.sqrt(0.5),
         window: int | None = None,
         temperature: float = 0.0,
+        mean: FloatArray | None = None,
     ) -> None:
         self._steps, self._d = max_tokens if window is None else window, d
         if sigma < 0 or not math.isfinite(sigma):
             raise InputError(f"sigma is {sigma}; it must be 0 or greater")
         if self._steps < 1:
             raise InputError(f"the control window is {self._steps} steps; it must be at least 1")
+        if mean is not None and mean.shape != (self._steps, d):
+            raise InputError(f"the mean has the shape {mean.shape}; it must be {(self._steps, d)}")
+        self._mean = mean
         self._sigma, self._seed, self._prompt_index = sigma, seed, prompt_index
         self._sampling = Sampling(temperature)
         self._noise: FloatArray | None = None  # of the next iteration, where it was prepared
@@ -56,6 +60,8 @@ class AispStatic:
         if v is None or len(v) != n:
             v = self._draw(n)
         self._iteration += 1
+        if self._mean is not None:
+            v += self._mean
         return Controls(n=n, vectors=v, sampling=self._sampling)
 
     def tell(self, rollouts: Rollouts, rewards: npt.NDArray[np.float64]) -> ControllerInfo:

@@ -6,6 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from aisp_local.errors import InputError
 from aisp_local.seeds import RowSeeds
 from aisp_local.types import Controls, Head, Prompt, Rollouts, Want
@@ -79,6 +82,9 @@ class Engine(Protocol):
 
     def room(self, prompt: Prompt) -> int:
         """How many tokens a response to the prompt may have; less than 1 if the prompt alone is too long."""
+
+    def text(self, tokens: npt.NDArray[np.int32]) -> str:
+        """What tokens of a response say; a character that their end cuts in two is left out."""
 
     def run(self, feed: Feed, *, prompts: Sequence[Prompt], n: int, max_tokens: int) -> None:
         """Decode the feed's jobs until it has no more.

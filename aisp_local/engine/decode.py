@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,7 +17,7 @@ from aisp_local.engine.sampling import log_law, log_softmax, picker, sparse_law
 from aisp_local.errors import DecodeError
 from aisp_local.native import Context, Model
 from aisp_local.timeline import Timeline
-from aisp_local.types import FinishReason, FloatArray, Laws, Prompt, Rollouts, Sampling, Want
+from aisp_local.types import FinishReason, FloatArray, Laws, Prompt, Rollouts, Sampling, Step, Want
 
 Ints = npt.NDArray[np.int64]
 Tokens = npt.NDArray[np.int32]
@@ -90,6 +90,8 @@ class _Column:
     jobs: list[tuple[_Open, Ints]]  # with which of the k rows are theirs
     samplings: list[tuple[Sampling, Ints]]
     stopping: list[int]  # of the k rows, those with stop strings
+    processed: list[tuple[_Open, Ints]]  # of ``jobs`` those with a logits processor
+    needs_prelogits: bool  # for one of them
 
 
 class Decoder:
@@ -171,6 +173,8 @@ class Decoder:
             jobs,
             [(sampling, np.sort(np.concatenate(parts))) for sampling, parts in samplings.items()],
             [i for i, owner in enumerate(owners) if owner.stops],
+            [(job, mine) for job, mine in jobs if job.job.controls.processor is not None],
+            any(p is not None and p.needs_prelogits for p in (job.job.controls.processor for job, _ in jobs)),
         )
 
     def _fill(self) -> None:
@@ -307,12 +311,15 @@ class Decoder:
 
     def _decode(self, column: _Column) -> None:
         context, rows, owners, want = self._context, column.rows, column.owners, column.want
-        context.want_prelogits(column.needs_head or "prelogits" in want)
+        context.want_prelogits(column.needs_head or column.needs_prelogits or "prelogits" in want)
         with self._timeline.span("decode"):
             context.decode(self._current[rows], self._position[rows], column.sequences, outputs=True)
             logits = context.logits()
         with self._timeline.span("sample"):
             step = self._step[rows]
+            base = logits
+            if column.processed:
+                logits = self._process(base, column)
             current = self._sample(logits, column, self._uniforms[rows, step])
             given = step < self._forced[rows]
             if given.any():
@@ -323,7 +330,7 @@ class Decoder:
                     "the file may be damaged, or the control far too strong"
                 )
             if want:
-                self._record(column, logits, current)
+                self._record(column, base, logits, current)
             self._tokens[rows, step] = current
             self._current[rows] = current
             self._step[rows] = step + 1
@@ -349,14 +356,28 @@ class Decoder:
             tokens[mine] = self._pick(logits[mine], sampling, uniforms[mine])
         return tokens
 
+    def _process(self, base: FloatArray, column: _Column) -> FloatArray:
+        """The logits to sample from: a copy, with those of jobs that have a processor as it gives them."""
+        logits, z = base.copy(), self._context.prelogits() if column.needs_prelogits else None
+        for owner, mine in column.processed:
+            processor = owner.job.controls.processor
+            assert processor is not None
+            rows = column.rows[mine]
+            so_far = [self._tokens[row, : self._step[row]] for row in rows]
+            logits[mine] = processor(Step(self._index[rows], so_far, base[mine], None if z is None else z[mine]))
+        return logits
+
     def _found_stop(self, stops: list[bytes], row: int, token: int) -> bool:
         """Does the row's text hold a stop string after its new token?"""
         piece, text = self._model.piece(token), self._bytes[row]
         text += piece
         return any(text.find(stop, max(0, len(text) - len(piece) - len(stop))) >= 0 for stop in stops)
 
-    def _record(self, column: _Column, logits: FloatArray, current: Tokens) -> None:
-        """What the rows' jobs want to know of this step; rows of other jobs come along."""
+    def _record(self, column: _Column, base: FloatArray, logits: FloatArray, current: Tokens) -> None:
+        """What the rows' jobs want to know of this step; rows of other jobs come along.
+
+        ``base`` [k, V]: before a processor, ``logits`` after it.
+        """
         active, want, needs_head = column.rows, column.want, column.needs_head
         step = self._step[active]
         z = self._context.prelogits() if needs_head or "prelogits" in want else None
@@ -375,9 +396,10 @@ class Decoder:
         if not want & {"kl", "logprobs"}:
             return
         controlled = self._controlled[active]
-        base = logits
         if needs_head and z is not None:
-            base = np.where(controlled[:, None], self._head().project(z), logits)
+            base = np.where(controlled[:, None], self._head().project(z), base)
+        for _, mine in column.processed:
+            controlled = controlled | np.isin(np.arange(len(active)), mine)
         if "logprobs" in want:
             logprobs = log_softmax(base.astype(np.float64))
             self._logprobs[active, step] = logprobs[np.arange(len(active)), current]
@@ -397,7 +419,7 @@ class Decoder:
         tokens = self._tokens[row, :length].copy()
         owner.done[int(self._index[row])] = _Rollout(
             tokens,
-            self._text(owner, tokens),
+            response_text(self._model, tokens, owner.stops),
             reason,
             self._logprobs[row, :length].copy() if "logprobs" in want else None,
             float(self._kl[row]),
@@ -410,13 +432,6 @@ class Decoder:
             self._held[row] = _Held(owner.job.prompt, tokens.tobytes())
         else:
             self._context.remove(self._first + row)
-
-    def _text(self, owner: _Open, tokens: Tokens) -> str:
-        data = b"".join(self._model.piece(int(token)) for token in tokens)
-        for stop in owner.stops:
-            data = data.split(stop, 1)[0]
-        # An incremental decoder leaves out a character that the token limit cut in two.
-        return codecs.getincrementaldecoder("utf-8")("replace").decode(data)
 
     def _end(self, row: int, reason: FinishReason) -> None:
         owner = self._owner[row]
@@ -455,6 +470,15 @@ class Decoder:
             prelogits=[r.prelogits for r in rows if r.prelogits is not None] if "prelogits" in want else None,
             laws=_laws(owner.laws) if "laws" in want else None,
         )
+
+
+def response_text(model: Model, tokens: Tokens, stops: Sequence[bytes] = ()) -> str:
+    """What the tokens say, up to the first stop string."""
+    data = b"".join(model.piece(int(token)) for token in tokens)
+    for stop in stops:
+        data = data.split(stop, 1)[0]
+    # An incremental decoder leaves out a character that the end cuts in two.
+    return codecs.getincrementaldecoder("utf-8")("replace").decode(data)
 
 
 def _laws(parts: list[tuple[Ints, Ints, Ints, FloatArray, FloatArray]]) -> Laws:

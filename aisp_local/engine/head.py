@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -167,8 +167,16 @@ def shards(path: Path) -> list[Path]:
     return files
 
 
-def fingerprint(path: Path) -> str:
-    """A hash of a model's files, all its shards: of their sizes and samples from all over them.
+def adapts_head(model: Path, adapter: Path) -> bool:
+    """Whether a LoRA adapter changes the output matrix of a model, which may be its embedding matrix."""
+    names = {"output.weight.lora_a"}
+    if not has_tensor(model, "output.weight"):
+        names.add("token_embd.weight.lora_a")
+    return any(has_tensor(adapter, name) for name in names)
+
+
+def fingerprint(path: Path, adapters: Sequence[tuple[Path, float]] = ()) -> str:
+    """A hash of a model's files, all its shards: of their sizes and samples from all over them; and of its adapters.
 
     Reading all of a large model would take longer than a search.
     """
@@ -180,4 +188,6 @@ def fingerprint(path: Path) -> str:
             for i in range(_SAMPLES):
                 file.seek(max(0, size - _SAMPLE_BYTES) * i // (_SAMPLES - 1))
                 digest.update(file.read(_SAMPLE_BYTES))
+    for adapter, scale in adapters:
+        digest.update(f"{fingerprint(adapter)} {scale!r}".encode())
     return digest.hexdigest()

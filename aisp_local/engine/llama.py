@@ -25,12 +25,12 @@ import numpy.typing as npt
 
 from aisp_local.engine.base import Feed, Job, OneJob
 from aisp_local.engine.cache import PromptCache
-from aisp_local.engine.decode import Decoder, Start
-from aisp_local.engine.head import OutputHead, fingerprint, has_tensor
+from aisp_local.engine.decode import Decoder, Start, response_text
+from aisp_local.engine.head import OutputHead, adapts_head, fingerprint, has_tensor
 from aisp_local.engine.prompts import prompt_tokens
-from aisp_local.errors import CapacityError, InputError
+from aisp_local.errors import CapacityError, InputError, ModelError
 from aisp_local.host import available_cores, available_memory
-from aisp_local.native import MAX_SEQUENCES, MAX_THREADS, Context, ControlKind, Model
+from aisp_local.native import MAX_SEQUENCES, MAX_THREADS, Context, ControlKind, Lora, Model
 from aisp_local.seeds import RowSeeds
 from aisp_local.timeline import OFF, Timeline
 from aisp_local.types import Controls, Prompt, Rollouts, Want
@@ -52,7 +52,7 @@ class LlamaEngine:
     ``threads``: that decode (default: one a core). ``parallel``: at most so many rollouts decode at once; others wait
     for a free row (default: all, up to 255). ``memory_limit``: bytes that the KV cache may take (default: what is
     available on the host). ``flash_attention``: default llama.cpp's. ``control``: inside llama.cpp's graph, or by
-    a callback, which is all that a stock llama-cpp-python can.
+    a callback, which is all that a stock llama-cpp-python can. ``loras``: adapters that the base model has throughout.
     """
 
     def __init__(
@@ -66,12 +66,21 @@ class LlamaEngine:
         n_ubatch: int = 512,
         flash_attention: bool | None = None,
         control: ControlKind = "auto",
+        loras: Sequence[str | os.PathLike[str] | Lora] = (),
     ) -> None:
         if threads is not None and not 1 <= threads <= MAX_THREADS:
             raise InputError(f"{threads} threads were asked for; llama.cpp takes 1 to {MAX_THREADS}")
         if parallel is not None and not 1 <= parallel < MAX_SEQUENCES:
             raise InputError(f"parallel is {parallel} rollouts at once; llama.cpp takes 1 to {MAX_SEQUENCES - 1}")
-        self.model = Model(model, n_gpu_layers=n_gpu_layers)
+        adapters = [Lora.of(lora) for lora in loras]
+        self.model = Model(model, n_gpu_layers=n_gpu_layers, loras=adapters)
+        for adapter in adapters:
+            if adapts_head(self.model.path, adapter.path):
+                self.model.close()
+                raise ModelError(
+                    f"{adapter.path} adapts the output matrix, which perturbations of its input need as it is; "
+                    "merge it into the model (llama-export-lora), or train one without"
+                )
         self.timeline: Timeline = OFF
         self._control: ControlKind = control
         self._threads = min(available_cores(), MAX_THREADS) if threads is None else threads
@@ -129,7 +138,7 @@ class LlamaEngine:
     @cached_property
     def fingerprint(self) -> str:
         """A hash of the model."""
-        return fingerprint(self.model.path)
+        return fingerprint(self.model.path, [(lora.path, lora.scale) for lora in self.model.loras])
 
     @property
     def n_ctx(self) -> int:
@@ -155,6 +164,10 @@ class LlamaEngine:
     def tokens(self, prompt: Prompt) -> npt.NDArray[np.int32]:
         """The prompt's tokens [P]."""
         return prompt_tokens(self.model, prompt)
+
+    def text(self, tokens: npt.NDArray[np.int32]) -> str:
+        """What tokens of a response say; a character that their end cuts in two is left out."""
+        return response_text(self.model, tokens)
 
     def rollout(
         self,

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from aisp_local.errors import BindingError, DecodeError, InputError
+from aisp_local.native import lora
 from aisp_local.native.binding import INSTALL, Uninterrupted, binding, clear_log, is_patched, last_log
 from aisp_local.native.callback import CallbackControl, Project
 from aisp_local.native.control import Control, ControlKind
@@ -78,6 +79,8 @@ class Context:
                 f"llama.cpp could not make a context of {n_ctx} tokens "
                 f"({last_log() or 'no reason given'}); ask for fewer rollouts or tokens"
             )
+        if model.adapters and lora.apply(self._ctx, model.adapters):
+            raise DecodeError(f"llama.cpp could not use the LoRA adapters: {last_log() or 'no reason given'}")
         self.n_ctx, self.n_seq_max, self.n_batch = n_ctx, n_seq_max, int(params.n_batch)
         self.flash_attention = flash_attention
         self.n_ubatch = int(params.n_ubatch)

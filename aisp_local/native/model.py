@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from aisp_local.errors import InputError, ModelError
+from aisp_local.native import lora
 from aisp_local.native.binding import Uninterrupted, binding, clear_log, first_log, is_patched
 from aisp_local.types import FloatArray
 
@@ -39,15 +40,20 @@ def check_model_file(path: Path) -> None:
 class Model:
     """A loaded GGUF model and its vocabulary. Closed by ``close`` or on deletion, but not before its contexts.
 
-    Safe to share between threads: none uses a pointer while another frees it.
+    Safe to share between threads: none uses a pointer while another frees it. ``loras``: adapters of its weights.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, n_gpu_layers: int | None = None) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, n_gpu_layers: int | None = None, loras: Sequence[lora.Lora] = ()
+    ) -> None:
         self._model: Any = None
+        self.loras = tuple(loras)
         self._contexts, self._closing = 0, False
         self._lock = threading.RLock()
         self.path = Path(path)
         check_model_file(self.path)
+        for each in self.loras:
+            each.check()
         self._llama = binding()
         self._n_gpu_layers = n_gpu_layers
         self._file = self._identity()
@@ -105,6 +111,7 @@ class Model:
                 f"{self.path} cannot be loaded as a model ({first_log() or 'no reason given'}); "
                 "it may be truncated or of an unsupported kind: download or convert it again"
             )
+        self.adapters = [(lora.load(self._model, each), each.scale) for each in self.loras]
 
     def reload(self, overrides: Mapping[str, int]) -> None:
         """Load it again with other metadata than the file's; no context may be open. A no-op if nothing changes."""

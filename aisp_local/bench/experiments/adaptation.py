@@ -1,0 +1,151 @@
+"""What learning adds to exploring, and whether it comes to the same place twice."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from aisp_local.bench.contest_report import interval
+from aisp_local.bench.experiments.lab import Experiment, Finding, Lab, rewards
+from aisp_local.bench.tables import Table
+from aisp_local.controllers import Aisp, AispStatic, Controller
+from aisp_local.loop import search
+from aisp_local.types import FloatArray, Result
+
+_N = 16
+
+
+def _each(lab: Lab, controllers: Sequence[Controller], method: str, budget: int) -> list[Result]:
+    """A search a prompt, with a controller that was made before."""
+    return [
+        search(
+            lab.aligner.engine,
+            controller,
+            lab.aligner.reward,
+            prompt,
+            method=method,
+            budget=budget,
+            n=_N,
+            max_tokens=lab.max_tokens,
+            seed=lab.seed,
+            prompt_index=i,
+        )
+        for i, (prompt, controller) in enumerate(zip(lab.prompts, controllers, strict=True))
+    ]
+
+
+def _made(lab: Lab, make: Callable[..., Controller], **options: Any) -> list[Controller]:
+    d = lab.aligner.engine.d
+    return [
+        make(d=d, max_tokens=lab.max_tokens, seed=lab.seed, prompt_index=i, **options) for i in range(len(lab.prompts))
+    ]
+
+
+def _adaptation(lab: Lab) -> Finding:
+    budget = lab.size(128, 32)
+    learning = [
+        Aisp(d=lab.aligner.engine.d, max_tokens=lab.max_tokens, seed=lab.seed, prompt_index=i)
+        for i in range(len(lab.prompts))
+    ]
+    learnt = _each(lab, learning, "aisp", budget)
+    means: list[FloatArray] = [controller.mean for controller in learning]
+    others = [means[-1], *means[:-1]]  # of the prompt before
+    kinds = {
+        "0 (aisp-static)": _each(lab, _made(lab, AispStatic), "aisp-static", budget),
+        "learnt (aisp)": learnt,
+        "another prompt's, frozen": _each(
+            lab,
+            [
+                AispStatic(d=lab.aligner.engine.d, max_tokens=lab.max_tokens, seed=lab.seed, prompt_index=i, mean=mean)
+                for i, mean in enumerate(others)
+            ],
+            "aisp-static",
+            budget,
+        ),
+        "its own, frozen, other noise": _each(
+            lab,
+            [
+                AispStatic(
+                    d=lab.aligner.engine.d, max_tokens=lab.max_tokens, seed=lab.seed + 7, prompt_index=i, mean=mean
+                )
+                for i, mean in enumerate(means)
+            ],
+            "aisp-static",
+            budget,
+        ),
+    }
+    base = rewards(kinds["0 (aisp-static)"])
+    made = Table(
+        "adaptation",
+        f"{budget} rollouts in iterations of {_N}, {len(lab.prompts)} prompts",
+        ["mean of the control", "best reward", "over 0 [95%]", "mean of the last iteration", "over 0 [95%]"],
+    )
+    data = {}
+    for name, results in kinds.items():
+        found = rewards(results)
+        best, end = found.max(axis=1), found[:, -_N:].mean(axis=1)
+        ahead = interval(best - base.max(axis=1)), interval(end - base[:, -_N:].mean(axis=1))
+        shown = ["{:+.2f} [{:+.2f}, {:+.2f}]".format(*each) for each in ahead]
+        made.rows.append([name, f"{best.mean():.2f}", shown[0], f"{end.mean():.2f}", shown[1]])
+        data[name] = {"best": float(best.mean()), "last": float(end.mean()), "ahead": ahead}
+    return Finding([made], data=data)
+
+
+ADAPTATION = Experiment(
+    "adaptation",
+    "Does the mean that aisp learns matter, or is its gain exploration alone?",
+    "nearly all of aisp's best reward is there with the mean frozen at 0; the mean of another prompt helps no more "
+    "than chance, and its own, frozen under other noise, shows how much of what was learnt is more than one lucky "
+    "trajectory.",
+    _adaptation,
+)
+
+
+def _convergence(lab: Lab) -> Finding:
+    budget, seeds = lab.size(256, 32), lab.size(5, 2)
+    made = Table(
+        "convergence",
+        f"{seeds} seeds, {budget} rollouts, {len(lab.prompts)} prompts; the optimum of the reward is 0",
+        [
+            "method",
+            "best reward",
+            "gap to the optimum",
+            "its spread over seeds",
+            "cosine of U between seeds",
+            "spread of the cosine",
+        ],
+    )
+    data = []
+    for method, options in (
+        ("score", {}),
+        ("score, nothing selected", {"selection": 0.0}),
+        ("best-of-n", {"temperature": 0.8}),
+    ):
+        runs = [lab.search(method.split(",")[0], budget, 32, seed=seed, **options) for seed in range(seeds)]
+        best = np.array([rewards(run).max(axis=1) for run in runs])  # [seeds, prompts]
+        cosines = [
+            float(a.control @ b.control / (np.linalg.norm(a.control) * np.linalg.norm(b.control)))
+            for prompt in zip(*runs, strict=True)
+            for a, b in itertools.combinations(prompt, 2)
+            if a.control is not None and b.control is not None and a.control.any() and b.control.any()
+        ]
+        agreement = [f"{np.mean(cosines):.2f}", f"{np.std(cosines):.2f}"] if cosines else ["-", "-"]
+        mean, spread = float(best.mean()), float(best.std(axis=0).mean())
+        made.rows.append([method, f"{mean:.2f}", f"{-mean:.2f}", f"{spread:.2f}", *agreement])
+        data.append(
+            {"method": method, "best": mean, "spread": spread, "cosine": float(np.mean(cosines)) if cosines else None}
+        )
+    return Finding([made], data=data)
+
+
+CONVERGENCE = Experiment(
+    "convergence",
+    "Do restarts find the same control, and how far from a known optimum do they end?",
+    "controls of different seeds agree more than chance (a cosine of 0 in as many directions), least where selection "
+    "does most of the work; the gap to the optimum is smaller than best-of-n's and so is its spread.",
+    _convergence,
+    pair="stories-words",
+)

@@ -1,0 +1,110 @@
+"""Weights that were trained against controls that are found while answering."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from aisp_local import shipped
+from aisp_local.api import Aligner
+from aisp_local.bench.contest_report import interval
+from aisp_local.bench.experiments.lab import Experiment, Finding, Lab, in_order, last, rewards
+from aisp_local.bench.tables import Table
+from aisp_local.engine import LlamaEngine
+from aisp_local.errors import InputError
+from aisp_local.seeds import RowSeeds
+from aisp_local.types import Controls, Result
+
+_SCORED = 8  # rollouts of a prompt whose likelihood under both models is computed
+
+
+def _log_likelihood(engine: LlamaEngine, prompt: Any, text: str, max_tokens: int) -> float:
+    """Of a response's text, in nats, without the token that ends it."""
+    tokens = engine.model.tokenize(text, add_special=False, parse_special=False)[:max_tokens]
+    if not len(tokens):
+        return 0.0
+    rollouts = engine.rollout(
+        prompt,
+        Controls(1, prefixes=[tokens]),
+        max_tokens=len(tokens) + 1,
+        seeds=RowSeeds(0),
+        want=frozenset({"logprobs"}),
+    )
+    assert rollouts.base_logprobs is not None
+    return float(rollouts.base_logprobs[0][: len(tokens)].sum(dtype=np.float64))
+
+
+def _away(lab: Lab, results: Sequence[Result], base: LlamaEngine, adapted: LlamaEngine) -> float:
+    """Mean of log p_adapted(y) - log p_base(y) over the last iteration's rollouts, in nats."""
+    found = []
+    for prompt, result in zip(lab.prompts, results, strict=True):
+        of_last = [c for c in in_order(result) if c.iteration == len(result.iterations)]
+        for candidate in of_last[: lab.size(_SCORED, 2)]:
+            ratio = [_log_likelihood(engine, prompt, candidate.text, lab.max_tokens) for engine in (adapted, base)]
+            found.append(ratio[0] - ratio[1])
+    return float(np.mean(found))
+
+
+def _lora(lab: Lab) -> Finding:
+    base = lab.aligner.engine
+    if not isinstance(base, LlamaEngine):
+        raise InputError("this experiment needs a GGUF model")
+    if lab.lora is None and base.model.path != shipped.model():
+        raise InputError("give an adapter of this model with --lora; models/adapt.py trains one")
+    path = lab.lora or shipped.adapter()
+    budget = lab.size(128, 32)
+    made = Table(
+        "lora",
+        f"{budget} rollouts, {len(lab.prompts)} prompts; nats from the base model, of the last iteration's rollouts",
+        [
+            "model",
+            "method",
+            "mean reward of the first iteration",
+            "best reward",
+            "over the base's best-of-n [95%]",
+            "nats",
+        ],
+    )
+    data, reference = [], None
+    with LlamaEngine(base.model.path, threads=base.settings["threads"], loras=[path]) as adapted:
+        for name, engine in (("base", base), ("with the adapter", adapted)):
+            aligner = Aligner(engine, lab.aligner.reward)
+            for method, n, options in (
+                ("best-of-n", 32, {"temperature": 1.0, "min_p": 0.02}),
+                ("score", 32, {}),
+            ):
+                results = lab.on(aligner).search(method, budget, n, kl=True, **options)
+                found = rewards(results)
+                best = found.max(axis=1)
+                reference = best if reference is None else reference
+                control = last(results, lambda s: s.kl)
+                nats = (0.0 if np.isnan(control) else control) + (
+                    _away(lab, results, base, adapted) if engine is adapted else 0.0
+                )
+                ahead = interval(best - reference)
+                shown = "{:+.2f} [{:+.2f}, {:+.2f}]".format(*ahead)
+                first = float(found[:, :n].mean())
+                made.rows.append([name, method, f"{first:.2f}", f"{best.mean():.2f}", shown, f"{nats:.1f}"])
+                data.append(
+                    {
+                        "model": name,
+                        "method": method,
+                        "first": first,
+                        "best": float(best.mean()),
+                        "ahead": ahead,
+                        "nats": nats,
+                    }
+                )
+    return Finding([made], data=data)
+
+
+LORA = Experiment(
+    "lora",
+    "An adapter that was trained for the reward, controls that are found while answering, or both?",
+    "the adapter raises the mean of every sample, and best-of-n with it is above best-of-n without; score without it "
+    "reaches more, at more nats, since it learns for this prompt; both together are best, as their gains add up in "
+    "part.",
+    _lora,
+)

@@ -1,0 +1,81 @@
+"""What a search makes of a reward that errs."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from aisp_local.bench.experiments.lab import Experiment, Finding, Lab, rewards
+from aisp_local.bench.tables import Table
+from aisp_local.rewards import Reward
+from aisp_local.rewards.base import call
+from aisp_local.types import Prompt
+
+
+class Noisy:
+    """A reward plus noise that belongs to the text: asked twice it errs alike. ``share`` of the variance is noise."""
+
+    def __init__(self, reward: Reward, share: float, spread: float, seed: int = 0) -> None:
+        self._reward, self._share, self._spread, self._seed = reward, share, spread, seed
+        self.name = f"{reward.name} with noise"
+
+    def score(self, prompt: Prompt, responses: Sequence[str]) -> npt.NDArray[np.float32]:
+        errors = self._spread * np.array([self._error(text) for text in responses])
+        if self._share >= 1.0:
+            return errors.astype(np.float32)
+        true = call(self._reward.name, self._reward.score, prompt, responses)
+        return (true + math.sqrt(self._share / (1 - self._share)) * errors).astype(np.float32)
+
+    def _error(self, text: str) -> float:
+        """Standard normal, by the text alone."""
+        digest = hashlib.sha256(f"{self._seed} {text}".encode("utf-8", "replace")).digest()
+        return float(np.random.default_rng(int.from_bytes(digest[:8], "little")).standard_normal())
+
+
+def _noise(lab: Lab) -> Finding:
+    budget, reward = lab.size(128, 32), lab.aligner.reward
+    base = lab.search("best-of-n", lab.size(64, 16), 16, temperature=0.8, seed=9)
+    spread = float(rewards(base).std(axis=1).mean())
+    middle = float(rewards(base).mean())
+    made = Table(
+        "noise",
+        f"{budget} rollouts; in standard deviations of the base above its mean (base: {middle:.2f}, sd {spread:.2f})",
+        [
+            "noise's share of the variance",
+            "method",
+            "what the search saw",
+            "true reward of its answer",
+            "iterations with a warning",
+        ],
+    )
+    data = []
+    for share in lab.some((0.0, 0.2, 0.5, 0.8, 1.0)):
+        noisy = Noisy(reward, share, spread)
+        for method, n, options in (("score", 16, {}), ("aisp", 16, {}), ("best-of-n", 16, {"temperature": 0.8})):
+            results = lab.search(method, budget, n, reward=noisy, **options)
+            true = [
+                float(call(reward.name, reward.score, prompt, [result.answer])[0])
+                for prompt, result in zip(lab.prompts, results, strict=True)
+            ]
+            zero = 0.0 if share >= 1.0 else middle
+            seen = (float(np.mean([result.reward for result in results])) - zero) / spread
+            got = (float(np.mean(true)) - middle) / spread
+            warned = sum(stats.note is not None for result in results for stats in result.iterations)
+            total = sum(len(result.iterations) for result in results)
+            made.rows.append([f"{100 * share:.0f}%", method, f"{seen:+.2f}", f"{got:+.2f}", f"{warned} of {total}"])
+            data.append({"share": share, "method": method, "seen": seen, "true": got, "warned": warned})
+    return Finding([made], data=data)
+
+
+NOISE = Experiment(
+    "noise",
+    "What is left of each method's gain as its reward becomes noise?",
+    "what the search sees stays high, as it picks the luckiest errors, while the true reward falls towards the base's; "
+    "with noise alone every method is random search: 0. Methods that learn must not fall below 0, and a guard should "
+    "speak where steering makes answers worse or repetitive.",
+    _noise,
+)

@@ -1,0 +1,290 @@
+"""What a contest says to somebody who chooses a method: at equal rollouts, at equal time, and at what price."""
+
+from __future__ import annotations
+
+import html
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from aisp_local.bench.contest import Pair, Run
+from aisp_local.bench.contest_plot import curves
+from aisp_local.bench.contest_report import BASE, best_at, diversity, interval, last_mean, needed
+from aisp_local.bench.tables import Table
+from aisp_local.errors import InputError
+from aisp_local.files import write_output
+
+Array = npt.NDArray[np.float64]
+Played = Mapping[str, Sequence[Run]]
+
+_EXACT = 14  # prompts up to which every pattern of signs is gone through
+_DRAWS = 20_000
+_SHOWN = 3  # prompts whose answers the page shows
+
+
+@dataclass(frozen=True)
+class Report:
+    """The figures of one pair: ``rows`` for machines, ``tables`` for people, and the answers that a page shows."""
+
+    pair: Pair
+    rows: list[dict[str, Any]]
+    tables: list[Table]
+    plot: str
+    answers: list[tuple[str, list[tuple[str, float, float | None, str]]]]  # prompt; method, reward, judge, text
+
+
+def p_value(differences: Sequence[float] | Array) -> float:
+    """Two-sided, of paired differences whose signs would be chance: the share of sign patterns whose mean is as far
+    from 0. All patterns for up to 14 pairs, else so many drawn ones."""
+    d = np.asarray(differences, np.float64)
+    if not np.any(d):
+        return 1.0
+    if len(d) <= _EXACT:
+        signs = np.array(list(itertools.product((-1.0, 1.0), repeat=len(d))))
+    else:
+        signs = np.random.default_rng(0).choice([-1.0, 1.0], (_DRAWS, len(d)))
+    means = np.abs(signs @ d)
+    return float((means >= abs(d.sum()) - 1e-9 * np.abs(d).sum()).mean())
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """p-values of several comparisons, corrected so that all of them together err as often as one would (Holm 1979)."""
+    corrected, worst = [0.0] * len(p), 0.0
+    for rank, i in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
+        worst = max(worst, min(1.0, (len(p) - rank) * p[i]))
+        corrected[i] = worst
+    return corrected
+
+
+def win_rate(a: Array, b: Array) -> float:
+    """Share of prompts on which a is above b; ties count half."""
+    return float((a > b).mean() + (a == b).mean() / 2)
+
+
+def best_by(runs: Sequence[Run], seconds: float) -> Array:
+    """Best reward of the iterations that each run had finished by then; of its first, if none had."""
+    found = []
+    for run in runs:
+        done = max(1, int(np.searchsorted(run.clock, seconds * (1 + 1e-9), side="right")))
+        found.append(float(np.max(run.rewards[: done * run.n])))
+    return np.array(found)
+
+
+def _judged(runs: Sequence[Run], budget: int) -> Array | None:
+    values = [run.judged.get(str(budget)) for run in runs]
+    return None if None in values else np.array(values, np.float64)
+
+
+def report(pair: Pair, played: Played, budgets: Sequence[int]) -> Report:
+    """All figures of a pair; best-of-n is among its methods. Raises InputError for runs without times."""
+    if not all(run.clock for runs in played.values() for run in runs):
+        raise InputError(f"runs of {pair.name} were kept by an older version, without times; give another folder")
+    base, most = played[BASE], max(budgets)
+    sizes = [2**k for k in range(4, 11) if 2**k <= most]
+    goals = {size: float(best_at(base, size).mean()) for size in sizes}
+    # Seconds that best-of-n takes for so many rollouts.
+    times = {b: float(np.mean([run.clock[min(len(run.clock), -(-b // run.n)) - 1] for run in base])) for b in budgets}
+    others = [label for label in played if label != BASE]
+    rows: list[dict[str, Any]] = []
+    for label, runs in played.items():
+        ahead = best_at(runs, most) - best_at(base, most)
+        judged, base_judged = _judged(runs, most), _judged(base, most)
+        rows.append(
+            {
+                "method": label,
+                "settings": dict(runs[0].settings),
+                "n": runs[0].n,
+                "rollouts": len(runs[0].rewards),
+                "best": {b: interval(best_at(runs, b)) for b in budgets},
+                "ahead": {b: interval(best_at(runs, b) - best_at(base, b)) for b in budgets},
+                "p": p_value(ahead) if label in others else None,
+                "wins": win_rate(best_at(runs, most), best_at(base, most)),
+                "by_time": {b: interval(best_by(runs, times[b])) for b in budgets},
+                "ahead_by_time": {b: interval(best_by(runs, times[b]) - best_by(base, times[b])) for b in budgets},
+                "rollouts_to": {size: needed(runs, goal) for size, goal in goals.items()},
+                "mean_last": float(np.nanmean([last_mean(run) for run in runs])),
+                "judge": None if judged is None else interval(judged),
+                "judge_wins": None if judged is None or base_judged is None else win_rate(judged, base_judged),
+                "kl": _mean([run.kl if run.exact_kl is None else run.exact_kl for run in runs]),
+                "diversity": float(np.mean([diversity(run.answer) for run in runs])),
+                "logprob": _mean([run.logprob / run.answer_tokens for run in runs if run.logprob is not None]),
+                "low_logprob": _mean([run.low_logprob for run in runs]),
+                "seconds": float(np.mean([run.clock[-1] for run in runs])),
+                "tokens": float(np.mean([run.n_tokens for run in runs])),
+                "scored": float(np.mean([run.n_scored for run in runs])),
+            }
+        )
+    corrected = iter(holm([row["p"] for row in rows if row["p"] is not None]))
+    for row in rows:
+        row["p_holm"] = None if row["p"] is None else next(corrected)
+    return Report(
+        pair,
+        rows,
+        _tables(pair, rows, budgets, times, goals),
+        curves(pair.name, played),
+        _answers(pair, played),
+    )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    found = [value for value in values if value is not None]
+    return float(np.mean(found)) if found else None
+
+
+def _tables(
+    pair: Pair,
+    rows: Sequence[Mapping[str, Any]],
+    budgets: Sequence[int],
+    times: Mapping[int, float],
+    goals: Mapping[int, float],
+) -> list[Table]:
+    most, name = max(budgets), pair.name
+    reward = Table(
+        f"{name}-rollouts",
+        f"{name}: reward at equal numbers of rollouts ({len(pair.evaluation)} prompts)",
+        [
+            "method",
+            *(f"best of {b} [95%]" for b in budgets),
+            *(f"over {BASE} at {b} [95%]" for b in budgets),
+            f"p, corrected, at {most}",
+            f"wins at {most}",
+            "mean of the last iteration",
+        ],
+    )
+    time = Table(
+        f"{name}-time",
+        f"{name}: reward in the time that {BASE} takes",
+        [
+            "method",
+            *(f"in {times[b]:.1f} s, its {b} [95%]" for b in budgets),
+            *(f"over {BASE} in {times[b]:.1f} s [95%]" for b in budgets),
+            f"seconds for {most}",
+            "tokens decoded",
+            "texts scored",
+        ],
+    )
+    needs = Table(
+        f"{name}-needed",
+        f"{name}: rollouts to the mean best reward that {BASE} has with N",
+        ["method", *(f"N = {size}: {goal:.2f}" for size, goal in goals.items())],
+    )
+    price = Table(
+        f"{name}-price",
+        f"{name}: the answers of {most} rollouts",
+        ["method", "judge [95%]", "judge's wins", "KL, nats", "diversity", "log-likelihood a token", "least of 16"],
+    )
+    for row in rows:
+        settings = ", ".join(f"{key.rstrip('_')} {value:.3g}" for key, value in row["settings"].items())
+        label = f"{row['method']} ({settings})" if settings else row["method"]
+        if row["rollouts"] < most:
+            label += f", {row['rollouts']} rollouts"
+        best, by_time = row["best"], row["by_time"]
+        reward.rows.append(
+            [
+                label,
+                *(_spread(best[b]) for b in budgets),
+                *(_spread(row["ahead"][b], sign=True) for b in budgets),
+                "-" if row["p_holm"] is None else f"{row['p_holm']:.3f}",
+                f"{100 * row['wins']:.0f}%",
+                f"{row['mean_last']:.2f}",
+            ]
+        )
+        time.rows.append(
+            [
+                label,
+                *(_spread(by_time[b]) for b in budgets),
+                *(_spread(row["ahead_by_time"][b], sign=True) for b in budgets),
+                f"{row['seconds']:.1f}",
+                f"{row['tokens']:.0f}",
+                f"{row['scored']:.0f}",
+            ]
+        )
+        needs.rows.append([label, *(str(row["rollouts_to"][size] or f"more than {most}") for size in goals)])
+        price.rows.append(
+            [
+                label,
+                "-" if row["judge"] is None else _spread(row["judge"]),
+                "-" if row["judge_wins"] is None else f"{100 * row['judge_wins']:.0f}%",
+                "-" if row["kl"] is None else f"{row['kl']:.1f}",
+                f"{row['diversity']:.2f}",
+                "-" if row["logprob"] is None else f"{row['logprob']:.2f}",
+                "-" if row["low_logprob"] is None else f"{row['low_logprob']:.2f}",
+            ]
+        )
+    return [reward, time, needs, price]
+
+
+def _spread(values: tuple[float, float, float], sign: bool = False) -> str:
+    form = "{:+.2f}" if sign else "{:.2f}"
+    return f"{form.format(values[0])} [{form.format(values[1])}, {form.format(values[2])}]"
+
+
+def _answers(pair: Pair, played: Played) -> list[tuple[str, list[tuple[str, float, float | None, str]]]]:
+    shown = []
+    for i, prompt in enumerate(pair.evaluation[:_SHOWN]):
+        told = []
+        for label, runs in played.items():
+            run = runs[i]
+            judged = list(run.judged.values())
+            told.append((label, float(np.max(run.rewards)), judged[-1] if judged else None, run.answer))
+        shown.append((prompt, told))
+    return shown
+
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto; }
+th, td { border: 1px solid #9995; padding: .25rem .5rem; text-align: left; white-space: nowrap; }
+tbody tr:nth-child(even) { background: #9991; }
+blockquote { margin: .3rem 0 1rem; padding-left: .8rem; border-left: 3px solid #9998; white-space: pre-wrap; }
+svg { max-width: 100%; height: auto; }
+@media (prefers-color-scheme: dark) { body { background: #16181c; color: #e4e6ea; } }
+"""
+
+
+def page(title: str, about: str, reports: Sequence[Report]) -> str:
+    """A web page that needs nothing else. Texts of models are escaped."""
+    parts = [
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
+        f"<style>{_STYLE}</style></head><body><h1>{html.escape(title)}</h1><p>{html.escape(about)}</p>",
+    ]
+    for each in reports:
+        pair = each.pair
+        judge = "" if pair.judge is None else f", judged by {Path(pair.judge).name}"
+        about_pair = f"{Path(pair.model).name} rewarded by {Path(pair.reward).name}{judge}"
+        parts.append(f"<h2>{html.escape(pair.name)}</h2><p>{html.escape(about_pair)}</p>{each.plot}")
+        parts += [_html_table(table) for table in each.tables]
+        for prompt, told in each.answers:
+            parts.append(f"<h3>{html.escape(prompt)}</h3>")
+            for label, reward, judged, text in told:
+                said = f"{label}: reward {reward:.2f}" + ("" if judged is None else f", judge {judged:.2f}")
+                parts.append(f"<p>{html.escape(said)}</p><blockquote>{html.escape(text)}</blockquote>")
+    return "\n".join([*parts, "</body></html>"]) + "\n"
+
+
+def _html_table(table: Table) -> str:
+    def row(cells: Sequence[Any], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
+
+    body = "".join(row(cells, "td") for cells in table.rows)
+    head = f"<thead>{row(table.columns, 'th')}</thead>"
+    return f"<h3>{html.escape(table.title)}</h3><table>{head}<tbody>{body}</tbody></table>"
+
+
+def write(out: Path, machine: Mapping[str, Any], reports: Sequence[Report]) -> str:
+    """quality.md, quality.html and quality.json in a folder, each whole; gives the Markdown."""
+    about = ", ".join(f"{name} {value}" for name, value in machine.items())
+    text = "\n".join([about, "", *(table.markdown() for each in reports for table in each.tables)])
+    write_output(out / "quality.md", text)
+    write_output(out / "quality.html", page("Alignment methods, compared", about, reports))
+    content = {"machine": dict(machine), "pairs": [{"pair": r.pair.name, "rows": r.rows} for r in reports]}
+    write_output(out / "quality.json", json.dumps(content, indent=1) + "\n")
+    return text

@@ -1,0 +1,109 @@
+"""The report of methods: its statistics, its tables, and a page of real runs."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aisp_local.bench import quality
+from aisp_local.bench.contest import Pair, Run, Store
+from aisp_local.bench.quality import best_by, holm, p_value, win_rate
+from aisp_local.cli.main import main
+from aisp_local.errors import InputError
+
+PAIR = Pair("pair", "model.gguf", "reward", [], ["first <b>prompt</b>", "second"], judge="judge")
+
+
+def run(label: str, rewards: list[float], n: int = 2, prompt: str = "p", **more: object) -> Run:
+    clock = [0.5 * (i + 1) for i in range(len(rewards) // n)]
+    made = {"clock": clock, "judged": {"4": 1.0}, "logprob": -3.0, "answer_tokens": 3, "low_logprob": -2.0, "kl": 1.0}
+    return Run("pair", label, prompt, 0, len(rewards), n, {}, rewards, f"<i>{label}</i>", 1.0, 9, **(made | more))
+
+
+def test_p_values_are_shares_of_sign_patterns() -> None:
+    d = [0.3, -0.1, 0.8, 0.2, 0.5]
+    patterns = list(itertools.product((1, -1), repeat=5))
+    extreme = sum(abs(sum(s * x for s, x in zip(signs, d, strict=True))) >= abs(sum(d)) - 1e-12 for signs in patterns)
+    assert p_value(d) == pytest.approx(extreme / len(patterns))
+    assert p_value([1.0] * 10) == pytest.approx(2 / 2**10)
+    assert p_value([0.0] * 4) == 1.0 and p_value([1.0, -1.0]) == 1.0
+    # More than can be gone through: drawn, and as small as it should be.
+    assert p_value([1.0] * 30) < 1e-3 < 0.5 < p_value([1.0, -1.0] * 15)
+
+
+def test_corrected_p_values() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == []
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_correcting_keeps_order_and_never_makes_smaller(p: list[float]) -> None:
+    corrected = holm(p)
+    assert all(a <= b <= 1 for a, b in zip(p, corrected, strict=True))
+    assert all((corrected[i] <= corrected[j]) for i in range(len(p)) for j in range(len(p)) if p[i] < p[j])
+
+
+def test_wins_and_times() -> None:
+    assert win_rate(np.array([1.0, 2.0, 3.0, 0.0]), np.array([0.0, 2.0, 4.0, -1.0])) == 0.625
+    runs = [run("a", [1.0, 2.0, 5.0, 3.0, 9.0, 0.0])]
+    assert [best_by(runs, seconds)[0] for seconds in (0.1, 0.5, 0.99, 1.0, 1.5, 9.0)] == [2, 2, 2, 5, 9, 9]
+
+
+def test_figures_of_a_report() -> None:
+    prompts = PAIR.evaluation
+    played = {
+        "best-of-n": [run("best-of-n", [0.0, 1.0, 2.0, 1.0], prompt=p) for p in prompts],
+        "slow": [run("slow", [0.0, 3.0, 4.0, 1.0], prompt=p, clock=[2.0, 4.0], judged={"4": 0.5}) for p in prompts],
+    }
+    made = quality.report(PAIR, played, [2, 4])
+    base, slow = made.rows
+    assert base["p"] is None and base["wins"] == 0.5 and slow["wins"] == 1.0 and slow["judge_wins"] == 0.0
+    assert slow["p"] == slow["p_holm"] == 0.5  # two prompts
+    # In the second that best-of-n's four rollouts take it has not finished its first iteration, which counts.
+    assert slow["by_time"][4][0] == 3.0 and slow["ahead_by_time"][4][0] == 1.0 and slow["best"][4][0] == 4.0
+    assert slow["logprob"] == -1.0 and slow["low_logprob"] == -2.0 and slow["seconds"] == 4.0
+    assert [table.name for table in made.tables] == ["pair-rollouts", "pair-time", "pair-needed", "pair-price"]
+    for table in made.tables:
+        assert all(len(row) == len(table.columns) for row in table.rows) and len(table.rows) == 2
+    page = quality.page("title", "about", [made])
+    assert "&lt;b&gt;prompt" in page and "&lt;i&gt;slow" in page and "<b>" not in page and "<i>" not in page
+    assert "<script" not in page and "http://" not in page.replace("http://www.w3.org/2000/svg", "")
+
+
+def test_runs_without_times_are_refused() -> None:
+    played = {"best-of-n": [run("best-of-n", [0.0, 1.0], clock=[])]}
+    with pytest.raises(InputError, match="older version"):
+        quality.report(PAIR, played, [2])
+
+
+@pytest.mark.native
+def test_the_command_on_shipped_models(tmp_path: Path) -> None:
+    small = ["--max-prompts", "2", "--max-tokens", "12", "--exact-kl", "1", "--threads", "1", "--budget", "8"]
+    arguments = ["bench", "quality", "-o", str(tmp_path / "out"), *small, "--budget", "16", "--pair", "stories"]
+    done = CliRunner().invoke(main, [*arguments, "--method", "score", "--method", "qalign"])
+    assert done.exit_code == 0, done.output
+    (pair,) = json.loads((tmp_path / "out" / "quality.json").read_text(encoding="utf-8"))["pairs"]
+    assert [row["method"] for row in pair["rows"]] == ["score", "qalign", "best-of-n"]
+    for row in pair["rows"]:
+        assert row["judge"] is not None and row["low_logprob"] <= row["logprob"] + 1e-5 < 0 < row["seconds"]
+        assert row["best"]["16"][0] >= row["best"]["8"][0]
+    text = (tmp_path / "out" / "quality.md").read_text(encoding="utf-8")
+    assert text in done.output and "in the time that best-of-n takes" in text
+    assert "<svg" in (tmp_path / "out" / "quality.html").read_text(encoding="utf-8")
+    # Every response is kept, with its reward.
+    Store(tmp_path / "out" / "runs.jsonl")
+    runs = [json.loads(line) for line in (tmp_path / "out" / "runs.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert all(len(r["texts"]) == len(r["rewards"]) == r["budget"] for r in runs)
+    assert all(r["answer"] == r["texts"][int(np.argmax(r["rewards"]))] for r in runs)
+
+
+def test_a_judge_needs_a_pair_of_its_own(tmp_path: Path) -> None:
+    done = CliRunner().invoke(main, ["bench", "quality", "-o", str(tmp_path), "--judge", "x"])
+    assert done.exit_code == 2 and "--judge goes with -m or -r" in done.output
