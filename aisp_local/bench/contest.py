@@ -79,7 +79,7 @@ ENTRIES = (
     Entry("aisp-static", "aisp-static", grid=_grid(sigma=(0.5, 0.7, 1.0, 1.4, 2.0))),
     Entry("aisp-held", "aisp-held", grid=_grid(sigma=(0.5, 0.7, 1.0, 1.4, 2.0))),
     Entry("cem", "cem", grid=_grid(sigma=(0.5, 0.7, 1.0, 1.4, 2.0))),
-    Entry("args", "args", n=4, most=4, grid=_grid(weight=(0.5, 1.0, 2.0, 4.0, 8.0))),
+    Entry("args", "args", n=2, most=2, grid=_grid(weight=(0.5, 1.0, 2.0, 4.0, 8.0))),
     Entry("re-control", "re-control", n=16, grid=_grid(rate=(0.03, 0.1, 0.3, 1.0, 3.0))),
     Entry("misvo", "misvo", grid=_grid(eta=(0.3, 1.0, 3.0, 10.0, 30.0))),
     Entry("misvo, published", "misvo", settings={"eta": 0.1, "temperature": 1.0}),
