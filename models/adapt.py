@@ -42,6 +42,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--minutes", type=float, default=10.0, help="time limit of the training itself")
     parser.add_argument("--max-steps", type=int, default=100_000)
+    parser.add_argument("--threads", type=int, help="CPU threads for decoding")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -79,7 +80,7 @@ def main() -> None:
     stories, rng = read_stories(options.data, "train"), random.Random(options.seed)
     maker = PromptMaker(stories)
     prompts = [maker.make(story, rng).prompt for story in rng.sample(stories, min(options.prompts, len(stories)))]
-    with Aligner.load(path, options.reward) as aligner:
+    with Aligner.load(path, options.reward, threads=options.threads) as aligner:
         chosen = preferences(aligner, prompts, options.max_tokens, options.seed)
     pairs: list[Pair] = []
     for both in chosen:

@@ -100,3 +100,8 @@ def test_no_lambda_without_a_difference(rewards: list[float]) -> None:
 def test_lambda_is_positive(rewards: np.ndarray, target: float) -> None:
     lambda_ = lambda_for_ess(rewards, target)
     assert lambda_ is None or lambda_ > 0
+
+
+def test_rewards_beyond_all_bounds_of_lambda_weigh_nothing() -> None:
+    weights = importance_weights(np.array([-1e30, 0.0, 1e30]), 1e-300)
+    np.testing.assert_array_equal(weights, [0.0, 0.0, 1.0])

@@ -12,6 +12,7 @@ from aisp_local.bench.contest_run import chosen_pairs
 from aisp_local.bench.experiments import EXPERIMENTS
 from aisp_local.bench.experiments.lab import Lab, write
 from aisp_local.errors import InputError
+from aisp_local.types import Message
 
 
 def _said(say: Callable[[str], None], name: str, line: str) -> None:
@@ -48,7 +49,7 @@ def run(
         (pair,) = chosen_pairs(model, reward, None, prompts, [] if own else [experiment.pair], max_prompts, max_tokens)
         began = time.perf_counter()
         with Aligner.load(pair.model, pair.reward, threads=threads) as aligner:
-            asked = [[{"role": "user", "content": text}] for text in pair.evaluation]
+            asked: list[list[Message]] = [[{"role": "user", "content": text}] for text in pair.evaluation]
             lab = Lab(aligner, asked, pair.max_tokens, seed, small, partial(_said, say, name), lora)
             finding = experiment.run(lab)
         seconds = time.perf_counter() - began

@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -74,8 +76,7 @@ def train(
         raise InputError(
             "training a value function needs torch, which is not installed: pip install 'aisp-local[train]'"
         )
-    import torch
-
+    torch: Any = import_module("torch")
     torch.manual_seed(seed)
     order = np.random.default_rng(seed).permutation(len(episodes.states))
     held = max(1, len(order) // 10)
@@ -89,13 +90,13 @@ def train(
     network = torch.nn.Sequential(torch.nn.Linear(d, d), torch.nn.ReLU(), torch.nn.Linear(d, 1))
     optimiser = torch.optim.Adam(network.parameters(), lr=rate)
 
-    def values(chosen: npt.NDArray[np.int64]) -> tuple[torch.Tensor, npt.NDArray[np.int64]]:
+    def values(chosen: npt.NDArray[np.int64]) -> tuple[Any, npt.NDArray[np.int64]]:
         """Of all steps of the chosen responses, one after the other, and where each ends."""
         lengths = np.array([len(states[i]) for i in chosen])
         flat = (torch.cat([states[i] for i in chosen]) - mean) / scale
         return network(flat)[:, 0], lengths.cumsum()
 
-    def loss(chosen: npt.NDArray[np.int64]) -> torch.Tensor:
+    def loss(chosen: npt.NDArray[np.int64]) -> Any:
         found, ends = values(chosen)
         inside = np.ones(len(found) - 1, np.bool_)
         inside[ends[:-1] - 1] = False  # from one response to the next
@@ -109,7 +110,7 @@ def train(
         shuffled = rng.permutation(order[held:])
         for start in range(0, len(shuffled), batch):
             optimiser.zero_grad()
-            loss(shuffled[start : start + batch]).backward()  # type: ignore[no-untyped-call]
+            loss(shuffled[start : start + batch]).backward()
             optimiser.step()
         with torch.no_grad():
             now = float(loss(order[:held]))

@@ -81,7 +81,7 @@ class Args:
         usable = np.isfinite(rewards)
         scores = np.take_along_axis(step.logits, found, axis=1) + self._weight * np.where(usable, rewards, 0.0)
         # One without a score is no candidate, unless none has any.
-        scores[~usable & usable.any(axis=1)[:, None]] = -np.inf
+        scores = np.where(usable | ~usable.any(axis=1, keepdims=True), scores, -np.inf)
         result = np.full((m, size), -np.inf, np.float32)
         np.put_along_axis(result, found, scores.astype(np.float32), axis=1)
         return result

@@ -21,8 +21,9 @@ def log_weights(rewards: Array, lambda_: float, *, prior: Array | None = None) -
     finite = np.isfinite(rewards)
     result = np.full(len(rewards), -np.inf)
     if finite.any():
-        # The maximum first: (r - max) / lambda cannot overflow upwards whatever lambda is.
-        result[finite] = (rewards[finite] - rewards[finite].max()) / lambda_
+        # The maximum first: (r - max) / lambda cannot overflow upwards whatever lambda is; downwards it is -inf.
+        with np.errstate(over="ignore"):
+            result[finite] = (rewards[finite] - rewards[finite].max()) / lambda_
         if prior is not None:
             result[finite] -= prior[finite]
     return result

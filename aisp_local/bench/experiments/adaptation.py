@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from aisp_local.bench.contest_report import interval
-from aisp_local.bench.experiments.lab import Experiment, Finding, Lab, rewards
+from aisp_local.bench.experiments.lab import SETTINGS, Experiment, Finding, Lab, rewards
 from aisp_local.bench.tables import Table
 from aisp_local.controllers import Aisp, AispStatic, Controller
 from aisp_local.loop import search
@@ -119,12 +119,13 @@ def _convergence(lab: Lab) -> Finding:
         ],
     )
     data = []
-    for method, options in (
-        ("score", {}),
-        ("score, nothing selected", {"selection": 0.0}),
-        ("best-of-n", {"temperature": 0.8}),
-    ):
-        runs = [lab.search(method.split(",")[0], budget, 32, seed=seed, **options) for seed in range(seeds)]
+    ways: list[tuple[str, str, Mapping[str, Any]]] = [
+        ("score", "score", {}),
+        ("score, nothing selected", "score", {"selection": 0.0}),
+        ("best-of-n", "best-of-n", SETTINGS["best-of-n"]),
+    ]
+    for label, method, options in ways:
+        runs = [lab.search(method, budget, 32, seed=seed, **options) for seed in range(seeds)]
         best = np.array([rewards(run).max(axis=1) for run in runs])  # [seeds, prompts]
         cosines = [
             float(a.control @ b.control / (np.linalg.norm(a.control) * np.linalg.norm(b.control)))
@@ -134,9 +135,9 @@ def _convergence(lab: Lab) -> Finding:
         ]
         agreement = [f"{np.mean(cosines):.2f}", f"{np.std(cosines):.2f}"] if cosines else ["-", "-"]
         mean, spread = float(best.mean()), float(best.std(axis=0).mean())
-        made.rows.append([method, f"{mean:.2f}", f"{-mean:.2f}", f"{spread:.2f}", *agreement])
+        made.rows.append([label, f"{mean:.2f}", f"{-mean:.2f}", f"{spread:.2f}", *agreement])
         data.append(
-            {"method": method, "best": mean, "spread": spread, "cosine": float(np.mean(cosines)) if cosines else None}
+            {"method": label, "best": mean, "spread": spread, "cosine": float(np.mean(cosines)) if cosines else None}
         )
     return Finding([made], data=data)
 

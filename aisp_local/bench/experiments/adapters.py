@@ -17,6 +17,7 @@ from aisp_local.errors import InputError
 from aisp_local.seeds import RowSeeds
 from aisp_local.types import Controls, Result
 
+_N = 32
 _SCORED = 8  # rollouts of a prompt whose likelihood under both models is computed
 
 
@@ -71,11 +72,11 @@ def _lora(lab: Lab) -> Finding:
     with LlamaEngine(base.model.path, threads=base.settings["threads"], loras=[path]) as adapted:
         for name, engine in (("base", base), ("with the adapter", adapted)):
             aligner = Aligner(engine, lab.aligner.reward)
-            for method, n, options in (
-                ("best-of-n", 32, {"temperature": 1.0, "min_p": 0.02}),
-                ("score", 32, {}),
-            ):
-                results = lab.on(aligner).search(method, budget, n, kl=True, **options)
+            for method in ("best-of-n", "score"):
+                sampling: dict[str, Any] = (
+                    {"temperature": 1.0, "min_p": 0.02} if method == "best-of-n" else {}
+                )  # as score's
+                results = lab.on(aligner).search(method, budget, _N, kl=True, **sampling)
                 found = rewards(results)
                 best = found.max(axis=1)
                 reference = best if reference is None else reference
@@ -85,7 +86,7 @@ def _lora(lab: Lab) -> Finding:
                 )
                 ahead = interval(best - reference)
                 shown = "{:+.2f} [{:+.2f}, {:+.2f}]".format(*ahead)
-                first = float(found[:, :n].mean())
+                first = float(found[:, :_N].mean())
                 made.rows.append([name, method, f"{first:.2f}", f"{best.mean():.2f}", shown, f"{nats:.1f}"])
                 data.append(
                     {

@@ -8,31 +8,31 @@ from typing import Any
 
 import numpy as np
 
-from aisp_local.bench.experiments.lab import Experiment, Finding, Lab, rewards
+from aisp_local.bench.experiments.lab import SETTINGS, Experiment, Finding, Lab, rewards
 from aisp_local.bench.tables import Table
 from aisp_local.svg import Axes
 from aisp_local.timeline import OFF, Timeline
 from aisp_local.types import Result
 
-_METHODS = (("score", 32, {}), ("aisp", 32, {}), ("best-of-n", 32, {"temperature": 0.8}))
+_METHODS, _N = ("score", "aisp", "best-of-n"), 32
 
 
 def _samples(lab: Lab) -> Finding:
     budget = lab.size(1024, 64)
     sizes = [2**k for k in range(4, 11) if 2**k <= budget]
     curves = {}
-    for method, n, options in _METHODS:
-        found = rewards(lab.search(method, budget, n, **options))
+    for method in _METHODS:
+        found = rewards(lab.search(method, budget, _N, **SETTINGS.get(method, {})))
         curves[method] = np.maximum.accumulate(found, axis=1).mean(axis=0)
     made = Table("samples", f"Mean best reward, {len(lab.prompts)} prompts", ["method", *map(str, sizes)])
-    made.rows += [[method, *(f"{curve[size - 1]:.2f}" for size in sizes)] for method, curve in curves.items()]
+    made.rows.extend([method, *(f"{curve[s - 1]:.2f}" for s in sizes)] for method, curve in curves.items())
     needs = Table("samples-needed", "Rollouts to what best-of-n has with N", ["method", *(f"N = {s}" for s in sizes)])
-    for method, n, _ in _METHODS[:-1]:
+    for method in _METHODS[:-1]:
         row = []
         for size in sizes:
             reached = np.flatnonzero(curves[method] >= curves["best-of-n"][size - 1])
             # Of an iteration a rollout may owe its reward to all others.
-            row.append(str(-(-(int(reached[0]) + 1) // n) * n) if len(reached) else f"more than {budget}")
+            row.append(str(-(-(int(reached[0]) + 1) // _N) * _N) if len(reached) else f"more than {budget}")
         needs.rows.append([method, *row])
     shown = np.concatenate([curve[15:] for curve in curves.values()])
     axes = Axes(
@@ -82,7 +82,7 @@ def _batched(lab: Lab) -> Finding:
     )
     data, budget = [], lab.size(32, 8)
     ways = [(n, together) for n in (budget // 4, budget) for together in (True, False)]
-    for method, options in (("aisp", {}), ("best-of-n", {"temperature": 0.8}), ("score", {})):
+    for method in ("aisp", "best-of-n", "score"):
         for n, together in ways:
             timeline = Timeline()
             engine: Any = lab.aligner.engine
@@ -97,7 +97,7 @@ def _batched(lab: Lab) -> Finding:
                     max_tokens=lab.max_tokens,
                     seed=lab.seed,
                     at_once=None if together else 1,
-                    **options,
+                    **SETTINGS.get(method, {}),
                 )
                 seconds = time.perf_counter() - began
             finally:

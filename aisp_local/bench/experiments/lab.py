@@ -20,6 +20,9 @@ from aisp_local.types import Candidate, Message, Result
 
 Array = npt.NDArray[np.float64]
 
+SETTINGS: Mapping[str, Mapping[str, Any]] = {"best-of-n": {"temperature": 0.8}}
+"""Options of methods whose own defaults are not what a contest would choose on the shipped pairs."""
+
 _GROUP = 4  # prompts in one batch
 
 

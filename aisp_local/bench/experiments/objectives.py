@@ -8,7 +8,7 @@ from importlib import resources
 
 import numpy as np
 
-from aisp_local.bench.experiments.lab import Experiment, Finding, Lab, rewards
+from aisp_local.bench.experiments.lab import SETTINGS, Experiment, Finding, Lab, rewards
 from aisp_local.bench.tables import Table
 from aisp_local.rewards import Reward, load_reward
 
@@ -50,8 +50,8 @@ def _objectives(lab: Lab) -> Finding:
     for wish, file, counted, count in GOALS:
         reward = _reward(file)
         found: dict[str, tuple[float, float]] = {}
-        for method, n, options in (("best-of-n", 16, {"temperature": 0.8}), ("score", None, {})):
-            results = lab.search(method, budget, n or _rows(reward), reward=reward, **options)
+        for method, n in (("best-of-n", 16), ("score", _rows(reward))):
+            results = lab.search(method, budget, n, reward=reward, **SETTINGS.get(method, {}))
             if method == "best-of-n":
                 drawn = [c for result in results for c in result.candidates]
                 found["base"] = float(np.mean([count(c.text) for c in drawn])), float(rewards(results).mean())

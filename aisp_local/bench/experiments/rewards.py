@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from aisp_local.bench.experiments.lab import Experiment, Finding, Lab, rewards
+from aisp_local.bench.experiments.lab import SETTINGS, Experiment, Finding, Lab, rewards
 from aisp_local.bench.tables import Table
 from aisp_local.rewards import Reward
 from aisp_local.rewards.base import call
@@ -55,8 +55,8 @@ def _noise(lab: Lab) -> Finding:
     data = []
     for share in lab.some((0.0, 0.2, 0.5, 0.8, 1.0)):
         noisy = Noisy(reward, share, spread)
-        for method, n, options in (("score", 16, {}), ("aisp", 16, {}), ("best-of-n", 16, {"temperature": 0.8})):
-            results = lab.search(method, budget, n, reward=noisy, **options)
+        for method in ("score", "aisp", "best-of-n"):
+            results = lab.search(method, budget, 16, reward=noisy, **SETTINGS.get(method, {}))
             true = [
                 float(call(reward.name, reward.score, prompt, [result.answer])[0])
                 for prompt, result in zip(lab.prompts, results, strict=True)

@@ -83,10 +83,8 @@ def _map(lab: Lab) -> Finding:
         names = [f"{x:g}" for x in lambdas], [f"{s:g}" for s in sigmas]
         plots[key] = heat_map(f"aisp: {title}", ("lambda", names[0]), ("sigma", names[1]), cells, marked)
         table = Table(f"map-{key}", f"{title} (rows: lambda, columns: sigma)", ["", *names[1]])
-        table.rows += [
-            [name, *(number(c, ".1f" if key == "kl" else ".2f") for c in row)]
-            for name, row in zip(names[0], cells, strict=True)
-        ]
+        for name, row in zip(names[0], cells, strict=True):
+            table.rows.append([name, *(number(c, ".1f" if key == "kl" else ".2f") for c in row)])
         tables.append(table)
     data = [{"lambda": x, "sigma": s, **figures} for (x, s), figures in grid.items()]
     return Finding(tables, plots, data)
