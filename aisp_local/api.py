@@ -24,7 +24,7 @@ from aisp_local.rewards.base import Calibrates, call_parts, call_prefixes
 from aisp_local.rewards.interruption import AbandonedError, Interruption, interruptible
 from aisp_local.seeds import RowSeeds
 from aisp_local.steering import Steering
-from aisp_local.timeline import OFF, Timeline
+from aisp_local.timeline import Timeline, recording
 from aisp_local.types import (
     Baseline,
     Calibration,
@@ -419,13 +419,9 @@ class Aligner:
             yield
             return
         check_output(Path(path))
-        engine: Any = self.engine  # a fake may have none
-        before, timeline = getattr(engine, "timeline", OFF), Timeline()
-        engine.timeline = timeline
-        try:
+        timeline = Timeline()
+        with recording(timeline):
             yield
-        finally:
-            engine.timeline = before
         if any(isinstance(result, Result) for result in results):
             timeline.write(path)
 

@@ -18,7 +18,7 @@ from aisp_local.errors import CapacityError, InputError, ScoreError
 from aisp_local.rewards.base import Reward
 from aisp_local.scoring import Scorer, Worker
 from aisp_local.seeds import RowSeeds
-from aisp_local.timeline import OFF, Timeline
+from aisp_local.timeline import OFF, Timeline, recorded
 from aisp_local.types import (
     Candidate,
     ControllerInfo,
@@ -142,7 +142,7 @@ def search_many(
     usable = [task for task, error in zip(tasks, refused, strict=True) if error is None]
     together = max(1, min(at_once or len(usable), len(usable)))
     start = clock()
-    timeline: Timeline = getattr(engine, "timeline", OFF)
+    timeline = recorded(getattr(engine, "timeline", OFF))
     # Where decoding leaves the processor alone, noise is drawn meanwhile; else that would only slow it.
     beside = ThreadPoolExecutor(1, "aisp-local-noise") if getattr(engine, "offloaded", False) else nullcontext()
     with Worker.of(reward, timeline, stop) as worker, beside as pool:
@@ -174,6 +174,7 @@ def search_many(
                     prompts=[task.prompt for task in usable],
                     n=min(n, budget) * together,
                     max_tokens=max_tokens,
+                    at_once=together,
                 )
             feed.close()
         except KeyboardInterrupt:
@@ -351,7 +352,7 @@ class _Blocks:
         self.n_scored += scorer.n_scored + info.n_scored
         self.n_tokens += rollouts.n_tokens
         self.decode_seconds += rollouts.decode_seconds
-        self.reward_seconds += scorer.seconds
+        self.reward_seconds += scorer.seconds + info.reward_seconds
         self.update_seconds += update_seconds
         if info.note is not None and info.note not in self.notes:
             self.notes.append(info.note)
@@ -367,11 +368,21 @@ class _Guarded:
     def __call__(self, step: Step) -> FloatArray:
         if not self._failed:
             try:
-                return self._processor(step)
+                return _lawful(self._processor(step), step)
             except Exception as error:
                 self._failed = True
                 self._fail(error)
         return step.logits
+
+
+def _lawful(logits: FloatArray, step: Step) -> FloatArray:
+    """Logits that a processor gave. Raises InputError for what no token can be sampled from."""
+    if not isinstance(logits, np.ndarray) or logits.shape != step.logits.shape or logits.dtype.kind != "f":
+        found = f"{logits.dtype} {logits.shape}" if isinstance(logits, np.ndarray) else type(logits).__name__
+        raise InputError(f"a logits processor gave {found}; it must give floats of the shape {step.logits.shape}")
+    if not np.isfinite(logits.max(axis=1)).all():
+        raise InputError("a logits processor gave a row with NaN or infinity in it, or without any token to draw")
+    return logits
 
 
 class _Search:

@@ -79,7 +79,9 @@ class FakeEngine:
     def text(self, tokens: npt.NDArray[np.int32]) -> str:
         return _text(tokens.tolist())
 
-    def run(self, feed: Feed, *, prompts: Sequence[Prompt], n: int, max_tokens: int) -> None:
+    def run(
+        self, feed: Feed, *, prompts: Sequence[Prompt], n: int, max_tokens: int, at_once: int | None = None
+    ) -> None:
         """See engine.base.Engine. One job after the other: it has no rows to share."""
         while (job := feed.next(idle=True)) is not None:
             out = self.rollout(

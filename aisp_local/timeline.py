@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,23 @@ class _Span:
 
 
 _NOTHING = nullcontext()
+_recording: ContextVar[Timeline | None] = ContextVar("_recording", default=None)
+"""Of the call that this code runs for, in this thread or, with its context, in another."""
+
+
+@contextmanager
+def recording(timeline: Timeline) -> Iterator[None]:
+    """What runs in the block, and for it, is recorded there; other threads are left alone."""
+    token = _recording.set(timeline)
+    try:
+        yield
+    finally:
+        _recording.reset(token)
+
+
+def recorded(default: Timeline) -> Timeline:
+    """The timeline of the block of ``recording`` that runs this, else the default."""
+    return _recording.get() or default
 
 
 class Timeline:

@@ -281,6 +281,7 @@ class ControllerInfo:
     selection_kl: float = 0.0  # the part of it that choosing among unfinished rollouts has
     note: str | None = None  # what a guard did, in a sentence
     n_scored: int = 0  # texts that the method itself had the reward read
+    reward_seconds: float = 0.0  # for that
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import oracle
@@ -185,3 +186,53 @@ def test_the_command_takes_adapters(tmp_path: Path) -> None:
     )
     out = CliRunner().invoke(main, [*short, "--lora", str(tmp_path / "none.gguf")])
     assert out.exit_code == 2 and "cannot be read" in out.output
+
+
+def test_a_model_that_must_be_loaded_again_keeps_its_adapter_or_fails(tmp_path: Path) -> None:
+    """As those of two sets of rope factors are: never the base model in silence."""
+    path = synthetic.write_llama(tmp_path / "model.gguf", vocab="bpe")
+    pairs = pairs_of(oracle.Llama(path), NAMES)
+    adapter = write_adapter(tmp_path / "adapter.gguf", pairs)
+    short: dict[str, Any] = {"max_tokens": 4, "seeds": RowSeeds(0)}
+    with LlamaEngine(path, threads=1) as plain, LlamaEngine(path, threads=1, loras=[adapter]) as engine:
+        model = engine.model
+        before = engine.rollout(PROMPT, Controls(1), **short).tokens[0].tolist()
+        engine.forget()
+        engine._drop_context()
+        model.reload({"llama.context_length": 400})
+        assert engine.rollout(PROMPT, Controls(1), **short).tokens[0].tolist() == before
+        assert before != plain.rollout(PROMPT, Controls(1), **short).tokens[0].tolist()
+        # The adapter is gone: an error now and later, until it is back.
+        engine._drop_context()
+        moved = adapter.rename(tmp_path / "moved.gguf")
+        for _ in range(2):
+            with pytest.raises(ModelError, match="is gone|changed"):
+                model.reload({})
+        moved.rename(adapter)
+        model.reload({})
+        assert engine.rollout(PROMPT, Controls(1), **short).tokens[0].tolist() == before
+        # One of the same name that is another.
+        engine._drop_context()
+        write_adapter(adapter, pairs_of(oracle.Llama(path), NAMES, seed=9))
+        with pytest.raises(ModelError, match="changed"):
+            model.reload({"llama.context_length": 400})
+
+
+def test_an_adapter_that_cannot_be_loaded_again_leaves_no_model_without_it(
+    made: tuple[Path, Path, Pairs], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from aisp_local.native import lora
+
+    path, adapter, _ = made
+    with LlamaEngine(path, threads=1, loras=[adapter]) as engine:
+        expected = engine.rollout(PROMPT, Controls(1), max_tokens=4, seeds=RowSeeds(0)).tokens[0].tolist()
+        engine._drop_context()
+        real = lora.load
+        monkeypatch.setattr(lora, "load", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            engine.model.reload({"llama.context_length": 400})
+        assert engine.model.adapters == []
+        monkeypatch.setattr(lora, "load", real)
+        engine.model.overrides = {}
+        found = engine.rollout(PROMPT, Controls(1), max_tokens=4, seeds=RowSeeds(0)).tokens[0].tolist()
+        assert found == expected

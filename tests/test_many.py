@@ -293,7 +293,7 @@ def test_a_prompt_that_cannot_be_used_leaves_the_others_alone() -> None:
         (3, 4, r"n = (\d+) for each of 4 prompts would fit"),
         (2.7, 5, r"n = 1 and (\d+) of 5 prompts at once \(at_once\) would fit"),
         (2, 1, r"n = (\d+) would fit"),
-        (1, 5, "not even one does: use fewer prompts or tokens"),
+        (0.5, 5, "not even one does: use fewer prompts or tokens"),
     ],
 )
 def test_too_little_memory_for_many_prompts_says_what_fits(mebibytes: float, count: int, advice: str) -> None:
@@ -320,6 +320,20 @@ def test_too_little_memory_for_many_prompts_says_what_fits(mebibytes: float, cou
         assert all(isinstance(one, Result) for one in aligner.generate_many(prompts, **tried(number)))
         with pytest.raises(CapacityError):
             aligner.generate_many(prompts, **tried(number + 1))
+
+
+@pytest.mark.native
+def test_prompts_in_turn_take_the_memory_of_one() -> None:
+    prompts = ["Once upon a time " * 20 + f" {i}" for i in range(40)]
+    options: dict[str, Any] = {"method": "best-of-n", "n": 2, "budget": 2, "max_tokens": 8}
+    engine = LlamaEngine(shipped.model(), threads=1, memory_limit=2 * 2**20)
+    with Aligner(engine, FakeReward(vowels)) as aligner:
+        in_turn = aligner.generate_many(prompts, at_once=1, **options)
+        assert all(isinstance(one, Result) for one in in_turn) and engine.settings["n_ctx"] <= 512
+        with pytest.raises(CapacityError, match="at once"):
+            aligner.generate_many(prompts, **options)
+        alone = aligner.generate(prompts[7], prompt_index=7, **options)
+        assert isinstance(in_turn[7], Result) and in_turn[7].answer == alone.answer
 
 
 class Failing(Aisp):

@@ -118,3 +118,27 @@ def test_spans_nest_and_threads_of_one_name_are_told_apart(tmp_path: Path) -> No
     with OFF.span("nothing"):
         pass
     assert OFF.seconds() == {}
+
+
+@pytest.mark.native
+def test_two_threads_of_one_engine_have_a_timeline_each(tmp_path: Path) -> None:
+    """And what is not recorded leaves no trace in another's."""
+    with LlamaEngine(model(), threads=1) as engine:
+        aligner = Aligner(engine, Background(vowels))
+        paths = [tmp_path / "a.json", None, tmp_path / "b.json"]
+
+        def search(path: Path | None) -> None:
+            for _ in range(3):
+                aligner.generate("Once", method="best-of-n", n=4, budget=8, max_tokens=12, timeline=path)
+
+        threads = [threading.Thread(target=search, args=(path,)) for path in paths]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert engine.timeline is OFF
+    for path in paths:
+        if path is not None:
+            names = [event["name"] for events in check(path).values() for event in events]
+            # Two iterations of at most 12 steps, and their two batches of rewards.
+            assert 2 <= names.count("decode") <= 24 and names.count("score") == 2

@@ -27,7 +27,7 @@ class _Counting(LlamaEngine):
 
     row_steps = 0
 
-    def run(self, feed: Feed, *, prompts: Any, n: int, max_tokens: int) -> None:
+    def run(self, feed: Feed, *, prompts: Any, n: int, max_tokens: int, at_once: int | None = None) -> None:
         rows, stop = min(n, self._parallel or n), feed.stop
 
         def counted() -> bool:  # asked before every step
@@ -35,7 +35,7 @@ class _Counting(LlamaEngine):
             return stop()
 
         feed.stop = counted  # type: ignore[method-assign]
-        super().run(feed, prompts=prompts, n=n, max_tokens=max_tokens)
+        super().run(feed, prompts=prompts, n=n, max_tokens=max_tokens, at_once=at_once)
 
 
 def many(path: Path, prompts: int, n: int, iterations: int, tokens: int, repeats: int) -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -55,7 +56,7 @@ class Args:
             )
         self._score, self._text = score, text
         self._weight, self._candidates, self._temperature = weight, candidates, temperature
-        self._scored = 0
+        self._scored, self._seconds = 0, 0.0
 
     @property
     def needs_prelogits(self) -> bool:
@@ -76,8 +77,9 @@ class Args:
             for so_far, row in zip(step.tokens, found, strict=True)
             for token in row
         ]
+        began = time.perf_counter()
         rewards = np.asarray(self._score(texts), np.float64).reshape(m, k)
-        self._scored += len(texts)
+        self._scored, self._seconds = self._scored + len(texts), self._seconds + time.perf_counter() - began
         usable = np.isfinite(rewards)
         scores = np.take_along_axis(step.logits, found, axis=1) + self._weight * np.where(usable, rewards, 0.0)
         # One without a score is no candidate, unless none has any.
@@ -87,5 +89,5 @@ class Args:
         return result
 
     def tell(self, rollouts: Rollouts, rewards: Array) -> ControllerInfo:
-        scored, self._scored = self._scored, 0
-        return ControllerInfo(n_scored=scored)
+        scored, seconds, self._scored, self._seconds = self._scored, self._seconds, 0, 0.0
+        return ControllerInfo(n_scored=scored, reward_seconds=seconds)

@@ -86,11 +86,13 @@ class Engine(Protocol):
     def text(self, tokens: npt.NDArray[np.int32]) -> str:
         """What tokens of a response say; a character that their end cuts in two is left out."""
 
-    def run(self, feed: Feed, *, prompts: Sequence[Prompt], n: int, max_tokens: int) -> None:
+    def run(
+        self, feed: Feed, *, prompts: Sequence[Prompt], n: int, max_tokens: int, at_once: int | None = None
+    ) -> None:
         """Decode the feed's jobs until it has no more.
 
-        Of them is known: each has one of the ``prompts`` and at most ``max_tokens``, and no more than ``n`` rollouts
-        wait at a time.
+        Of them is known: each has one of the ``prompts`` and at most ``max_tokens``, no more than ``n`` rollouts wait
+        at a time, and of no more than ``at_once`` prompts (default: all).
         """
 
     def rollout(

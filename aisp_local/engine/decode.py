@@ -321,10 +321,11 @@ class Decoder:
             if column.processed:
                 logits = self._process(base, column)
             current = self._sample(logits, column, self._uniforms[rows, step])
+            lawful = np.isfinite(logits[np.arange(len(rows)), current]).all()
             given = step < self._forced[rows]
             if given.any():
                 current = np.where(given, self._tokens[rows, step], current)
-            if not np.isfinite(logits[np.arange(len(rows)), current]).all():
+            if not lawful:
                 raise DecodeError(
                     f"the model gave logits that are not finite at step {int(step.max()) + 1}; "
                     "the file may be damaged, or the control far too strong"
@@ -363,7 +364,7 @@ class Decoder:
             processor = owner.job.controls.processor
             assert processor is not None
             rows = column.rows[mine]
-            so_far = [self._tokens[row, : self._step[row]] for row in rows]
+            so_far = [self._tokens[row, : self._step[row]].copy() for row in rows]
             logits[mine] = processor(Step(self._index[rows], so_far, base[mine], None if z is None else z[mine]))
         return logits
 

@@ -32,7 +32,7 @@ from aisp_local.errors import CapacityError, InputError, ModelError
 from aisp_local.host import available_cores, available_memory
 from aisp_local.native import MAX_SEQUENCES, MAX_THREADS, Context, ControlKind, Lora, Model
 from aisp_local.seeds import RowSeeds
-from aisp_local.timeline import OFF, Timeline
+from aisp_local.timeline import OFF, Timeline, recorded
 from aisp_local.types import Controls, Prompt, Rollouts, Want
 
 _CTX_STEP = 256  # llama.cpp pads the cache to this
@@ -192,7 +192,9 @@ class LlamaEngine:
         assert feed.rollouts is not None
         return feed.rollouts
 
-    def run(self, feed: Feed, *, prompts: Sequence[Prompt], n: int, max_tokens: int) -> None:
+    def run(
+        self, feed: Feed, *, prompts: Sequence[Prompt], n: int, max_tokens: int, at_once: int | None = None
+    ) -> None:
         """Decode the feed's jobs until it has no more; see engine.base.Engine.
 
         With two sets of rope factors the longest prompt decides for all: see the top of this file.
@@ -205,18 +207,18 @@ class LlamaEngine:
             try:
                 self._run = run
                 token = _runs.set((*_runs.get(), run))
-                self._run_alone(feed, prompts, n, max_tokens)
+                self._run_alone(feed, prompts, n, max_tokens, min(len(prompts), at_once or len(prompts)))
             finally:
                 self._run = None
                 if token is not None:
                     _runs.reset(token)
 
-    def _run_alone(self, feed: Feed, prompts: Sequence[Prompt], n: int, max_tokens: int) -> None:
+    def _run_alone(self, feed: Feed, prompts: Sequence[Prompt], n: int, max_tokens: int, at_once: int) -> None:
         tokens = [self.tokens(prompt) for prompt in prompts]
         max_tokens = min(max_tokens, max(self._checked_room(each) for each in tokens))
-        slots = 1 if self.model.has_encoder else min(len(prompts), MAX_SEQUENCES // 2)
+        slots = 1 if self.model.has_encoder else min(at_once, MAX_SEQUENCES // 2)
         rows = min(n, self._parallel or n, MAX_SEQUENCES - slots)
-        context, cache = self._reserve(tokens, slots, rows, max_tokens)
+        context, cache = self._reserve(tokens, slots, rows, max_tokens, at_once)
         context.clear_controls()
         for sequence in range(self._slots, context.n_seq_max):
             context.remove(sequence)
@@ -247,11 +249,11 @@ class LlamaEngine:
             max_tokens=max_tokens,
             open_prompt=open_prompt,
             close_prompt=close_prompt,
-            timeline=self.timeline,
+            timeline=recorded(self.timeline),
         ).run()
 
     def _reserve(
-        self, prompts: list[npt.NDArray[np.int32]], slots: int, rows: int, max_tokens: int
+        self, prompts: list[npt.NDArray[np.int32]], slots: int, rows: int, max_tokens: int, at_once: int
     ) -> tuple[Context, PromptCache]:
         """A context with room for ``slots`` prompts and the rows; the one at hand if it is large enough."""
         longest, n_ubatch, asked = max(map(len, prompts)), self._n_ubatch, rows
@@ -274,7 +276,7 @@ class LlamaEngine:
             if slots + rows > MAX_SEQUENCES:
                 slots, rows = MAX_SEQUENCES - rows, rows
             self._drop_context()
-        cells = self._check_memory(len(prompts), held, asked, max_tokens, needed, cells)
+        cells = self._check_memory(at_once, held, asked, max_tokens, needed, cells)
         if self._flash_attention is False and not self.model.has_encoder:
             n_ubatch = min(n_ubatch, max(32, _SCORES_BYTES // (4 * cells * self.model.n_head)))
         context = Context(
@@ -324,11 +326,13 @@ class LlamaEngine:
             return cells
         if needed * each <= limit:
             return needed
-        fits = max(0, (limit // each // _CTX_STEP * _CTX_STEP - held) // max_tokens)
+        room = limit // each // _CTX_STEP * _CTX_STEP
+        fits = max(0, (room - held) // max_tokens)
+        some = room // (held // prompts + max_tokens)
         if fits >= prompts:
             advice = f"n = {fits // prompts} {f'for each of {prompts} prompts ' if prompts > 1 else ''}would fit"
-        elif fits:
-            advice = f"n = 1 and {fits} of {prompts} prompts at once (at_once) would fit"
+        elif some and prompts > 1:
+            advice = f"n = 1 and {some} of {prompts} prompts at once (at_once) would fit"
         else:
             advice = f"not even one does: use fewer {'prompts or ' if prompts > 1 else ''}tokens"
         raise CapacityError(
@@ -367,6 +371,7 @@ class LlamaEngine:
         with self._lock:
             self._closed = True
             self._drop_context()
+            self._head = None
             self.model.close()
 
     def __enter__(self) -> LlamaEngine:

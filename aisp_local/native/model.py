@@ -58,6 +58,7 @@ class Model:
         self._n_gpu_layers = n_gpu_layers
         self._file = self._identity()
         self.overrides: dict[str, int] = {}
+        self.adapters: list[tuple[Any, float]] = []  # pointers, and what their products are multiplied with
         self._load()
         if self._llama.llama_vocab_type(self.vocab) == self._llama.LLAMA_VOCAB_TYPE_NONE:  # would abort the process
             self.close()
@@ -89,10 +90,10 @@ class Model:
             count=self.n_vocab,
         )
 
-    def _identity(self) -> tuple[int, ...]:
-        """What tells a file from another one of the same name."""
-        found = self.path.stat()
-        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    def _identity(self) -> list[tuple[int, ...]]:
+        """What tells the files from others of the same names."""
+        found = [path.stat() for path in (self.path, *(each.path for each in self.loras))]
+        return [(one.st_dev, one.st_ino, one.st_size, one.st_mtime_ns) for one in found]
 
     def _load(self) -> None:
         params = self._llama.llama_model_default_params()
@@ -111,7 +112,11 @@ class Model:
                 f"{self.path} cannot be loaded as a model ({first_log() or 'no reason given'}); "
                 "it may be truncated or of an unsupported kind: download or convert it again"
             )
-        self.adapters = [(lora.load(self._model, each), each.scale) for each in self.loras]
+        try:
+            self.adapters = [(lora.load(self._model, each), each.scale) for each in self.loras]
+        except BaseException:
+            self._free()  # a model without its adapters is another one
+            raise
 
     def reload(self, overrides: Mapping[str, int]) -> None:
         """Load it again with other metadata than the file's; no context may be open. A no-op if nothing changes."""
@@ -120,12 +125,24 @@ class Model:
                 return
             if self._contexts:
                 raise InputError(f"{self.path} must be loaded again, and another context of it is open; close that one")
-            if self._identity() != self._file:
-                raise ModelError(f"{self.path} has changed since it was loaded; load it again")
-            with Uninterrupted():
-                self._llama.llama_model_free(self.pointer)
-                self._model, self.overrides = None, dict(overrides)
+            try:
+                same = self._identity() == self._file
+            except OSError as error:
+                raise ModelError(
+                    f"{error.filename} is gone ({error.strerror}); the model must be loaded again"
+                ) from error
+            if not same:
+                raise ModelError(f"{self.path} or an adapter has changed since it was loaded; load it again")
+            self._free()
+            self.overrides = dict(overrides)
             self._load()
+
+    def _free(self) -> None:
+        """The model, and with it its adapters."""
+        with Uninterrupted():
+            if self._model:
+                self._llama.llama_model_free(self._model)
+            self._model, self.adapters = None, []
 
     @property
     def pointer(self) -> Any:
@@ -237,9 +254,7 @@ class Model:
         with self._lock:
             self._closing = True
             if self._model and self._contexts == 0:
-                with Uninterrupted():
-                    self._llama.llama_model_free(self._model)
-                    self._model = None
+                self._free()
 
     def __del__(self) -> None:
         self.close()
