@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 _MANY = 2**31
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 def processors() -> set[int]:
@@ -29,20 +31,38 @@ def available_cores() -> int:
 def _quota() -> int:
     """Whole processors that a container's limit leaves, at least one; the many that a machine can have without one."""
     try:
-        with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
-            quota, period = file.read().split()
+        quota, period = (_CGROUP / "cpu.max").read_text(encoding="ascii").split()
         return _MANY if quota == "max" else max(1, int(quota) // int(period))
     except (OSError, ValueError):
         return _MANY
 
 
 def available_memory() -> int | None:
-    """Bytes of memory that can be had without swapping; None where the system does not say."""
+    """Bytes of memory that can be had without swapping, within a container's limit; None where nothing says."""
+    found = [bytes_ for bytes_ in (_free_memory(), _limited_memory(_CGROUP)) if bytes_ is not None]
+    return min(found, default=None)
+
+
+def _free_memory() -> int | None:
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             for line in file:
                 if line.startswith("MemAvailable:"):
                     return int(line.split()[1]) * 1024
-    except OSError:
+    except (OSError, ValueError):
         pass
     return None
+
+
+def _limited_memory(folder: Path) -> int | None:
+    """What a container's limit leaves; pages of files that were only read do not count, the kernel takes them back."""
+    try:
+        limit = (folder / "memory.max").read_text(encoding="ascii").strip()
+        if limit == "max":
+            return None
+        used = int((folder / "memory.current").read_text(encoding="ascii"))
+        lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
+        kept = sum(int(line.split()[1]) for line in lines if line.startswith(("inactive_file ", "active_file ")))
+        return max(0, int(limit) - max(0, used - kept))
+    except (OSError, ValueError, IndexError):
+        return None

@@ -10,6 +10,7 @@ and DPO moves the adapter from one towards the other. No prompt of `aisp-local b
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import sys
 from importlib.util import find_spec
@@ -26,7 +27,7 @@ from training.preference import Pair, Plan, add_adapter, train, write_adapter  #
 
 from aisp_local import Aligner, Result, shipped  # noqa: E402
 
-ANSWERS = 8
+ANSWERS, PAIRS = 8, 3  # of each prompt: best and worst, second best and second worst, ...
 TEMPERATURE = 0.9
 LIMIT = 416
 
@@ -37,6 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=None, help="GGUF file (default: the storyteller)")
     parser.add_argument("--reward", default=None, help="folder, file or name (default: the shipped one)")
     parser.add_argument("--out", type=Path, default=Path("adapter.gguf"))
+    parser.add_argument("--pairs", type=Path, help="JSON lines of the pairs: read if the file is there, else written")
     parser.add_argument("--prompts", type=int, default=600)
     parser.add_argument("--max-tokens", type=int, default=160)
     parser.add_argument("--rank", type=int, default=8)
@@ -48,7 +50,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def preferences(aligner: Aligner, prompts: list[str], max_tokens: int, seed: int) -> list[tuple[Example, Example]]:
-    """The best and the worst answer to each prompt, where they differ."""
+    """Better and worse answers to each prompt, where they differ."""
     found = []
     for start in range(0, len(prompts), 16):
         some = prompts[start : start + 16]
@@ -64,8 +66,10 @@ def preferences(aligner: Aligner, prompts: list[str], max_tokens: int, seed: int
         for prompt, result in zip(some, results, strict=True):
             if isinstance(result, Result):
                 whole = [c for c in result.candidates if c.finish_reason == "stop" and c.text]
-                if len(whole) > 1 and whole[0].reward > whole[-1].reward:
-                    found.append((Example(prompt, whole[0].text), Example(prompt, whole[-1].text)))
+                for k in range(min(PAIRS, len(whole) // 2)):
+                    better, worse = whole[k], whole[-1 - k]
+                    if better.reward > worse.reward:
+                        found.append((Example(prompt, better.text), Example(prompt, worse.text)))
         print(f"{start + len(some)} of {len(prompts)} prompts answered", flush=True)
     return found
 
@@ -80,14 +84,21 @@ def main() -> None:
     stories, rng = read_stories(options.data, "train"), random.Random(options.seed)
     maker = PromptMaker(stories)
     prompts = [maker.make(story, rng).prompt for story in rng.sample(stories, min(options.prompts, len(stories)))]
-    with Aligner.load(path, options.reward, threads=options.threads) as aligner:
-        chosen = preferences(aligner, prompts, options.max_tokens, options.seed)
+    if options.pairs is not None and options.pairs.exists():
+        rows = [json.loads(line) for line in options.pairs.read_text(encoding="utf-8").splitlines()]
+        chosen = [(Example(r["prompt"], r["chosen"]), Example(r["prompt"], r["rejected"])) for r in rows]
+    else:
+        with Aligner.load(path, options.reward, threads=options.threads) as aligner:
+            chosen = preferences(aligner, prompts, options.max_tokens, options.seed)
+        if options.pairs is not None:
+            rows = [{"prompt": a.prompt, "chosen": a.answer, "rejected": b.answer} for a, b in chosen]
+            options.pairs.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     pairs: list[Pair] = []
     for both in chosen:
         documents: list[Document] = encode(tokenizer, both, LIMIT)
         if len(documents) == 2:
             pairs.append((documents[0], documents[1]))
-    valid = max(1, len(pairs) // 10)
+    valid = max(1, len(pairs) // 10)  # the first: no prompt is on both sides, but for one
     if len(pairs) <= valid:
         raise SystemExit(
             f"error: only {len(pairs)} prompts had answers that the reward tells apart; give more prompts."

@@ -78,9 +78,9 @@ class Plan:
 
     minutes: float = 10.0
     max_steps: int = 100_000
-    batch: int = 16
+    batch: int = 32
     beta: float = 0.1
-    rate: float = 1e-3
+    rate: float = 3e-4
     seed: int = 0
 
 
@@ -124,7 +124,7 @@ def train(
     before, before_valid = reference(network, pairs, plan.batch), reference(network, valid, plan.batch)
     parameters = [parameter for adapter in adapters.values() for parameter in (adapter.a, adapter.b)]
     optimiser = torch.optim.AdamW(parameters, lr=plan.rate, weight_decay=0.0)
-    best, kept = math.inf, [parameter.detach().clone() for parameter in parameters]
+    best, kept = math.log(2.0), [parameter.detach().clone() for parameter in parameters]  # of no adapter at all
     step, order = 0, list[int]()
     while step < plan.max_steps and time.monotonic() - started < 60 * plan.minutes:
         if len(order) < plan.batch:
@@ -139,7 +139,7 @@ def train(
             group["lr"] = plan.rate * min(1.0, (step + 1) / 20) * (1 - 0.9 * min(1.0, done))
         optimiser.step()
         step += 1
-        if step % 25 == 0 or step == plan.max_steps:
+        if step % 10 == 0 or step == plan.max_steps:
             found, accuracy = held_out(network, before_valid, valid, plan)
             print(
                 f"step {step}: loss {float(loss):.3f}, held out {found:.3f}, favoured {100 * accuracy:.0f}%", flush=True
