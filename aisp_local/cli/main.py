@@ -72,11 +72,13 @@ def _add_commands() -> None:
     from aisp_local.cli.chat import chat
     from aisp_local.cli.generate import generate
     from aisp_local.cli.reward import reward
+    from aisp_local.cli.serve import serve
 
     main.add_command(bench)
     main.add_command(chat)
     main.add_command(generate)
     main.add_command(reward)
+    main.add_command(serve)
 
 
 _add_commands()

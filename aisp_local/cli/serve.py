@@ -1,0 +1,119 @@
+"""`aisp-local serve`: an OpenAI-compatible server of aligned answers."""
+
+from __future__ import annotations
+
+import ipaddress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import click
+
+from aisp_local.api import DEFAULT_MAX_TOKENS
+from aisp_local.cli.options import load, model_options
+from aisp_local.errors import InputError
+
+
+@click.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any free one.")
+@click.option("--api-key", envvar="AISP_API_KEY", help="What clients must send as their API key.")
+@click.option("--allow-host", "hosts", multiple=True, metavar="NAME", help="A name that clients call this server by.")
+@click.option("--allow-origin", "origins", multiple=True, metavar="URL", help="A web page that may call this server.")
+@click.option("--waiting", type=click.IntRange(1), default=16, show_default=True, help="Requests that may wait.")
+@click.option("--max-tokens", type=click.IntRange(1), default=DEFAULT_MAX_TOKENS, show_default=True)
+@click.option("--max-rollouts", type=click.IntRange(1), default=512, show_default=True, help="Of one request.")
+@model_options
+def serve(
+    host: str,
+    port: int,
+    api_key: str | None,
+    hosts: tuple[str, ...],
+    origins: tuple[str, ...],
+    waiting: int,
+    max_tokens: int,
+    max_rollouts: int,
+    model: Path | None,
+    lora: tuple[Path, ...],
+    lora_scaled: tuple[tuple[Path, float], ...],
+    reward: Path | None,
+    judge: Path | None,
+    n_gpu_layers: int | None,
+    threads: int | None,
+) -> None:
+    """Serve aligned answers to clients of the OpenAI API: /v1/chat/completions, /v1/completions, /v1/models.
+
+    Requests are answered one after another. What OpenAI has no field for goes under the key "aisp" (docs/server.md).
+    Ctrl-C ends the search that runs with its best so far, then the server.
+
+    \b
+    Examples:
+      aisp-local serve
+      aisp-local serve -m model.gguf -r my_reward --port 8081 --api-key secret
+      curl localhost:8080/v1/chat/completions -d '{"messages": [{"role": "user", "content": "Tell me a story."}]}'
+    """
+    if find_spec("starlette") is None or find_spec("uvicorn") is None:
+        raise InputError("serve needs starlette and uvicorn: pip install 'aisp-local[server]'")
+    import uvicorn
+
+    from aisp_local.server import Settings, make_app
+
+    if not _loopback(host):
+        what = (
+            "anybody who reaches this address can use it"
+            if api_key is None
+            else "answers cross the network unencrypted"
+        )
+        click.echo(f"aisp-local: listening on {host}, beyond this machine: {what}", err=True)
+    aligner = load(model, lora, lora_scaled, reward, judge, n_gpu_layers, threads)
+    names = (
+        *Settings().hosts,
+        *(name.lower() for name in hosts),
+        *(() if host in ("0.0.0.0", "::") else (host.lower(),)),
+    )
+    settings = Settings(
+        api_key=api_key,
+        hosts=names,
+        origins=origins,
+        waiting=waiting,
+        max_tokens=max_tokens,
+        max_rollouts=max_rollouts,
+    )
+    config = uvicorn.Config(
+        make_app(aligner, settings),
+        host=host,
+        port=port,
+        log_level="warning",
+        timeout_graceful_shutdown=30,
+        access_log=False,
+    )
+    server = _announced(config, f"{Path(aligner.model_name).name} with {aligner.reward.name}")
+    try:
+        server.run()
+    except SystemExit as error:  # uvicorn could not listen, and has said why
+        raise InputError(f"cannot listen on {host} port {port}; is it in use? choose another with --port") from error
+    finally:
+        aligner.close()
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _announced(config: Any, what: str) -> Any:
+    """A server that says where it listens once it does."""
+    import uvicorn
+
+    class Announced(uvicorn.Server):
+        async def startup(self, sockets: Any = None) -> None:
+            await super().startup(sockets)
+            for one in self.servers:
+                for socket in one.sockets:
+                    host, port = socket.getsockname()[:2]
+                    shown = f"[{host}]" if ":" in host else host
+                    click.echo(f"{what} at http://{shown}:{port}/v1 (Ctrl-C ends it)", err=True)
+
+    return Announced(config)

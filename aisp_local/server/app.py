@@ -1,0 +1,290 @@
+"""The HTTP side: routes, limits, server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from aisp_local.api import DEFAULT_MAX_TOKENS, Aligner
+from aisp_local.engine import LlamaEngine
+from aisp_local.server.desk import Desk, Event, Job, as_error, distinct
+from aisp_local.server.request import KEY, ApiError, Ask, parse
+from aisp_local.types import Candidate, Result
+
+_POLL = 0.25  # seconds between two looks at whether the client is still there
+_FINISH = {"stop": "stop", "length": "length"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """``hosts``: names that the server may be called by, against DNS rebinding; ``origins``: pages that may call it."""
+
+    api_key: str | None = None
+    hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "::1")
+    origins: tuple[str, ...] = ()
+    waiting: int = 16
+    max_tokens: int = DEFAULT_MAX_TOKENS
+    max_rollouts: int = 512
+    max_body: int = 1 << 20
+    body_seconds: float = 20.0
+
+
+def make_app(aligner: Aligner, settings: Settings | None = None) -> Starlette:
+    """The application; closing it closes what it started, not the aligner."""
+    server = _Server(aligner, settings or Settings())
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(server.desk.close)
+
+    routes = [
+        Route("/health", server.health),
+        Route("/metrics", server.metrics),
+        Route("/v1/models", server.models),
+        Route("/v1/models/{name:path}", server.model),
+        Route("/v1/chat/completions", server.chat, methods=["POST"]),
+        Route("/v1/completions", server.complete, methods=["POST"]),
+    ]
+    handlers: dict[Any, Any] = {ApiError: _refused, HTTPException: _http, Exception: _failed}
+    return Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(error.body(), error.status, headers)
+
+
+async def _http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    what = {404: f"{request.url.path} is not here", 405: f"{request.method} is not allowed here"}
+    return JSONResponse(
+        ApiError(error.status_code, what.get(error.status_code, error.detail)).body(), error.status_code
+    )
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    return JSONResponse(ApiError(500, "the server failed", kind="server_error").body(), 500)
+
+
+class _Server:
+    def __init__(self, aligner: Aligner, settings: Settings) -> None:
+        self.aligner, self.settings = aligner, settings
+        self.name = Path(aligner.model_name or "model").stem
+        self.desk = Desk(aligner, waiting=settings.waiting, max_tokens=settings.max_tokens)
+        self.started = int(time.time())
+
+    # What may call.
+
+    def _check(self, request: Request, open_to_all: bool = False) -> None:
+        host = request.headers.get("host", "")
+        name = host[1:].split("]")[0] if host.startswith("[") else host.rsplit(":", 1)[0] if ":" in host else host
+        if "*" not in self.settings.hosts and name.lower() not in self.settings.hosts:
+            raise ApiError(403, f"the host {host!r} is not this server's; start it with --allow-host", code="host")
+        origin = request.headers.get("origin")
+        if origin is not None and origin not in self.settings.origins:
+            allowed = {f"{scheme}://{host}" for scheme in ("http", "https")}
+            if origin not in allowed:
+                raise ApiError(403, f"pages of {origin!r} may not call this server", code="origin")
+        if self.settings.api_key is not None and not open_to_all:
+            given = request.headers.get("authorization", "").removeprefix("Bearer ")
+            if not hmac.compare_digest(given.encode(), self.settings.api_key.encode()):
+                raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
+
+    async def _body(self, request: Request) -> bytes:
+        """The body, of bounded size and time."""
+        limit, data = self.settings.max_body, bytearray()
+        try:
+            async with asyncio.timeout(self.settings.body_seconds):
+                async for part in request.stream():
+                    data += part
+                    if len(data) > limit:
+                        raise ApiError(413, f"the body is larger than {limit} bytes", code="request_too_large")
+        except TimeoutError:
+            raise ApiError(408, f"the body took longer than {self.settings.body_seconds:g} s") from None
+        except ClientDisconnect:
+            raise ApiError(400, "the client went away") from None
+        return bytes(data)
+
+    # Routes.
+
+    async def health(self, request: Request) -> Response:
+        self._check(request, open_to_all=True)
+        return JSONResponse({"status": "ok", "busy": self.desk.busy, "waiting": self.desk.waiting})
+
+    async def metrics(self, request: Request) -> Response:
+        self._check(request)
+        counts = asdict(self.desk.counts)
+        lines = [f"# TYPE aisp_{name}_total counter\naisp_{name}_total {value}" for name, value in counts.items()]
+        lines.append(f"# TYPE aisp_waiting gauge\naisp_waiting {self.desk.waiting}")
+        lines.append(f"# TYPE aisp_busy gauge\naisp_busy {int(self.desk.busy)}")
+        return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
+
+    def _card(self) -> dict[str, Any]:
+        return {"id": self.name, "object": "model", "created": self.started, "owned_by": "aisp-local"}
+
+    async def models(self, request: Request) -> Response:
+        self._check(request)
+        return JSONResponse({"object": "list", "data": [self._card()]})
+
+    async def model(self, request: Request) -> Response:
+        self._check(request)
+        if request.path_params["name"] != self.name:
+            name = request.path_params["name"]
+            raise ApiError(404, f"the model {name!r} is not here; there is {self.name}", code="model_not_found")
+        return JSONResponse(self._card())
+
+    async def chat(self, request: Request) -> Response:
+        return await self._answer(request, chat=True)
+
+    async def complete(self, request: Request) -> Response:
+        return await self._answer(request, chat=False)
+
+    async def _answer(self, request: Request, *, chat: bool) -> Response:
+        self._check(request)
+        ask = parse(await self._body(request), chat=chat, limit=self.settings.max_rollouts)
+        loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
+
+        def put(event: Event) -> None:
+            try:
+                loop.call_soon_threadsafe(events.put_nowait, event)
+            except RuntimeError:  # the server's loop is over
+                job.cancelled.set()
+
+        job = Job(ask, put)
+        self.desk.submit(job)
+        head = {
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex[:24]}",
+            "object": "chat.completion" if chat else "text_completion",
+            "created": int(time.time()),
+            "model": self.name,
+        }
+        if ask.stream:
+            stream = self._stream(request, ask, job, events, head)
+            return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        async for kind, value in self._events(request, job, events):
+            if kind == "done":
+                return JSONResponse(self._whole(ask, head, value))
+            if kind == "failed":
+                raise as_error(value)
+        return Response(status_code=499)  # nobody is there to read it
+
+    async def _events(self, request: Request, job: Job, events: asyncio.Queue[Event]) -> AsyncIterator[Event]:
+        """Until the last one; a client that goes away cancels its search."""
+        try:
+            while True:
+                try:
+                    event = await asyncio.wait_for(events.get(), _POLL)
+                except TimeoutError:
+                    if await request.is_disconnected():
+                        return
+                    continue
+                yield event
+                if event[0] in ("done", "failed"):
+                    return
+        finally:
+            job.cancelled.set()
+
+    async def _stream(
+        self, request: Request, ask: Ask, job: Job, events: asyncio.Queue[Event], head: Mapping[str, Any]
+    ) -> AsyncIterator[str]:
+        head = {**head, "object": "chat.completion.chunk" if ask.chat else "text_completion"}
+        sent = ""
+
+        def chunk(index: int, text: str | None, finish: str | None = None, role: bool = False) -> str:
+            if ask.chat:
+                delta = {"role": "assistant"} if role else {}
+                choice = {"index": index, "delta": delta | ({} if text is None else {"content": text})}
+            else:
+                choice = {"index": index, "text": text or ""}
+            choice |= {"logprobs": None, "finish_reason": finish}
+            return _event({**head, "choices": [choice]})
+
+        if ask.chat:
+            for index in range(ask.n):
+                yield chunk(index, "", role=True)
+        async for kind, value in self._events(request, job, events):
+            if kind == "settled":
+                yield chunk(0, value[len(sent) :])
+                sent = value
+            elif kind == "iteration":
+                yield _event(value, name=f"{KEY}.iteration")
+            elif kind == "failed":
+                yield _event(as_error(value).body())
+                return
+            else:
+                for index, candidate in enumerate(distinct(value, ask.n)):
+                    text = candidate.text
+                    # What was cut short may end in another answer than the one that settled: it keeps what was sent.
+                    rest = text[len(sent) :] if text.startswith(sent) else ""
+                    if rest:
+                        yield chunk(index, rest)
+                    yield chunk(index, None, _FINISH.get(candidate.finish_reason, "length"))
+                if ask.include_usage:
+                    yield _event({**head, "choices": [], "usage": self._usage(ask, value)})
+                if ask.events:
+                    yield _event(_search(value), name=f"{KEY}.result")
+                yield "data: [DONE]\n\n"
+
+    # Answers.
+
+    def _whole(self, ask: Ask, head: Mapping[str, Any], result: Result) -> dict[str, Any]:
+        choices = [self._choice(ask, index, candidate) for index, candidate in enumerate(distinct(result, ask.n))]
+        return {**head, "choices": choices, "usage": self._usage(ask, result), KEY: _search(result)}
+
+    def _choice(self, ask: Ask, index: int, candidate: Candidate) -> dict[str, Any]:
+        said: dict[str, Any] = {"text": candidate.text}
+        if ask.chat:
+            said = {"message": {"role": "assistant", "content": candidate.text, "refusal": None}}
+        finish = _FINISH.get(candidate.finish_reason, "length")
+        return {"index": index, **said, "logprobs": None, "finish_reason": finish, KEY: {"reward": candidate.reward}}
+
+    def _usage(self, ask: Ask, result: Result) -> dict[str, Any]:
+        """The answer's tokens as OpenAI counts them; those of the whole search beside them."""
+        engine = self.aligner.engine
+        prompt = len(engine.tokens(ask.prompt)) if isinstance(engine, LlamaEngine) else 0
+        answer = sum(candidate.n_tokens for candidate in distinct(result, ask.n))
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": answer,
+            "total_tokens": prompt + answer,
+            "search_tokens": result.n_tokens,
+        }
+
+
+def _search(result: Result) -> dict[str, Any]:
+    """What a client may want to know of the search."""
+    return {
+        "reward": result.reward,
+        "judge": result.judge,
+        "method": result.method,
+        "status": result.status,
+        "rollouts": result.rollouts,
+        "iterations": len(result.iterations),
+        "seconds": result.seconds,
+    }
+
+
+def _event(content: Mapping[str, Any], name: str | None = None) -> str:
+    """One server-sent event. JSON has no line breaks, so that the text cannot end it."""
+    head = "" if name is None else f"event: {name}\n"
+    return f"{head}data: {json.dumps(content, ensure_ascii=False)}\n\n"

@@ -1,0 +1,196 @@
+"""Requests wait here for the engine, which serves them one after another, the oldest first."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from aisp_local.api import DEFAULT_MAX_TOKENS, Aligner
+from aisp_local.errors import CapacityError, InputError
+from aisp_local.server.request import ApiError, Ask
+from aisp_local.types import Candidate, Progress, Result
+
+Event = tuple[str, Any]
+"""``settled`` (text), ``iteration`` (figures), then ``done`` (Result) or ``failed`` (an exception)."""
+
+
+@dataclass(eq=False)
+class Job:
+    """A request in the queue. ``put``: gives its client an event, from any thread."""
+
+    ask: Ask
+    put: Callable[[Event], None]
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+
+@dataclass
+class Counts:
+    """Since the start, for /metrics."""
+
+    requests: int = 0
+    refused: int = 0
+    cancelled: int = 0
+    failed: int = 0
+    answered: int = 0
+    rollouts: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+class Desk:
+    """One thread that searches, and at most ``waiting`` requests before it."""
+
+    def __init__(self, aligner: Aligner, *, waiting: int, max_tokens: int = DEFAULT_MAX_TOKENS) -> None:
+        self.aligner, self.max_tokens = aligner, max_tokens
+        self.counts = Counts()
+        self.busy = False
+        self._queue: queue.Queue[Job | None] = queue.Queue(waiting)
+        self._closing = threading.Event()
+        self._lately = 5.0  # seconds that a search takes
+        self._thread = threading.Thread(target=self._work, name="aisp-local-desk", daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        return self._queue.qsize()
+
+    def submit(self, job: Job) -> None:
+        """Raises ApiError, 503 while closing and 429 where the queue is full."""
+        self.counts.requests += 1
+        if self._closing.is_set():
+            self.counts.refused += 1
+            raise ApiError(503, "the server is shutting down", kind="server_error", retry_after=5)
+        try:
+            self._queue.put_nowait(job)
+        except queue.Full:
+            self.counts.refused += 1
+            wait = max(1, round(self._lately * (self._queue.maxsize + 1)))
+            raise ApiError(
+                429,
+                f"{self._queue.maxsize} requests wait already; try again in about {wait} s",
+                kind="rate_limit_error",
+                code="rate_limit_exceeded",
+                retry_after=wait,
+            ) from None
+
+    def close(self) -> None:
+        """The search that runs gives its best so far; those that wait are refused. Returns when both are told."""
+        self._closing.set()
+        while True:
+            try:
+                self._queue.put(None, timeout=0.1)
+                break
+            except queue.Full:
+                continue
+        self._thread.join()
+
+    def _work(self) -> None:
+        while (job := self._queue.get()) is not None:
+            if self._closing.is_set():
+                job.put(("failed", ApiError(503, "the server is shutting down", kind="server_error", retry_after=5)))
+            elif job.cancelled.is_set():
+                self.counts.cancelled += 1
+            else:
+                self._serve(job)
+
+    def _serve(self, job: Job) -> None:
+        self.busy, began = True, time.perf_counter()
+        try:
+            result = self._search(job)
+        except KeyboardInterrupt:  # stopped before there was an answer
+            self.counts.cancelled += 1
+            job.put(("failed", ApiError(503, "the search was stopped before it had an answer", kind="server_error")))
+        except Exception as error:
+            self.counts.failed += 1
+            job.put(("failed", error))
+        else:
+            self.counts.answered += 1
+            self.counts.rollouts += result.rollouts
+            self.counts.tokens += result.n_tokens
+            job.put(("done", result))
+        finally:
+            self.busy = False
+            seconds = time.perf_counter() - began
+            self.counts.seconds += seconds
+            self._lately = 0.8 * self._lately + 0.2 * seconds
+
+    def _search(self, job: Job) -> Result:
+        ask, engine = job.ask, self.aligner.engine
+        room = engine.room(ask.prompt)
+        if room < 1:
+            raise CapacityError(
+                f"the prompt has {engine.n_ctx - room} tokens and the model's context {engine.n_ctx}; shorten it"
+            )
+        options = dict(ask.options)
+        if ask.settles:
+            options["commit"] = True
+        sent = 0
+
+        def progress(now: Progress) -> None:
+            nonlocal sent
+            if ask.settles and len(now.settled) > sent:
+                sent = len(now.settled)
+                job.put(("settled", now.settled))
+            if ask.events and now.stats is not None:
+                job.put(("iteration", _figures(now)))
+
+        return self.aligner.generate(
+            ask.prompt,
+            method=ask.method,
+            budget=ask.budget,
+            n=ask.budget if ask.settles else ask.rows,
+            max_tokens=min(ask.max_tokens or self.max_tokens, room),
+            seed=ask.seed,
+            stop_strings=ask.stop,
+            time_limit=ask.time_limit,
+            target_reward=ask.target_reward,
+            patience=ask.patience,
+            stop=lambda: job.cancelled.is_set() or self._closing.is_set(),
+            on_progress=progress,
+            **options,
+        )
+
+
+def _figures(progress: Progress) -> dict[str, Any]:
+    """An iteration that ended, for a client that watches."""
+    stats, best = progress.stats, progress.best
+    assert stats is not None
+    return {
+        "iteration": stats.iteration,
+        "iterations": progress.iterations,
+        "rollouts": progress.rollouts_done,
+        "budget": progress.budget,
+        "best": stats.best,
+        "mean": stats.mean,
+        "best_so_far": stats.best_so_far,
+        "ess": stats.ess,
+        "kl": stats.kl,
+        "note": stats.note,
+        "seconds": progress.seconds,
+        "text": None if best is None else best.text,
+    }
+
+
+def distinct(result: Result, n: int) -> list[Candidate]:
+    """The answer and the best n - 1 others that say something else; fewer where there are no more."""
+    found: dict[str, Candidate] = {}
+    for candidate in result.candidates:
+        found.setdefault(candidate.text, candidate)
+        if len(found) == n:
+            break
+    return list(found.values())
+
+
+def as_error(error: BaseException) -> ApiError:
+    """What a client is told: what it asked for is its own fault, the rest is ours."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, CapacityError):
+        return ApiError(400, str(error), param="messages", code="context_length_exceeded")
+    if isinstance(error, InputError):
+        return ApiError(400, str(error))
+    return ApiError(500, f"the search failed: {error}", kind="server_error")

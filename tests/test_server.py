@@ -1,0 +1,385 @@
+"""The server as clients see it: OpenAI's own, and those that send rubbish or go away."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import openai
+import pytest
+import uvicorn
+
+from aisp_local import Aligner
+from aisp_local.errors import ScoreError
+from aisp_local.server import Settings, make_app
+from aisp_local.server.request import ApiError, parse
+from aisp_local.testing import FakeEngine, FakeReward
+
+STORY = [{"role": "user", "content": "Tell me a story about a fox."}]
+QUICK = {"aisp": {"budget": 4, "rows": 4}}
+
+
+class Server:
+    """A running server and its clients."""
+
+    def __init__(self, port: int, aligner: Aligner) -> None:
+        self.port, self.aligner = port, aligner
+        self.url = f"http://127.0.0.1:{port}/v1"
+
+    def client(self, **options: Any) -> openai.OpenAI:
+        return openai.OpenAI(base_url=self.url, **({"api_key": "any", "max_retries": 0} | options))
+
+    def send(
+        self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
+    ) -> tuple[int, dict[str, str], Any]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection.request(method, path, body, headers or {})
+        answer = connection.getresponse()
+        data = answer.read()
+        connection.close()
+        kind = answer.headers.get("content-type", "")
+        return answer.status, dict(answer.headers), json.loads(data) if kind == "application/json" else data.decode()
+
+    def chat(self, **more: Any) -> tuple[int, dict[str, str], Any]:
+        return self.send("POST", "/v1/chat/completions", json.dumps({"messages": STORY} | QUICK | more).encode())
+
+
+@contextmanager
+def serving(aligner: Aligner, settings: Settings | None = None) -> Iterator[Server]:
+    config = uvicorn.Config(make_app(aligner, settings), port=0, log_level="warning", timeout_graceful_shutdown=10)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield Server(server.servers[0].sockets[0].getsockname()[1], aligner)
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def vowels(prompt: object, texts: Sequence[str]) -> list[float]:
+    return [float(sum(c in "aeiou" for c in text)) for text in texts]
+
+
+@contextmanager
+def fake(reward: Any = vowels, **settings: Any) -> Iterator[Server]:
+    with serving(Aligner(FakeEngine(), FakeReward(reward), model_name="fake.gguf"), Settings(**settings)) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    """The shipped models."""
+    with Aligner.load(threads=1) as aligner, serving(aligner) as made:
+        yield made
+
+
+@pytest.mark.native
+def test_the_openai_client(server: Server) -> None:
+    client = server.client()
+    assert [model.id for model in client.models.list()] == ["storyteller"]
+    assert client.models.retrieve("storyteller").owned_by == "aisp-local"
+    answer = client.chat.completions.create(
+        model="storyteller", messages=STORY, max_tokens=16, seed=3, temperature=0.7, extra_body=QUICK
+    )
+    alone = server.aligner.generate(STORY, budget=4, n=4, max_tokens=16, seed=3)
+    (choice,) = answer.choices
+    assert choice.message.content == alone.answer and choice.message.role == "assistant"
+    assert choice.finish_reason == "length" and answer.object == "chat.completion"
+    assert answer.usage is not None and answer.usage.completion_tokens == 16
+    assert answer.usage.prompt_tokens == len(server.aligner.engine.tokens(STORY))  # type: ignore[attr-defined]
+    extra = answer.model_extra or {}
+    assert extra["aisp"]["rollouts"] == 4 and extra["aisp"]["reward"] == pytest.approx(alone.reward)
+    assert (answer.usage.model_extra or {})["search_tokens"] == alone.n_tokens
+    plain = client.completions.create(model="storyteller", prompt="Once upon a time", max_tokens=8, extra_body=QUICK)
+    assert plain.choices[0].text and plain.object == "text_completion"
+
+
+@pytest.mark.native
+def test_several_choices_are_the_best_that_differ(server: Server) -> None:
+    answer = server.client().chat.completions.create(
+        model="m", messages=STORY, max_tokens=12, n=3, extra_body={"aisp": {"budget": 8, "method": "best-of-n"}}
+    )
+    rewards = [(choice.model_extra or {})["aisp"]["reward"] for choice in answer.choices]
+    texts = [choice.message.content for choice in answer.choices]
+    assert len(set(texts)) == 3 and rewards == sorted(rewards, reverse=True)
+
+
+@pytest.mark.native
+def test_an_answer_streams_while_it_is_aligned(server: Server) -> None:
+    options: dict[str, Any] = {"model": "m", "messages": STORY, "max_tokens": 40, "extra_body": {"aisp": {"budget": 8}}}
+    stream = server.client().chat.completions.create(stream=True, stream_options={"include_usage": True}, **options)
+    chunks = list(stream)
+    parts = [c.choices[0].delta.content for c in chunks if c.choices and c.choices[0].delta.content]
+    assert len(parts) >= 3  # block by block
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] in ("stop", "length")
+    assert chunks[-1].usage is not None and not chunks[-1].choices
+    alone = server.aligner.generate(STORY, budget=8, n=8, max_tokens=40, commit=True)
+    assert "".join(parts) == alone.answer
+
+
+@pytest.mark.native
+def test_the_asynchronous_client_and_stop_strings(server: Server) -> None:
+    async def ask() -> list[str]:
+        client = openai.AsyncOpenAI(base_url=server.url, api_key="any", max_retries=0)
+        stream = await client.chat.completions.create(
+            model="m", messages=STORY, max_tokens=40, stop=["."], stream=True, extra_body=QUICK
+        )
+        parts = [chunk.choices[0].delta.content or "" async for chunk in stream]
+        await client.close()
+        return parts
+
+    text = "".join(asyncio.run(ask()))
+    assert text and "." not in text
+
+
+def events(data: str) -> list[tuple[str, Any]]:
+    found = []
+    for block in data.strip().split("\n\n"):
+        lines = dict(line.split(": ", 1) for line in block.split("\n"))
+        body = lines["data"]
+        found.append((lines.get("event", ""), body if body == "[DONE]" else json.loads(body)))
+    return found
+
+
+def test_a_client_that_watches_sees_every_iteration() -> None:
+    with fake() as server:
+        more = {"budget": 12, "rows": 4, "method": "best-of-n", "events": True}
+        status, headers, data = server.chat(stream=True, aisp=more)
+        assert status == 200 and headers["content-type"].startswith("text/event-stream")
+        seen = events(data)
+        iterations = [body for name, body in seen if name == "aisp.iteration"]
+        assert [body["iteration"] for body in iterations] == [1, 2, 3] and iterations[-1]["rollouts"] == 12
+        assert [name for name, _ in seen].count("aisp.result") == 1 and seen[-1] == ("", "[DONE]")
+
+
+RUBBISH: list[tuple[bytes, str]] = [
+    (b"", "not valid JSON"),
+    (b"\xff\xfe", "not valid JSON"),
+    (b"[" * 100_000, "not valid JSON"),
+    (b"[]", "must be a JSON object"),
+    (b"{}", "messages must be a list"),
+    (b'{"messages": []}', "messages must be a list"),
+    (b'{"messages": [{"role": "user"}]}', "messages[0].content must be text"),
+    (b'{"messages": [{"role": "king", "content": "x"}]}', "messages[0] needs a role"),
+    (b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "content must be text"),
+    *[
+        (json.dumps({"messages": STORY} | more).encode(), message)
+        for more, message in (
+            ({"n": 0}, "n must be a whole number"),
+            ({"n": 3, "aisp": {"budget": 2}}, "n is 3 and the search has 2 rollouts"),
+            ({"max_tokens": -1}, "max_tokens must be"),
+            ({"max_tokens": True}, "max_tokens must be"),
+            ({"stop": [""]}, "stop must be"),
+            ({"stop": ["x"] * 17}, "stop must be"),
+            ({"stream": 1}, "stream must be true or false"),
+            ({"temperature": 3}, "temperature must be"),
+            ({"temperature": "hot"}, "temperature must be"),
+            ({"seed": -1}, "seed must be"),
+            ({"tools": [{}]}, "tools are not supported"),
+            ({"response_format": {"type": "json_object"}}, "response_format"),
+            ({"aisp": 3}, "aisp must be an object"),
+            ({"aisp": {"effort": "huge"}}, "the effort 'huge' is unknown"),
+            ({"aisp": {"budget": 10**6}}, "budget must be a whole number from 1 to 512"),
+            ({"aisp": {"method": "magic"}}, "'magic' is unknown"),
+            ({"aisp": {"strength": 2}}, "strength must be"),
+            ({"aisp": {"method": "best-of-n", "strength": 0.5}}, "has no strength"),
+            ({"aisp": {"options": {"seed": 1}}}, "has no option 'seed'"),
+            ({"aisp": {"options": {"blocks": "x"}}}, "cannot use its options"),
+            ({"aisp": {"nonsense": 1}}, "aisp.nonsense is unknown"),
+            ({"aisp": {"time_limit": float("nan")}}, "time_limit must be"),
+        )
+    ],
+]
+
+
+@pytest.mark.parametrize(("body", "message"), RUBBISH)
+def test_rubbish_is_refused_in_openais_shape(body: bytes, message: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        parse(body, chat=True, limit=512)
+    assert caught.value.status == 400 and message in caught.value.message
+    assert set(caught.value.body()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_refusals_over_the_wire() -> None:
+    with fake(max_body=2000, body_seconds=0.5, api_key="secret") as server:
+        auth = {"Authorization": "Bearer secret"}
+        good = json.dumps({"messages": STORY} | QUICK).encode()
+        assert server.send("POST", "/v1/chat/completions", good, auth)[0] == 200
+        for status, path, body, headers in (
+            (400, "/v1/chat/completions", b"{", auth),
+            (413, "/v1/chat/completions", b" " * 3000, auth),
+            (401, "/v1/chat/completions", good, {}),
+            (401, "/v1/models", None, {"Authorization": "Bearer wrong"}),
+            (403, "/v1/models", None, auth | {"Host": "evil.example"}),
+            (403, "/v1/models", None, auth | {"Origin": "http://evil.example"}),
+            (404, "/v1/nothing", None, auth),
+            (404, "/v1/models/other", None, auth),
+            (405, "/v1/models", b"{}", auth),
+        ):
+            found, _, answer = server.send("GET" if body is None else "POST", path, body, headers)
+            assert (found, set(answer["error"])) == (status, {"message", "type", "param", "code"})
+        assert server.send("GET", "/health")[0] == 200
+        with pytest.raises(openai.AuthenticationError):
+            server.client(api_key="no").models.list()
+        # A client that says it will send and does not.
+        with socket.create_connection(("127.0.0.1", server.port)) as slow:
+            slow.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer secret\r\n")
+            slow.sendall(b"Content-Length: 100\r\n\r\n{")
+            assert b" 408 " in slow.recv(2000)
+
+
+class Slow:
+    """A reward that waits until it is let."""
+
+    def __init__(self) -> None:
+        self.go, self.asked = threading.Event(), threading.Event()
+
+    def __call__(self, prompt: object, texts: Sequence[str]) -> list[float]:
+        self.asked.set()
+        self.go.wait(20)
+        return [float(len(text)) for text in texts]
+
+
+def test_a_full_queue_says_when_to_come_back() -> None:
+    reward = Slow()
+    with fake(reward, waiting=1) as server:
+        answers: list[int] = []
+        threads = [threading.Thread(target=lambda: answers.append(server.chat()[0])) for _ in range(2)]
+        threads[0].start()
+        assert reward.asked.wait(10)
+        threads[1].start()
+        while json.loads(json.dumps(server.send("GET", "/health")[2]))["waiting"] < 1:
+            time.sleep(0.01)
+        status, headers, body = server.chat()
+        assert status == 429 and int(headers["retry-after"]) >= 1 and body["error"]["type"] == "rate_limit_error"
+        reward.go.set()
+        for thread in threads:
+            thread.join()
+        assert answers == [200, 200]
+        metrics = server.send("GET", "/metrics")[2]
+        assert "aisp_answered_total 2" in metrics and "aisp_refused_total 1" in metrics
+
+
+@pytest.mark.native
+def test_a_client_that_goes_away_cancels_its_search(server: Server) -> None:
+    before = server.send("GET", "/metrics")[2]
+    body = json.dumps({"messages": STORY, "aisp": {"budget": 512, "rows": 8}, "max_tokens": 200}).encode()
+    gone = http.client.HTTPConnection("127.0.0.1", server.port)
+    gone.request("POST", "/v1/chat/completions", body)
+    while not server.send("GET", "/health")[2]["busy"]:
+        time.sleep(0.01)
+    gone.close()
+    began = time.monotonic()
+    while server.send("GET", "/health")[2]["busy"]:
+        time.sleep(0.02)
+    assert time.monotonic() - began < 10
+    assert server.chat(max_tokens=8)[0] == 200
+    assert "aisp_rollouts_total 512" not in server.send("GET", "/metrics")[2] != before
+
+
+@pytest.mark.native
+def test_a_prompt_that_is_too_long_is_the_clients_fault(server: Server) -> None:
+    status, _, body = server.chat(messages=[{"role": "user", "content": "a fox " * 2000}])
+    assert status == 400 and body["error"]["code"] == "context_length_exceeded"
+
+
+def test_a_reward_that_fails_is_the_servers_fault_and_the_next_request_is_served() -> None:
+    broken = [True]
+
+    def sometimes(prompt: object, texts: Sequence[str]) -> list[float]:
+        if broken[0]:
+            raise ScoreError("the reward failed")
+        return [1.0] * len(texts)
+
+    with fake(sometimes) as server:
+        status, _, body = server.chat()
+        assert status == 500 and "the reward failed" in body["error"]["message"]
+        seen = events(server.chat(stream=True)[2])
+        assert any("error" in body for _, body in seen if isinstance(body, dict))
+        broken[0] = False
+        assert server.chat()[0] == 200
+
+
+def test_texts_never_cross() -> None:
+    """Many clients at once: each gets the answer to its own prompt."""
+
+    def of_prompt(prompt: Any, texts: Sequence[str]) -> list[float]:
+        return [float(prompt[0]["content"])] * len(texts)
+
+    with fake(of_prompt, waiting=64) as server:
+        found: dict[int, float] = {}
+
+        def ask(i: int) -> None:
+            status, _, body = server.chat(messages=[{"role": "user", "content": str(i)}])
+            assert status == 200
+            found[i] = body["aisp"]["reward"]
+
+        threads = [threading.Thread(target=ask, args=(i,)) for i in range(40)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert found == {i: float(i) for i in range(40)}
+
+
+def test_closing_gives_the_best_so_far_and_refuses_those_that_wait() -> None:
+    reward = Slow()
+    answers: dict[str, tuple[int, Any]] = {}
+    with fake(reward) as server:
+
+        def ask(name: str) -> None:
+            status, _, body = server.chat(aisp={"budget": 8, "rows": 4, "method": "best-of-n"})
+            answers[name] = status, body
+
+        first = threading.Thread(target=ask, args=("first",))
+        first.start()
+        assert reward.asked.wait(10)
+        second = threading.Thread(target=ask, args=("second",))
+        second.start()
+        while server.send("GET", "/health")[2]["waiting"] < 1:
+            time.sleep(0.01)
+        closing = threading.Thread(target=lambda: (time.sleep(0.3), reward.go.set()))
+        closing.start()
+    for thread in (first, second, closing):
+        thread.join()
+    assert answers["first"][0] == 200 and answers["second"][0] in (200, 503)
+
+
+@pytest.mark.native
+def test_the_command_serves_until_ctrl_c() -> None:
+    command = [sys.executable, "-m", "aisp_local", "serve", "--port", "0", "--threads", "1"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        assert "storyteller.gguf with story-reward at http://127.0.0.1:" in line
+        port = int(line.split("127.0.0.1:")[1].split("/")[0])
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="any", max_retries=0)
+        answer = client.chat.completions.create(model="m", messages=STORY, max_tokens=8, extra_body=QUICK)
+        assert answer.choices[0].message.content
+        client.close()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) in (0, 130)
+
+
+def test_the_command_says_what_is_wrong() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, "-m", "aisp_local", "serve", "--port", port, "--threads", "1"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and f"cannot listen on 127.0.0.1 port {port}" in done.stderr
