@@ -617,6 +617,7 @@ class _Search:
             seconds=self.clock() - self.start,
             best=self.best,
             stats=stats,
+            candidates=() if stats is None else tuple(c for c in self.candidates if c.iteration == stats.iteration),
             unfinished=max(
                 (c for c in self.blocks.unfinished if np.isfinite(c.reward)), key=lambda c: c.reward, default=None
             ),

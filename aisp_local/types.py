@@ -301,6 +301,7 @@ class Progress:
     seconds: float
     best: Candidate | None = None
     stats: IterationStats | None = None  # of the iteration that just ended, else None
+    candidates: Sequence[Candidate] = ()  # of that iteration
     unfinished: Candidate | None = None  # the best at the last pause of this iteration
     settled: str = ""
 

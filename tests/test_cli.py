@@ -21,10 +21,11 @@ from onnx_files import write_reward
 from aisp_local import Aligner, shipped
 from aisp_local.api import EFFORT
 from aisp_local.cli.chat import chat, told_apart
-from aisp_local.cli.generate import finite, generate
+from aisp_local.cli.generate import generate
 from aisp_local.cli.live import ProgressLine
 from aisp_local.errors import InputError
 from aisp_local.files import write_output
+from aisp_local.finite import finite
 from aisp_local.types import Progress
 
 pytestmark = pytest.mark.native

@@ -383,3 +383,40 @@ def test_the_command_says_what_is_wrong() -> None:
         command = [sys.executable, "-m", "aisp_local", "serve", "--port", port, "--threads", "1"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and f"cannot listen on 127.0.0.1 port {port}" in done.stderr
+
+
+def test_the_page_needs_nothing_from_elsewhere() -> None:
+    with fake() as server:
+        for path, kind in (("/", "text/html"), ("/page/page.css", "text/css"), ("/page/page.js", "text/javascript")):
+            status, headers, text = server.send("GET", path)
+            assert status == 200 and headers["content-type"].startswith(kind)
+            assert "default-src 'none'" in headers["content-security-policy"]
+            assert "//" not in text.replace("http://www.w3.org/2000/svg", "").replace("// ", "")
+        assert "innerHTML" not in server.send("GET", "/page/page.js")[2]
+        for path in ("/page/app.py", "/page/..%2Fapp.py", "/page/"):
+            assert server.send("GET", path)[0] == 404
+
+
+def test_a_page_that_watches_gets_candidates_and_the_unaligned_answer() -> None:
+    with fake() as server:
+        more = {"budget": 8, "rows": 4, "method": "best-of-n", "events": True, "candidates": True, "baseline": True}
+        seen = events(server.chat(stream=True, aisp=more)[2])
+        shown = [body["candidates"] for name, body in seen if name == "aisp.iteration"]
+        assert [len(rows) for rows in shown] == [4, 4] and set(shown[0][0]) == {"row", "reward", "text"}
+        (result,) = [body for name, body in seen if name == "aisp.result"]
+        assert set(result["baseline"]) == {"text", "reward"}
+
+
+def test_what_is_no_number_is_null() -> None:
+    def odd(prompt: object, texts: Sequence[str]) -> list[float]:
+        return [float("nan"), *[1.0] * (len(texts) - 1)]
+
+    with fake(odd) as server:
+        more = {"budget": 4, "rows": 4, "method": "best-of-n", "events": True, "candidates": True}
+        data = server.chat(stream=True, aisp=more)[2]
+        assert "NaN" not in data and any(
+            row["reward"] is None
+            for name, body in events(data)
+            if name == "aisp.iteration"
+            for row in body["candidates"]
+        )

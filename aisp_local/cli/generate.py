@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from aisp_local.cli.output import print_answer
 from aisp_local.controllers import METHODS
 from aisp_local.errors import InputError
 from aisp_local.files import check_output, write_output
+from aisp_local.finite import finite
 from aisp_local.steering import Steering
 from aisp_local.types import Limits
 
@@ -111,15 +111,6 @@ def as_json(result: Result) -> dict[str, Any]:
         },
         "versions": dict(result.versions),
     }
-
-
-def finite(value: Any) -> Any:
-    """The same with None for what JSON has no number for."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @click.command()

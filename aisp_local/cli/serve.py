@@ -20,7 +20,7 @@ from aisp_local.errors import InputError
 @click.option("--api-key", envvar="AISP_API_KEY", help="What clients must send as their API key.")
 @click.option("--allow-host", "hosts", multiple=True, metavar="NAME", help="A name that clients call this server by.")
 @click.option("--allow-origin", "origins", multiple=True, metavar="URL", help="A web page that may call this server.")
-@click.option("--waiting", type=click.IntRange(1), default=16, show_default=True, help="Requests that may wait.")
+@click.option("--waiting", type=click.IntRange(1), default=64, show_default=True, help="Requests that may wait.")
 @click.option("--max-tokens", type=click.IntRange(1), default=DEFAULT_MAX_TOKENS, show_default=True)
 @click.option("--max-rollouts", type=click.IntRange(1), default=512, show_default=True, help="Of one request.")
 @model_options

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,21 @@ from starlette.routing import Route
 
 from aisp_local.api import DEFAULT_MAX_TOKENS, Aligner
 from aisp_local.engine import LlamaEngine
+from aisp_local.finite import finite
 from aisp_local.server.desk import Desk, Event, Job, as_error, distinct
 from aisp_local.server.request import KEY, ApiError, Ask, parse
 from aisp_local.types import Candidate, Result
 
+_PAGE = {"index.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
+_PAGE_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
 _POLL = 0.25  # seconds between two looks at whether the client is still there
 _FINISH = {"stop": "stop", "length": "length"}
 
@@ -36,7 +48,7 @@ class Settings:
     api_key: str | None = None
     hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "::1")
     origins: tuple[str, ...] = ()
-    waiting: int = 16
+    waiting: int = 64
     max_tokens: int = DEFAULT_MAX_TOKENS
     max_rollouts: int = 512
     max_body: int = 1 << 20
@@ -55,6 +67,8 @@ def make_app(aligner: Aligner, settings: Settings | None = None) -> Starlette:
             await asyncio.to_thread(server.desk.close)
 
     routes = [
+        Route("/", server.page),
+        Route("/page/{name}", server.page),
         Route("/health", server.health),
         Route("/metrics", server.metrics),
         Route("/v1/models", server.models),
@@ -127,6 +141,14 @@ class _Server:
 
     # Routes.
 
+    async def page(self, request: Request) -> Response:
+        self._check(request, open_to_all=True)
+        name = request.path_params.get("name", "index.html")
+        if name not in _PAGE:
+            raise HTTPException(404)
+        data = resources.files("aisp_local.server").joinpath("page", name).read_bytes()
+        return Response(data, media_type=_PAGE[name], headers=_PAGE_HEADERS)
+
     async def health(self, request: Request) -> Response:
         self._check(request, open_to_all=True)
         return JSONResponse({"status": "ok", "busy": self.desk.busy, "waiting": self.desk.waiting})
@@ -183,7 +205,7 @@ class _Server:
             return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         async for kind, value in self._events(request, job, events):
             if kind == "done":
-                return JSONResponse(self._whole(ask, head, value))
+                return JSONResponse(finite(self._whole(ask, head, value)))
             if kind == "failed":
                 raise as_error(value)
         return Response(status_code=499)  # nobody is there to read it
@@ -226,8 +248,8 @@ class _Server:
             if kind == "settled":
                 yield chunk(0, value[len(sent) :])
                 sent = value
-            elif kind == "iteration":
-                yield _event(value, name=f"{KEY}.iteration")
+            elif kind in ("iteration", "progress"):
+                yield _event(value, name=f"{KEY}.{kind}")
             elif kind == "failed":
                 yield _event(as_error(value).body())
                 return
@@ -281,10 +303,14 @@ def _search(result: Result) -> dict[str, Any]:
         "rollouts": result.rollouts,
         "iterations": len(result.iterations),
         "seconds": result.seconds,
-    }
+    } | (
+        {}
+        if result.baseline is None
+        else {"baseline": {"text": result.baseline.text, "reward": result.baseline.reward}}
+    )
 
 
 def _event(content: Mapping[str, Any], name: str | None = None) -> str:
     """One server-sent event. JSON has no line breaks, so that the text cannot end it."""
     head = "" if name is None else f"event: {name}\n"
-    return f"{head}data: {json.dumps(content, ensure_ascii=False)}\n\n"
+    return f"{head}data: {json.dumps(finite(dict(content)), ensure_ascii=False, allow_nan=False)}\n\n"

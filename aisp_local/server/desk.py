@@ -14,8 +14,11 @@ from aisp_local.errors import CapacityError, InputError
 from aisp_local.server.request import ApiError, Ask
 from aisp_local.types import Candidate, Progress, Result
 
+_LONGEST_WAIT = 60  # seconds that a client is told to wait
+_TELL = 0.3  # seconds between two reports of an iteration that runs
+
 Event = tuple[str, Any]
-"""``settled`` (text), ``iteration`` (figures), then ``done`` (Result) or ``failed`` (an exception)."""
+"""``settled`` (text), ``progress`` and ``iteration`` (figures), then ``done`` (Result) or ``failed`` (an exception)."""
 
 
 @dataclass(eq=False)
@@ -50,7 +53,7 @@ class Desk:
         self.busy = False
         self._queue: queue.Queue[Job | None] = queue.Queue(waiting)
         self._closing = threading.Event()
-        self._lately = 5.0  # seconds that a search takes
+        self._lately = 0.5  # seconds that a search takes: a guess, until some have ended
         self._thread = threading.Thread(target=self._work, name="aisp-local-desk", daemon=True)
         self._thread.start()
 
@@ -68,7 +71,7 @@ class Desk:
             self._queue.put_nowait(job)
         except queue.Full:
             self.counts.refused += 1
-            wait = max(1, round(self._lately * (self._queue.maxsize + 1)))
+            wait = min(_LONGEST_WAIT, max(1, round(self._lately * (self._queue.maxsize + 1))))
             raise ApiError(
                 429,
                 f"{self._queue.maxsize} requests wait already; try again in about {wait} s",
@@ -128,15 +131,18 @@ class Desk:
         options = dict(ask.options)
         if ask.settles:
             options["commit"] = True
-        sent = 0
+        sent, told = 0, time.monotonic()
 
         def progress(now: Progress) -> None:
-            nonlocal sent
+            nonlocal sent, told
             if ask.settles and len(now.settled) > sent:
                 sent = len(now.settled)
                 job.put(("settled", now.settled))
             if ask.events and now.stats is not None:
-                job.put(("iteration", _figures(now)))
+                job.put(("iteration", _figures(now, ask.candidates)))
+            elif ask.events and time.monotonic() - told >= _TELL:
+                told = time.monotonic()
+                job.put(("progress", _underway(now)))
 
         return self.aligner.generate(
             ask.prompt,
@@ -149,17 +155,34 @@ class Desk:
             time_limit=ask.time_limit,
             target_reward=ask.target_reward,
             patience=ask.patience,
+            baseline=ask.baseline,
             stop=lambda: job.cancelled.is_set() or self._closing.is_set(),
             on_progress=progress,
             **options,
         )
 
 
-def _figures(progress: Progress) -> dict[str, Any]:
+def _underway(progress: Progress) -> dict[str, Any]:
+    """Between two iterations' ends: how far it is, and the best of what is unfinished."""
+    best = progress.unfinished
+    return {
+        "iteration": progress.iteration,
+        "iterations": progress.iterations,
+        "step": progress.step,
+        "rows": progress.rows_active,
+        "rollouts": progress.rollouts_done,
+        "budget": progress.budget,
+        "tokens": progress.n_tokens,
+        "seconds": progress.seconds,
+        "unfinished": None if best is None else {"text": best.text, "reward": best.reward},
+    }
+
+
+def _figures(progress: Progress, candidates: bool) -> dict[str, Any]:
     """An iteration that ended, for a client that watches."""
     stats, best = progress.stats, progress.best
     assert stats is not None
-    return {
+    figures: dict[str, Any] = {
         "iteration": stats.iteration,
         "iterations": progress.iterations,
         "rollouts": progress.rollouts_done,
@@ -173,6 +196,9 @@ def _figures(progress: Progress) -> dict[str, Any]:
         "seconds": progress.seconds,
         "text": None if best is None else best.text,
     }
+    if candidates:
+        figures["candidates"] = [{"row": c.row, "reward": c.reward, "text": c.text} for c in progress.candidates]
+    return figures
 
 
 def distinct(result: Result, n: int) -> list[Candidate]:

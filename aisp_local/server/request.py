@@ -50,7 +50,8 @@ class ApiError(Exception):
 
 @dataclass(frozen=True)
 class Ask:
-    """A request, checked. ``options``: of the method. ``events``: the client wants to see the search."""
+    """A request, checked. ``options``: of the method. ``events``: the client wants to see the search, with
+    ``candidates`` all of it. ``baseline``: the unaligned answer as well. ``settle``: may be chosen block by block."""
 
     prompt: Prompt
     chat: bool
@@ -68,12 +69,15 @@ class Ask:
     target_reward: float | None = None
     patience: int | None = None
     events: bool = False
+    candidates: bool = False
+    baseline: bool = False
+    settle: bool = True
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def settles(self) -> bool:
         """Whether the answer is chosen block by block, so that it can be streamed while it is aligned."""
-        return self.stream and self.method == "score" and self.n == 1
+        return self.stream and self.settle and self.method == "score" and self.n == 1
 
 
 def parse(data: bytes, *, chat: bool, limit: int) -> Ask:
@@ -98,7 +102,7 @@ def parse(data: bytes, *, chat: bool, limit: int) -> Ask:
         known = options_of(method)
     except InputError as error:
         raise ApiError(400, str(error), param=f"{KEY}.method") from error
-    unknown = sorted(set(more) - _SEARCH - {"events", "options"})
+    unknown = sorted(set(more) - _SEARCH - {"events", "candidates", "baseline", "settle", "options"})
     if unknown:
         raise ApiError(400, f"{KEY}.{unknown[0]} is unknown", param=f"{KEY}.{unknown[0]}")
     options = dict(_object(more, "options"))
@@ -133,6 +137,9 @@ def parse(data: bytes, *, chat: bool, limit: int) -> Ask:
         target_reward=_number(more, "target_reward", -math.inf, math.inf) if "target_reward" in more else None,
         patience=_whole(more, "patience", 1, 2**20) if "patience" in more else None,
         events=_flag(more, "events"),
+        candidates=_flag(more, "candidates"),
+        baseline=_flag(more, "baseline"),
+        settle=_flag(more, "settle") if "settle" in more else True,
         options=options,
     )
     if ask.n > ask.budget:

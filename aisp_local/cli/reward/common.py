@@ -11,8 +11,8 @@ from typing import Any
 import click
 
 from aisp_local import shipped
-from aisp_local.cli.generate import finite
 from aisp_local.cli.output import print_answer
+from aisp_local.finite import finite
 
 
 class _Folder(click.Path):

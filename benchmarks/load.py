@@ -1,0 +1,204 @@
+"""Many clients of `aisp-local serve` at once, some of them bad: nothing lost, nothing crossed, bounded memory.
+
+    python benchmarks/load.py [--clients 50] [--minutes 2] [--threads 1]
+
+Starts the command on the shipped models. Each good client asks again and again for short answers to a prompt of its own
+(8 rollouts, 24 tokens), half of them streamed, and waits as long as it is told when it is refused. Beside them clients
+that vanish in the middle, send a byte a second, send 10 MB, or send what is no UTF-8. At the end the server is killed
+and started again. Printed: answers, refusals, latency, fairness, resident memory; last line: one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import random
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+THINGS = ("cat", "dog", "fox", "bird", "fish", "boat", "tree", "ball", "hat", "cake", "star", "moon", "shoe", "book")
+
+
+class Server:
+    def __init__(self, threads: int, waiting: int) -> None:
+        command = [sys.executable, "-m", "aisp_local", "serve", "--port", "0", "--threads", str(threads)]
+        self.process = subprocess.Popen([*command, "--waiting", str(waiting)], stderr=subprocess.PIPE, text=True)
+        assert self.process.stderr is not None
+        line = self.process.stderr.readline()
+        found = re.search(r"127\.0\.0\.1:(\d+)", line)
+        if found is None:
+            sys.exit(f"the server did not start: {line}")
+        self.port = int(found[1])
+        threading.Thread(target=self.process.stderr.read, daemon=True).start()
+
+    def memory(self) -> float:
+        """Resident MiB."""
+        text = Path(f"/proc/{self.process.pid}/status").read_text(encoding="ascii")
+        return int(re.search(r"VmRSS:\s+(\d+)", text)[1]) / 1024  # type: ignore[index]
+
+    def request(self, body: bytes, timeout: float = 300.0) -> tuple[int, dict[str, str], bytes]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+        try:
+            connection.request("POST", "/v1/chat/completions", body)
+            answer = connection.getresponse()
+            return answer.status, dict(answer.headers), answer.read()
+        finally:
+            connection.close()
+
+
+class Tally:
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.seconds: list[list[float]] = []
+        self.refused = self.wrong = self.answered = 0
+        self.problems: list[str] = []
+
+
+def good(server: Server, number: int, end: float, tally: Tally) -> None:
+    """Asks for as long as it may; its own prompt's number of tokens comes back with each answer."""
+    rng = random.Random(number)
+    prompt = "Tell me a story about " + " and ".join(f"a {rng.choice(THINGS)}" for _ in range(1 + number % 7)) + "."
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": prompt}], "max_tokens": 24, "seed": number}
+    body["aisp"] = {"budget": 8, "rows": 8, "settle": False, "method": "best-of-n"}
+    if number % 2:
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+    expected: str | None = None
+    while time.monotonic() < end:
+        began = time.monotonic()
+        try:
+            status, headers, data = server.request(json.dumps(body).encode())
+        except OSError as error:
+            with tally.lock:
+                tally.problems.append(f"client {number}: {error}")
+            return
+        if status == 429:
+            with tally.lock:
+                tally.refused += 1
+            time.sleep(min(float(headers["retry-after"]), max(0.0, end - time.monotonic())))
+            continue
+        text = _text(data.decode()) if status == 200 else None
+        with tally.lock:
+            if text is None:
+                tally.problems.append(f"client {number}: {status} {data[:200]!r}")
+                continue
+            # The same seed and prompt: the same answer every time, or somebody else's came.
+            expected = expected or text
+            tally.answered += 1
+            tally.wrong += text != expected
+            tally.seconds[number].append(time.monotonic() - began)
+
+
+def _text(data: str) -> str | None:
+    if not data.startswith("data: "):
+        return str(json.loads(data)["choices"][0]["message"]["content"])
+    events = [json.loads(line[6:]) for line in data.splitlines() if line.startswith("data: {")]
+    if any("error" in event for event in events) or "data: [DONE]" not in data:
+        return None
+    return "".join(choice["delta"].get("content", "") for event in events for choice in event["choices"])
+
+
+def bad(server: Server, kind: str, end: float, tally: Tally) -> None:
+    """One of those that no server is spared."""
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+    while time.monotonic() < end:
+        try:
+            if kind == "10 MB":
+                status, _, _ = server.request(b" " * 10_000_000)
+                expected = 413
+            elif kind == "no UTF-8":
+                status, _, _ = server.request(b'{"messages": "\xff\xfe"}')
+                expected = 400
+            elif kind == "vanishes":
+                with socket.create_connection(("127.0.0.1", server.port)) as one:
+                    body = json.dumps({"messages": [{"role": "user", "content": "Tell me."}], "stream": True}).encode()
+                    one.sendall(head + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+                    time.sleep(random.random())
+                status = expected = 0
+            else:
+                with socket.create_connection(("127.0.0.1", server.port)) as one:
+                    one.sendall(head + b"Content-Length: 1000\r\n\r\n")
+                    one.settimeout(1.0)
+                    status, expected = 0, 408
+                    while time.monotonic() < end + 25 and not status:
+                        try:
+                            one.sendall(b" ")
+                            found = one.recv(100)
+                            status = int(found.split()[1]) if found else 408
+                        except TimeoutError:
+                            continue
+            if status != expected:
+                with tally.lock:
+                    tally.problems.append(f"{kind}: {status}, expected {expected}")
+        except OSError:  # refused before all was read
+            pass
+        time.sleep(0.5)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clients", type=int, default=50)
+    parser.add_argument("--minutes", type=float, default=2.0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--waiting", type=int, default=64)
+    asked = parser.parse_args(arguments)
+    server, tally = Server(asked.threads, asked.waiting), Tally()
+    tally.seconds = [[] for _ in range(asked.clients)]
+    end = time.monotonic() + 60 * asked.minutes
+    first = server.memory()
+    threads = [threading.Thread(target=good, args=(server, i, end, tally)) for i in range(asked.clients)]
+    kinds = ("vanishes", "a byte a second", "10 MB", "no UTF-8")
+    threads += [threading.Thread(target=bad, args=(server, kind, end, tally)) for kind in kinds]
+    for thread in threads:
+        thread.start()
+    memory = []
+    while time.monotonic() < end:
+        time.sleep(1.0)
+        memory.append(server.memory())
+    for thread in threads:
+        thread.join()
+    server.process.kill()
+    server.process.wait()
+    again = Server(asked.threads, asked.waiting)
+    body = {"messages": [{"role": "user", "content": "Tell me."}], "max_tokens": 8, "aisp": {"budget": 4}}
+    restarted = again.request(json.dumps(body).encode())[0]
+    again.process.terminate()
+    again.process.wait()
+    each = [len(times) for times in tally.seconds]
+    seconds = np.array([value for times in tally.seconds for value in times] or [float("nan")])
+    figures = {
+        "clients": asked.clients,
+        "minutes": asked.minutes,
+        "answered": tally.answered,
+        "refused": tally.refused,
+        "wrong": tally.wrong,
+        "problems": len(tally.problems),
+        "latency": [float(x) for x in np.quantile(seconds, [0.5, 0.95, 1.0])],
+        "answers_a_client": [min(each), float(np.median(each)), max(each)],
+        "memory": [first, max(memory, default=first), memory[-1] if memory else first],
+        "after_a_kill": restarted,
+    }
+    print("| what | found |\n|---|---|")
+    counts = f"{tally.answered}, {tally.refused}, {tally.wrong}, {len(tally.problems)}"
+    print(f"| answered, refused with 429, wrong, other problems | {counts} |")
+    print("| latency: median, 95%, longest, s | {:.1f}, {:.1f}, {:.1f} |".format(*figures["latency"]))
+    print("| answers a client: fewest, median, most | {}, {:.0f}, {} |".format(*figures["answers_a_client"]))
+    print("| resident memory: at first, most, at the end, MiB | {:.0f}, {:.0f}, {:.0f} |".format(*figures["memory"]))
+    print(f"| status of the first answer after a kill and a new start | {restarted} |")
+    for problem in tally.problems[:10]:
+        print(problem, file=sys.stderr)
+    print(json.dumps(figures))
+    sys.exit(bool(tally.wrong or tally.problems or restarted != 200))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""The page in a real browser, against the real server and the shipped models."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_server import Server, serving
+
+from aisp_local import Aligner
+from aisp_local.server import Settings
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+
+pytestmark = [
+    pytest.mark.native,
+    pytest.mark.skipif(BROWSER is None, reason="THE PAGE IS NOT TESTED: no Chromium here (apt install chromium)"),
+]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with (
+        Aligner.load(threads=1, judge="judge") as aligner,
+        serving(aligner, Settings(api_key=None, max_tokens=24)) as made,
+    ):
+        yield made
+
+
+@pytest.fixture
+def page(server: Server) -> Iterator[Any]:
+    """A page that must not write an error to its console, nor ask anybody else for anything."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="THE PAGE IS NOT TESTED: no playwright here")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with sync_api.sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=BROWSER, args=ARGUMENTS)
+            made = browser.new_page(viewport={"width": 1200, "height": 800})
+            wrong: list[str] = []
+            made.on("pageerror", lambda error: wrong.append(str(error)))
+            made.on("console", lambda message: wrong.append(message.text) if _bad(message) else None)
+            made.on("request", lambda request: wrong.append(request.url) if not _ours(request.url, server) else None)
+            made.set_default_timeout(60_000)
+            made.goto(f"http://127.0.0.1:{server.port}/")
+            yield made
+            browser.close()
+            assert wrong == []
+
+
+def _bad(message: Any) -> bool:
+    """An error of the page; the browser also notes every answer that is a refusal."""
+    return message.type == "error" and "status of 400" not in message.text
+
+
+def _ours(url: str, server: Server) -> bool:
+    return url.startswith((f"http://127.0.0.1:{server.port}/", "data:", "blob:"))
+
+
+def say(page: Any, text: str) -> None:
+    page.fill("#text", text)
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#turns li.assistant:last-child small")
+
+
+def test_a_conversation_and_its_search(page: Any, tmp_path: Path) -> None:
+    assert page.inner_text("#model") == "storyteller"
+    say(page, "Tell me a story about a fox.")
+    answer = page.inner_text("#turns li.assistant")
+    assert len(answer) > 40 and "reward" in answer
+    assert "judge" in page.inner_text("#status") and "32 rollouts" in page.inner_text("#status")
+    assert page.locator("#plot circle").count() == 32
+    first = page.inner_text("#candidates li:first-child details")
+    assert answer.split("\n")[0][:40] in first
+    assert page.locator("#candidates li").count() > 3 and page.locator("#candidates mark").count() > 0
+    assert "reward" in page.inner_text("#baseline")
+    # The second turn knows the first.
+    page.check("#blocks")
+    say(page, "Tell me another one.")
+    assert page.locator("#turns li").count() == 4 and page.locator("#past li").count() == 2
+    # An exported search opens again, also after all was forgotten.
+    with page.expect_download() as download:
+        page.click("#export")
+    download.value.save_as(tmp_path / "search.json")
+    kept = json.loads((tmp_path / "search.json").read_text(encoding="utf-8"))
+    assert kept["prompt"] == "Tell me another one." and kept["result"]["rollouts"] == 32
+    page.click("#forget")
+    assert page.locator("#past li").count() == 0
+    page.click("#new")
+    page.set_input_files("#open", tmp_path / "search.json")
+    page.locator("#status", has_text="another one").wait_for()
+    (tmp_path / "other.json").write_text("[1]", encoding="utf-8")
+    page.set_input_files("#open", tmp_path / "other.json")
+    page.locator("#error", has_text="holds no search").wait_for()
+
+
+def test_text_of_models_is_never_markup(page: Any) -> None:
+    hostile = "<img src=x onerror=alert(1)><script>document.title='taken'</script>"
+    say(page, hostile)
+    assert hostile in page.inner_text("#turns li.user")
+    assert page.locator("#turns img, #turns script, #search img, #search script").count() == 0
+    assert page.title() == "aisp-local"
+
+
+def test_stopping_keeps_the_best_so_far(page: Any) -> None:
+    page.select_option("#effort", "high")
+    page.fill("#text", "Tell me a story about a dog.")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#plot circle")
+    page.click("#stop")
+    page.wait_for_selector("#turns li.assistant small")
+    assert "interrupted" in page.inner_text("#turns li.assistant small")
+    assert page.is_enabled("#send") and page.is_disabled("#stop")
+
+
+def test_a_keyboard_and_a_small_dark_screen_are_enough(page: Any) -> None:
+    page.emulate_media(color_scheme="dark")
+    page.set_viewport_size({"width": 360, "height": 740})
+    assert page.evaluate("document.documentElement.scrollWidth <= 360")
+    assert page.evaluate("document.activeElement.id") == "text"
+    for expected in ("effort", "strength", "blocks", "send"):
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.id") == expected
+    unnamed = page.evaluate(
+        "[...document.querySelectorAll('input, select, textarea, button')]"
+        ".filter(e => !(e.labels?.length || e.textContent.trim())).map(e => e.id)"
+    )
+    assert unnamed == []
+
+
+def test_a_server_that_refuses_is_heard(page: Any, server: Server) -> None:
+    page.fill("#text", "a fox " * 2000)
+    page.keyboard.press("Enter")
+    page.locator("#error", has_text="shorten it").wait_for()
+    assert page.input_value("#text").startswith("a fox")  # nothing written is lost
