@@ -170,7 +170,7 @@ def run(
 
 
 _LEARNT = "re-control"
-QUALITY_PAIRS = ("stories", "dialogs")
+QUALITY_PAIRS = ("stories-words", "dialogs")
 QUALITY = ("score", "smc", "qalign", "args", "re-control", "best-of-n", "aisp", "misvo")
 """The pairs and the rows of `bench quality` where none are named."""
 

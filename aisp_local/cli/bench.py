@@ -161,7 +161,7 @@ def quality(
     p-values of the differences to best-of-n corrected for their number, wins, the rollouts that reach what best-of-n
     reaches, the score of a judge that no search saw, nats, diversity and likelihood. Every response is kept in
     OUT/runs.jsonl, and the same command goes on where it was stopped; `bench controllers` uses the same runs. Without
-    --pair: stories and dialogs; without --method: six of them.
+    --pair: stories-words and dialogs, whose rewards are fast; without --method: eight of them.
 
     \b
     Examples:
