@@ -296,9 +296,8 @@ class Contest:
         judge = self.aligner.judge
         if judge is None:
             return {}
-        sizes = [budget for budget in self.budgets if budget <= len(rollouts)]
-        best = [max(rollouts[:size], key=lambda c: c.reward).text for size in sizes]
-        return dict(zip(map(str, sizes), call(judge.name, judge.score, prompt, best).tolist(), strict=True))
+        best = [max(rollouts[:budget], key=lambda c: c.reward).text for budget in self.budgets]
+        return dict(zip(map(str, self.budgets), call(judge.name, judge.score, prompt, best).tolist(), strict=True))
 
     def _base_logprobs(self, prompt: list[Message], answer: str) -> FloatArray | None:
         """Log-probabilities of an answer's tokens under the base model at temperature 1."""
