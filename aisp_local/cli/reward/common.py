@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,11 @@ FOLDER = _Folder()
 def print_json(value: Any, indent: int | None = 2) -> None:
     """A JSON document on standard output; None for what JSON has no number for."""
     print_answer(json.dumps(finite(value), ensure_ascii=False, indent=indent))
+
+
+def one_line(text: str) -> str:
+    """A text of somebody's manifest with "?" for what would move the cursor or change the terminal."""
+    return "".join("?" if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in text)
 
 
 def size_text(n_bytes: int) -> str:
