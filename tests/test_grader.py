@@ -157,9 +157,7 @@ UNMEANT = [{"It": 0.98, "No": 1.7e-5}]
         ("no", [{"no": 0.05, "yes": 0.04}], -1.0),
     ],
 )
-def test_a_trace_of_a_word_decides_nothing(
-    live: Server, text: str, tops: list[dict[str, float]], score: float
-) -> None:
+def test_a_trace_of_a_word_decides_nothing(live: Server, text: str, tops: list[dict[str, float]], score: float) -> None:
     live.behave = say(text, tops)
     assert grader(live).score("q", ["r"])[0] == pytest.approx(score)
 

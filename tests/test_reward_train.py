@@ -178,6 +178,9 @@ def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:
     data = write_rows(tmp_path / "data.jsonl", pairs(30))
     done = run(data, tmp_path / "out", "--epochs", 0)
     assert done.exit_code == 2 and "epochs 0 must be at least 1" in done.stderr
+    for seed in (-1, 10**20):
+        done = run(data, tmp_path / "out", "--seed", seed)
+        assert done.exit_code == 2 and f"seed {seed} must be at least 0 and below 4294967296" in done.stderr
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("mine")
     done = run(data, tmp_path / "full", "--force")

@@ -94,9 +94,10 @@ class ServerReward:
       else its last. One outside 1 to 10 is no mark, and the request has failed. What only names the scale ("1-10",
       "between 1 and 10") does not count.
 
-    ``timeout``: seconds for one request, all of it, a day at most. A request that fails is repeated ``retries`` times, after 0.5, 1,
-    2, ... seconds. ``on_failure``: what is left then, ``stop`` (ScoreError) or ``worst`` (the worst score of the scale,
-    and one warning). The server must be this machine unless ``allow_remote``: the address that was connected to
+    ``timeout``: seconds for one request, all of it, a day at most. A request that fails is repeated ``retries``
+    times, after 0.5, 1, 2, ... seconds. ``on_failure``: what is left then, ``stop`` (ScoreError) or ``worst`` (the
+    worst score of the scale, and one warning). The server must be this machine unless ``allow_remote``: the address
+    that was connected to
     counts, not what it is called. ``parallel``: requests at a time. Raises RewardError for arguments that cannot be.
     """
 
