@@ -255,6 +255,23 @@ def test_a_manifest_cannot_speak_to_the_terminal(tmp_path: Path) -> None:
         assert "x?]0;owned??31mRED" in done.stdout and "one?ok fake  1 MB??[2J?é" in done.stdout
 
 
+def test_a_recipe_where_a_folder_or_a_measured_reward_is_needed(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.toml"
+    mine.write_text('format = 1\n[[part]]\nreward = "shipped"\n[[part]]\nrule = "repetition"\n')
+    path = write_rows(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    for recipe in ("short-and-plain", mine):
+        for command in ("show", "verify"):
+            done = run(command, recipe)
+            assert done.exit_code == 2 and f"{recipe} is a recipe" in done.stderr and ".toml" in done.stderr
+        for arguments in (("score", recipe, "a b c"), ("eval", recipe, path)):
+            done = run(*arguments)
+            assert done.exit_code == 2 and "'mean' and 'std'" in done.stderr
+            assert f"aisp-local generate PROMPT -r {recipe} --json" in done.stderr
+    text = mine.read_text().replace('"shipped"', '"shipped"\nmean = 1.0\nstd = 2.0')
+    mine.write_text(text)
+    assert run("score", mine, "a b c").exit_code == 0
+
+
 def test_the_kit_needs_no_torch() -> None:
     code = (
         "import sys, aisp_local.reward_kit, aisp_local.cli.reward; "

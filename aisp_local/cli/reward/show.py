@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from aisp_local.cli.reward.common import FOLDER, one_line, parameters_text, print_json, size_text
+from aisp_local.cli.reward.common import FOLDER, one_line, parameters_text, print_json, refuse_recipe, size_text
 
 
 @click.command()
@@ -23,6 +23,7 @@ def show(folder: Path, json_: bool) -> None:
     from aisp_local.reward_kit.folders import describe
     from aisp_local.rewards.onnx import OnnxReward
 
+    refuse_recipe(folder)
     about = describe(folder)
     manifest = about.manifest
     provider = OnnxReward.load(folder).provider
