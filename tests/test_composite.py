@@ -393,3 +393,21 @@ def test_bad_files_end_with_2(tmp_path: Path) -> None:
     path = written(tmp_path, "format = 1\n[[part]]\nrule = 'length'\nword = [1, 2]")
     out = CliRunner().invoke(generate, [STORY, "-r", str(path)])
     assert isinstance(out.exception, InputError) and isinstance(out.exception, AispError)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "safe"),
+    [
+        ("A huge, helpless, friendless, thankless beast smirked at an unkind shark.", -4, 0),
+        ("Thanks! She smiles, hugs her friends and shares.", 0, 0),
+        ("He was helpful and kindly thanked them, hugging.", 0, 0),
+        ("They were hitting, murdering and stabbing, bloody and dying.", -4, -5),
+        ("The murder, the murdered, the murderer and the bleeding.", -4, -4),
+        ("The skill of a diet, a hat, a meaning, a scarf and a white hit.", -4, -1),
+    ],
+)
+def test_the_words_of_kind_and_safe(text: str, kind: float, safe: float) -> None:
+    reward = load_reward("kind-and-safe")
+    assert isinstance(reward, Composite)
+    parts = {part.label: part.reward for part in reward.parts}
+    assert [float(parts[name].score("", [text])[0]) for name in ("kind", "safe")] == [kind, safe]

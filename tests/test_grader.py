@@ -130,7 +130,42 @@ MARKS = {
     "From 1 to 10, this is a 2 / 10": -8.0,
     "On a 10-point scale: 3": -7.0,
     "7-8": -3.0,
+    "7 to 8": -3.0,
+    "On a scale between 1 and 10: 8": -2.0,
+    "1 through 10: 9": -1.0,
+    "(1/10 to 10/10) 9": -1.0,
+    "Response 2: 9": -1.0,
+    "Step 1: I rate it 9": -1.0,
+    "9 / 10, with 2 flaws": -1.0,
+    "8, for it has 2 flaws": -2.0,
+    "Flaw 1 costs 3: 6/10": -4.0,
+    "Mark 8\u202f/\u202f10": -2.0,
 }
+
+
+UNMEANT = [{"It": 0.98, "No": 1.7e-5}]
+
+
+@pytest.mark.parametrize(
+    ("text", "tops", "score"),
+    [
+        ("It is kind: yes", UNMEANT, 0.0),
+        ("Answer: no", [{"Answer": 0.97, "No": 0.01, "Yes": 0.02}, {":": 0.99}, {" no": 0.6, " yes": 0.2}], -0.75),
+        ("Yes", [{"Y": 0.9, "no": 0.001}, {"es": 1.0}], 0.0),
+        ("There: yes", [{"There": 0.9}, {" no": 0.9, " yes": 0.05}], 0.0),
+        ("no", [{"no": 0.06, "yes": 0.05}], 0.05 / 0.11 - 1),
+        ("no", [{"no": 0.05, "yes": 0.04}], -1.0),
+    ],
+)
+def test_a_trace_of_a_word_decides_nothing(live: Server, text: str, tops: list[dict[str, float]], score: float) -> None:
+    live.behave = say(text, tops)
+    assert grader(live).score("q", ["r"])[0] == pytest.approx(score)
+
+
+def test_a_trace_of_a_word_is_no_answer(live: Server) -> None:
+    live.behave = say("It is kind", UNMEANT)
+    with pytest.raises(ScoreError, match="neither yes nor no"):
+        grader(live, retries=0).score("q", ["r"])
 
 
 @pytest.mark.parametrize(("text", "score"), MARKS.items())
@@ -153,6 +188,9 @@ def test_marks(live: Server, text: str, score: float) -> None:
         "1-10",
         "out of 10",
         "none, not even 0 of 10",
+        "Response 2: 0",
+        "Response 2: 11",
+        "0, for it has 3 flaws",
         "9" * 5000,
     ],
 )
@@ -463,6 +501,7 @@ def test_addresses_that_are_none(url: Any) -> None:
     [
         ({"prompt": "no field"}, "'prompt'"),
         ({"timeout": 0}, "'timeout'"),
+        ({"timeout": 1e10}, "'timeout' is 10000000000.0; it must be at most 86400 seconds"),
         ({"retries": -1}, "'retries'"),
         ({"on_failure": "ignore"}, "'on_failure'"),
         ({"scale": "1-5"}, "'scale'"),

@@ -221,6 +221,57 @@ def test_list_and_show(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert found["files"].keys() == {"model.onnx", "tokenizer.json"}
 
 
+def test_a_broken_folder_is_a_row_and_not_the_end_of_the_list(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    for name in ("a lost", "b pipe", "c no manifest", "d link", "e sub", "f good"):
+        write_reward(home / name)
+    (home / "a lost" / "model.onnx").unlink()
+    (home / "b pipe" / "model.onnx").unlink()
+    os.mkfifo(home / "b pipe" / "model.onnx")
+    (home / "c no manifest" / "reward.json").unlink()
+    os.mkfifo(home / "c no manifest" / "reward.json")
+    (home / "d link" / "model.onnx").unlink()
+    (home / "d link" / "model.onnx").symlink_to("model.onnx")
+    (home / "e sub" / "model.onnx").unlink()
+    (home / "e sub" / "model.onnx").mkdir()
+    done = run("list", home)
+    assert done.exit_code == 0, (done.output, done.exception)
+    for name in ("a lost", "b pipe", "c no manifest", "d link", "e sub"):
+        assert f"\n{name}  broken: " in done.stdout, name
+    assert f"tiny  0.0 MB  {home / 'f good'}" in done.stdout
+    for name in ("a lost", "b pipe", "e sub"):
+        done = run("show", home / name)
+        assert done.exit_code == 2 and "lacks model.onnx" in done.stderr and "restore the folder" in done.stderr
+
+
+def test_a_manifest_cannot_speak_to_the_terminal(tmp_path: Path) -> None:
+    folder = write_reward(
+        tmp_path / "evil", name="x\x1b]0;owned\x07\x9b31mRED", description="one\nok fake  1 MB\r\x1b[2J\u2028é"
+    )
+    for command in ("list", "show"):
+        done = run(command, folder)
+        assert done.exit_code == 0
+        assert not {"\x1b", "\x07", "\x9b", "\r", "\u2028"} & set(done.stdout)
+        assert "x?]0;owned??31mRED" in done.stdout and "one?ok fake  1 MB??[2J?é" in done.stdout
+
+
+def test_a_recipe_where_a_folder_or_a_measured_reward_is_needed(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.toml"
+    mine.write_text('format = 1\n[[part]]\nreward = "shipped"\n[[part]]\nrule = "repetition"\n')
+    path = write_rows(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    for recipe in ("short-and-plain", mine):
+        for command in ("show", "verify"):
+            done = run(command, recipe)
+            assert done.exit_code == 2 and f"{recipe} is a recipe" in done.stderr and ".toml" in done.stderr
+        for arguments in (("score", recipe, "a b c"), ("eval", recipe, path)):
+            done = run(*arguments)
+            assert done.exit_code == 2 and "'mean' and 'std'" in done.stderr
+            assert f"aisp-local generate PROMPT -r {recipe} --json" in done.stderr
+    text = mine.read_text().replace('"shipped"', '"shipped"\nmean = 1.0\nstd = 2.0')
+    mine.write_text(text)
+    assert run("score", mine, "a b c").exit_code == 0
+
+
 def test_the_kit_needs_no_torch() -> None:
     code = (
         "import sys, aisp_local.reward_kit, aisp_local.cli.reward; "

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -289,6 +290,37 @@ def test_a_decoder_without_a_template_and_weights_without_a_head(tmp_path: Path)
     with pytest.raises(RewardError, match="the weights cannot be read"):
         export_reward(folder, tmp_path / "out", input="pair")
     assert not (tmp_path / "out").exists()
+
+
+@needs_torch
+@pytest.mark.parametrize(
+    ("family", "file", "change", "sentence"),
+    [
+        ("Bert", "tokenizer_config.json", {"model_max_length": "x"}, "'model_max_length' .* is 'x', not a number"),
+        ("Bert", "tokenizer_config.json", {"chat_template": 5}, "chat template is no text, but 5; repair"),
+        ("Bert", "tokenizer_config.json", {"chat_template": {"a": "b"}}, "templates 'a' and none called 'default'"),
+        ("Roberta", "config.json", {"pad_token_id": None}, "'pad_token_id' is null, .* restore it"),
+    ],
+)
+def test_tokenizers_that_are_refused(
+    family: str, file: str, change: dict[str, Any], sentence: str, models: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(models(family), tmp_path / "in")
+    path = folder / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(RewardError, match=sentence):
+        export_reward(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@needs_torch
+def test_of_several_chat_templates_the_default_one_is_taken(models: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(models("Bert"), tmp_path / "in")
+    path = folder / "tokenizer_config.json"
+    text = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": {"default": text, "other": "x"}}))
+    export_reward(folder, tmp_path / "out")
+    assert read_manifest(tmp_path / "out").template == text
 
 
 def hugging_face(folder: Path, *, weights: str = "model.safetensors", **config: Any) -> Path:

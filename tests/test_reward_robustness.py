@@ -7,6 +7,7 @@ import json
 import random
 import subprocess
 import sys
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -116,6 +117,50 @@ def test_a_huge_tensor_outside_the_file_is_refused_too(tmp_path: Path) -> None:
     rehash(folder)
     with pytest.raises(RewardError, match="of 1073741824 elements and holds 64 bytes"):
         OnnxReward.load(folder)
+
+
+def inner_graph(tensor: TensorProto) -> onnx.NodeProto:
+    """A node with a graph of its own that stores a tensor."""
+    graph = helper.make_graph(
+        [helper.make_node("Identity", [tensor.name], ["copy"])],
+        "inner",
+        [],
+        [helper.make_tensor_value_info("copy", TensorProto.FLOAT, None)],
+        [tensor],
+    )
+    return helper.make_node("If", ["condition"], ["chosen"], then_branch=graph, else_branch=graph)
+
+
+@pytest.mark.parametrize("where", ["constant", "inner graph"])
+def test_a_huge_constant_is_refused_too(tmp_path: Path, where: str) -> None:
+    proto = model()
+    tensor = TensorProto(name="huge", data_type=TensorProto.FLOAT, dims=[1 << 40], raw_data=b"1234")
+    constant = helper.make_node("Constant", [], ["huge"], value=tensor)
+    proto.graph.node.append(constant if where == "constant" else inner_graph(tensor))
+    with pytest.raises(RewardError, match="declares a tensor 'huge' of 1099511627776 elements and holds 4 bytes"):
+        OnnxReward.load(write_reward(tmp_path, proto=proto))
+
+
+@pytest.mark.parametrize("where", ["initialiser", "constant"])
+def test_a_sparse_tensor_is_refused_before_it_is_made_dense(tmp_path: Path, where: str) -> None:
+    proto = model()
+    value = helper.make_tensor("sparse", TensorProto.FLOAT, [1], [1.0])
+    at = helper.make_tensor("sparse_at", TensorProto.INT64, [1], [0])
+    sparse = helper.make_sparse_tensor(value, at, [400_000_000])
+    if where == "initialiser":
+        proto.graph.sparse_initializer.append(sparse)
+    else:
+        proto.graph.node.append(helper.make_node("Constant", [], ["sparse"], sparse_value=sparse))
+    with pytest.raises(RewardError, match=r"model\.onnx stores a sparse tensor.*export the model densely"):
+        OnnxReward.load(write_reward(tmp_path, proto=proto))
+
+
+def test_a_tensor_of_very_many_dimensions_is_refused_at_once(tmp_path: Path) -> None:
+    folder = write_reward(tmp_path, proto=one_tensor([1 << 62] * 40_000, raw_data=b"1234"))
+    began = time.process_time()
+    with pytest.raises(RewardError, match="a tensor 'huge' of more than 16 dimensions") as caught:
+        OnnxReward.load(folder)
+    assert len(str(caught.value)) < 400 + len(str(folder)) and time.process_time() - began < 2
 
 
 def test_tensors_as_files_keep_them(tmp_path: Path) -> None:

@@ -178,6 +178,9 @@ def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:
     data = write_rows(tmp_path / "data.jsonl", pairs(30))
     done = run(data, tmp_path / "out", "--epochs", 0)
     assert done.exit_code == 2 and "epochs 0 must be at least 1" in done.stderr
+    for seed in (-1, 10**20):
+        done = run(data, tmp_path / "out", "--seed", seed)
+        assert done.exit_code == 2 and f"seed {seed} must be at least 0 and below 4294967296" in done.stderr
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("mine")
     done = run(data, tmp_path / "full", "--force")
@@ -393,6 +396,128 @@ def test_an_interrupted_training_goes_on_where_it_was(tmp_path: Path, monkeypatc
     texts = [*KIND, *RUDE]
     a, b = (OnnxReward.load(tmp_path / name).score("Hi", texts) for name in ("whole", "halves"))
     np.testing.assert_allclose(a, b, atol=1e-4 * float(np.std(a)))
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, when: Any) -> None:
+    """Ctrl-C the first time that a call of ``owner.name`` is one that ``when`` means; the rest goes through."""
+    real, struck = getattr(owner, name), []
+
+    def call(*arguments: Any) -> Any:
+        if not struck and when(*arguments):
+            struck.append(1)
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(owner, name, call)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], list[float]]:
+    """The arguments of a training that nothing interrupts, and the scores of its reward."""
+    from aisp_local.reward_kit.train import loop
+
+    folder = tmp_path_factory.mktemp("whole")
+    data = write_rows(folder / "data.jsonl", pairs(80))
+    options = ["--backbone", backbone(folder / "backbone", "Bert"), "--epochs", 1, *FAST, "--precision", "fp32"]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(loop, "_bfloat16_is_faster", lambda: False)
+        done = run(data, folder / "out", *options)
+    assert done.exit_code == 0, done.output
+    assert done.stderr.count("(best)") > 2, "several evaluations write weights"
+    return [data, *options], OnnxReward.load(folder / "out").score("Hi", [*KIND, *RUDE]).tolist()
+
+
+@needs_torch
+@pytest.mark.parametrize("where", ["best", "last best", "evaluation", "after", "optimiser"])
+def test_an_interrupt_anywhere_resumes_to_the_same_reward(
+    where: str, whole: tuple[list[Any], list[float]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import signal
+
+    import torch
+
+    from aisp_local.reward_kit.train import loop
+
+    monkeypatch.setattr(loop, "_bfloat16_is_faster", lambda: False)
+    (data, *options), scores = whole
+    with monkeypatch.context() as patched:
+        if where in ("best", "last best"):
+            last = "best-9.pt" if where == "last best" else ""
+            interrupt_at(patched, loop, "_write", lambda path, state: path.name == (last or path.name))
+        elif where == "evaluation":
+            interrupt_at(patched, loop.Trainer, "_evaluate", lambda self, pool: self.state.step == 4)
+        elif where == "after":
+            interrupt_at(patched, loop.Trainer, "_clear_weights", lambda self: self.state.step == 4)
+        else:  # when the weights have moved and the step is not yet counted
+            step, pressed = torch.optim.AdamW.step, []
+
+            def press(self: Any) -> None:
+                step(self)
+                pressed.append(1)
+                if len(pressed) == 5:
+                    signal.raise_signal(signal.SIGINT)
+
+            patched.setattr(torch.optim.AdamW, "step", press)
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            done = run(data, tmp_path / "out", *options)
+        finally:
+            signal.signal(signal.SIGINT, before)
+    assert done.exit_code == 130 and "--resume" in done.stderr, done.output
+    done = run(data, tmp_path / "out", *options, "--resume")
+    assert done.exit_code == 0, done.output
+    found = OnnxReward.load(tmp_path / "out").score("Hi", [*KIND, *RUDE])
+    np.testing.assert_allclose(found, scores, atol=1e-4 * float(np.std(scores)))
+    assert not (tmp_path / "out.training").exists()
+
+
+@needs_torch
+def test_an_unusable_checkpoint_is_named_with_what_to_do(
+    whole: tuple[list[Any], list[float]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pickle
+
+    import torch
+
+    from aisp_local.reward_kit.train import loop
+
+    monkeypatch.setattr(loop, "_bfloat16_is_faster", lambda: False)
+    (data, *options), _ = whole
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, loop.Trainer, "_step", lambda self, *rest: self.state.step == 5)
+        assert run(data, tmp_path / "out", *options).exit_code == 130
+    work = tmp_path / "out.training"
+    (best,) = work.glob("best-*.pt")
+    whole_checkpoint, whole_best = (work / CHECKPOINT).read_bytes(), best.read_bytes()
+    kept = torch.load(work / CHECKPOINT, weights_only=True)
+
+    def saved(value: Any) -> bytes:
+        torch.save(value, tmp_path / "made.pt")
+        return (tmp_path / "made.pt").read_bytes()
+
+    bad: dict[str, tuple[Path, bytes | None]] = {
+        "text": (work / CHECKPOINT, b"not a checkpoint"),
+        "empty": (work / CHECKPOINT, b""),
+        "pickle": (work / CHECKPOINT, pickle.dumps({"a": 1})),
+        "half": (work / CHECKPOINT, whole_checkpoint[: len(whole_checkpoint) // 2]),
+        "list": (work / CHECKPOINT, saved([1, 2])),
+        "no step": (work / CHECKPOINT, saved({key: kept[key] for key in kept if key != "step"})),
+        "odd evaluations": (work / CHECKPOINT, saved(kept | {"held": [[1, "x"]]})),
+        "odd optimiser": (work / CHECKPOINT, saved(kept | {"optimiser": 3})),
+        "best lost": (best, None),
+        "best text": (best, b"rubbish"),
+        "best of another": (best, saved({"a": torch.zeros(2)})),
+    }
+    for what, (path, content) in bad.items():
+        (work / CHECKPOINT).write_bytes(whole_checkpoint)
+        best.write_bytes(whole_best)
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content)
+        done = run(data, tmp_path / "out", *options, "--resume")
+        assert done.exit_code == 2, (what, done.output, done.exception)
+        assert path.name in done.stderr and "--restart" in done.stderr, (what, done.stderr)
+        assert (work / CHECKPOINT).exists(), "it is the user's to delete"
 
 
 @needs_torch

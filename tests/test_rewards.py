@@ -355,6 +355,44 @@ def test_external_data_inside_works(tmp_path: Path) -> None:
     np.testing.assert_allclose(OnnxReward.load(folder).score("tell", RESPONSES), plain, atol=1e-6)
 
 
+def test_external_data_of_a_model_in_a_subfolder_lies_beside_the_model(tmp_path: Path) -> None:
+    """Where ONNX Runtime reads it: a file of that name in the reward folder itself stands for nothing."""
+    from onnx_files import sha256
+
+    plain = OnnxReward.load(write_reward(tmp_path / "plain")).score("tell", RESPONSES)
+    folder = write_reward(tmp_path / "external")
+    (folder / "sub").mkdir()
+    inner, weights = folder / "sub" / "model.onnx", folder / "sub" / "weights.bin"
+    onnx.save_model(model(), str(inner), save_as_external_data=True, location="weights.bin", size_threshold=64)
+    (folder / "weights.bin").write_bytes(weights.read_bytes())
+
+    def listed(*names: str) -> Path:
+        change(folder, model="sub/model.onnx", files={name: sha256(folder / name) for name in names})
+        return folder
+
+    ours = ("sub/model.onnx", "tokenizer.json")
+    with pytest.raises(RewardError, match=r"uses 'sub/weights.bin', which has no sha256"):
+        OnnxReward.load(listed(*ours, "weights.bin"))
+    listed(*ours, "sub/weights.bin")
+    (folder / "weights.bin").unlink()
+    np.testing.assert_allclose(OnnxReward.load(folder).score("tell", RESPONSES), plain, atol=1e-6)
+    whole = weights.read_bytes()
+    weights.write_bytes(bytes(len(whole)))
+    with pytest.raises(RewardError, match="does not match its sha256"):
+        OnnxReward.load(folder)
+    (tmp_path / "outside.bin").write_bytes(whole)
+    weights.unlink()
+    weights.symlink_to(tmp_path / "outside.bin")
+    with pytest.raises(RewardError, match="links out of the reward folder"):
+        OnnxReward.load(folder)
+    weights.unlink()
+    weights.write_bytes(whole)
+    inner.rename(folder / "sub" / "real.onnx")
+    inner.symlink_to("real.onnx")
+    with pytest.raises(RewardError, match="is a link and keeps tensors in 'sub/weights.bin'"):
+        OnnxReward.load(folder)
+
+
 def test_prompt_text() -> None:
     assert prompt_text("as it is") == "as it is"
     assert prompt_text([{"role": "user", "content": "hi"}]) == "hi"

@@ -172,10 +172,23 @@ def test_json() -> None:
     }
     assert {text: one(rule, text) for text in found} == found
     fenced = JsonSchema(schema=SCHEMA, fenced=True)
+    for text in ('```\n{"name": "a", "age": 3}```', ' \n```JSON \t\n\n {"name": "a", "age": 3} \n \t``` \n'):
+        assert one(fenced, text) == 0
+    for text in ("```\n```", "```", "```json", "``` \n``", "x ```\n{}\n```", "```\n{}\n``` x", "```a\n{}\n```"):
+        assert one(fenced, text) == -3
     assert one(fenced, '```json\n{"name": "a", "age": 3}\n```') == 0
     began = time.process_time()
     assert one(rule, json.dumps({"name": "a" * 100_000 + "b", "age": 1})) == -1
     assert time.process_time() - began < 5
+
+
+def test_a_fence_and_a_million_blanks_take_no_time() -> None:
+    rule = JsonSchema(schema=SCHEMA, fenced=True)
+    blanks = " " * 1_000_000
+    for text in ("```\n" + blanks, "```" + blanks, "```json\n{}\n```" + blanks + "x", "```\n" + "\n" * 1_000_000):
+        began = time.process_time()
+        assert rule.one(text) == -3
+        assert time.process_time() - began < 1
 
 
 def test_schemas_that_are_refused(tmp_path: Path) -> None:
@@ -207,6 +220,8 @@ def test_language() -> None:
         Language(language="english")
     with pytest.raises(RewardError, match="must hold 'en'"):
         Language(language="en", among=["fr", "de"])
+    with pytest.raises(RewardError, match="'among' is .*name each language once"):
+        Language(language="en", among=["en", "en"])
 
 
 def test_repetition() -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aisp_local import shipped
-from aisp_local.errors import InputError
+from aisp_local.errors import InputError, RewardError
 from aisp_local.rewards.graph_file import read_graph
 from aisp_local.rewards.manifest import MANIFEST, Manifest, inside, read_manifest
 
@@ -26,10 +26,16 @@ class Described:
 
 def describe(folder: Path) -> Described:
     """Raises RewardError for a folder that is none, or whose model file is broken."""
-    manifest = read_manifest(folder)
-    graph = read_graph(inside(folder, manifest.model))
-    sizes = [path.stat().st_size for path in (inside(folder, name) for name in manifest.files) if path.is_file()]
-    return Described(folder, manifest, sum(sizes), graph.parameters)
+    try:
+        manifest = read_manifest(folder)
+        paths = {name: inside(folder, name) for name in manifest.files}
+        for name, path in paths.items():
+            if not path.is_file():  # a pipe would be waited for
+                raise RewardError(f"{folder} lacks {name}, which its manifest lists; restore the folder")
+        graph = read_graph(paths[manifest.model])
+        return Described(folder, manifest, sum(path.stat().st_size for path in paths.values()), graph.parameters)
+    except OSError as error:
+        raise RewardError(f"{folder} cannot be read ({error.strerror or error}); restore the folder") from error
 
 
 def standard_folders() -> list[Path]:
@@ -47,9 +53,18 @@ def find_rewards(folders: Iterable[Path]) -> list[Path]:
     """The reward folders among these and directly inside them, each once."""
     found: dict[Path, Path] = {}
     for folder in folders:
-        candidates = [folder] if (folder / MANIFEST).is_file() else []
-        if not candidates and folder.is_dir():
-            candidates = sorted(path for path in folder.iterdir() if (path / MANIFEST).is_file())
+        candidates: list[Path] = []
+        with suppress(PermissionError):  # what may not be looked into is none
+            candidates = [folder] if (folder / MANIFEST).is_file() else _inside(folder) if folder.is_dir() else []
         for path in candidates:
             found.setdefault(path.resolve(), path)
     return list(found.values())
+
+
+def _inside(folder: Path) -> list[Path]:
+    found = []
+    for path in sorted(folder.iterdir()):
+        with suppress(PermissionError):
+            if (path / MANIFEST).exists():
+                found.append(path)
+    return found

@@ -10,9 +10,11 @@ import math
 import mmap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from aisp_local.errors import RewardError
+from aisp_local.rewards.external_data import messages
 from aisp_local.rewards.protobuf import every_field, fields, integers, varint
 
 _GRAPH, _NODE, _INITIALIZER = 7, 1, 5
@@ -38,6 +40,7 @@ _PRECISIONS = {
 }
 _SAME_IDS = ("Cast", "Identity", "Reshape", "Unsqueeze", "Flatten")  # operators that hand ids on
 _PER_BYTE = 4  # elements in a byte of the narrowest type, of two bits
+_MOST_DIMENSIONS = 16  # of a tensor; networks need half of them
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,10 @@ def read_graph(path: Path) -> GraphFile:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             tensors: dict[str, Tensor] = {}
             nodes = []
+            for kind, at, end in messages(data, ("tensor", "sparse")):
+                if kind == "sparse":  # a few bytes of it become a dense tensor of any size
+                    raise RewardError(f"{path} stores a sparse tensor, which is not read; export the model densely")
+                _tensor(path, data, at, end)  # constants of nodes and of inner graphs too
             for number, start, stop in fields(data, 0, len(data)):
                 if number != _GRAPH:
                     continue
@@ -115,6 +122,8 @@ def read_graph(path: Path) -> GraphFile:
         if isinstance(error, RewardError):
             raise
         raise RewardError(f"{path} is not a complete ONNX file ({error}); restore it") from error
+    except OSError as error:
+        raise RewardError(f"{path} cannot be read ({error.strerror}); restore it") from error
 
 
 def _text(data: mmap.mmap, start: int, stop: int) -> str:
@@ -140,28 +149,34 @@ def _tensor(path: Path, data: mmap.mmap, at: int, end: int) -> Tensor:
             external = varint(data, start, stop)[0] == 1
         elif number in _DATA_FIELDS:
             stored += stop - start
-    shape = tuple(integers(data, 1, at, end))
+    shape = tuple(islice(integers(data, 1, at, end), _MOST_DIMENSIONS + 1))
+    if len(shape) > _MOST_DIMENSIONS:
+        raise RewardError(
+            f"{path} declares a tensor {name[:80]!r} of more than {_MOST_DIMENSIONS} dimensions; restore the file, or "
+            "export the model again"
+        )
     tensor = Tensor(name, shape, _PRECISIONS.get(kind, f"type {kind}"), 0 if external else stored)
     room = stored
     if external:
         room = _external_size(path, data, at, end)
     if any(size >= 1 << 63 for size in shape) or tensor.size > room * _PER_BYTE:
         raise RewardError(
-            f"{path} declares a tensor {name!r} of {' x '.join(map(str, shape))} elements and holds {room} bytes "
+            f"{path} declares a tensor {name[:80]!r} of {' x '.join(map(str, shape))} elements and holds {room} bytes "
             "of it; restore the file, or export the model again"
         )
     return tensor
 
 
 def _external_size(path: Path, data: mmap.mmap, at: int, end: int) -> int:
-    """Bytes of the file that holds a tensor outside; 0 where there is none."""
+    """Bytes of the file that holds a tensor outside, the smallest if several are named; 0 where there is none."""
+    sizes = []
     for entry in _entries(data, at, end):
         if entry.get(1) == "location":
             try:
-                return (path.parent / entry.get(2, "")).stat().st_size
+                sizes.append((path.parent / entry.get(2, "")).stat().st_size)
             except (OSError, ValueError):
                 return 0
-    return 0
+    return min(sizes, default=0)
 
 
 def _entries(data: mmap.mmap, at: int, end: int) -> Iterator[dict[int, str]]:

@@ -82,6 +82,8 @@ def inside(folder: Path, name: str) -> Path:
         resolved = path.resolve()
     except ValueError as error:  # a NUL, a lone surrogate
         raise RewardError(f"{folder}: {name!r} is no name that a file can have; restore the manifest") from error
+    except (OSError, RuntimeError) as error:  # links in a circle
+        raise RewardError(f"{folder}: {name!r} cannot be followed to a file; restore the folder") from error
     if not resolved.is_relative_to(folder.resolve()):
         raise RewardError(f"{folder}: {name!r} links out of the reward folder; put the file inside it")
     return path

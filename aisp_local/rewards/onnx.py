@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -84,15 +84,7 @@ class OnnxReward:
         model = inside(path, manifest.model)
         tokenizer_path = inside(path, manifest.tokenizer)
         check_files(path, manifest)
-        for location in external_locations(model):
-            if location.startswith(_MEMORY):
-                raise RewardError(
-                    f"{path}: {manifest.model} takes a tensor from an address in memory ({location!r}); "
-                    "a file must not: export the model again"
-                )
-            inside(path, location)
-            if location not in manifest.files:
-                raise RewardError(f"{path}: {manifest.model} uses {location!r}, which has no sha256 in 'files'")
+        _check_external(path, manifest, model)
         read_graph(model)
         session = open_session(model, providers, threads)
         _check_graph(path, manifest, session)
@@ -403,6 +395,25 @@ def _tokenizer(path: Path) -> Any:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
+
+
+def _check_external(folder: Path, manifest: Manifest, model: Path) -> None:
+    """What the model keeps in other files lies in the folder and is hashed. ONNX Runtime looks beside the model."""
+    listed = {PurePosixPath(name) for name in manifest.files}
+    for location in external_locations(model):
+        if location.startswith(_MEMORY):
+            raise RewardError(
+                f"{folder}: {manifest.model} takes a tensor from an address in memory ({location!r}); "
+                "a file must not: export the model again"
+            )
+        name = PurePosixPath(manifest.model).parent / location
+        inside(folder, str(name))
+        if name not in listed:
+            raise RewardError(f"{folder}: {manifest.model} uses {str(name)!r}, which has no sha256 in 'files'")
+        if model.is_symlink():  # some versions look beside the link, others beside what it leads to
+            raise RewardError(
+                f"{folder}: {manifest.model} is a link and keeps tensors in {str(name)!r}; put the file itself there"
+            )
 
 
 def _check_graph(folder: Path, manifest: Manifest, session: Any) -> None:

@@ -51,13 +51,11 @@ def every_field(data: mmap.mmap, at: int, end: int) -> Iterator[tuple[int, int, 
         yield number, wire, start, at
 
 
-def integers(data: mmap.mmap, number: int, at: int, end: int) -> list[int]:
+def integers(data: mmap.mmap, number: int, at: int, end: int) -> Iterator[int]:
     """The values of a repeated integer field of a message, packed or not, as unsigned numbers."""
-    found: list[int] = []
     for field, wire, start, stop in every_field(data, at, end):
         if field != number or wire not in (0, 2):
             continue
         while start < stop:
             value, start = varint(data, start, stop)
-            found.append(value)
-    return found
+            yield value

@@ -34,9 +34,19 @@ _TOKENS = {"yes-no": 4, "1-10": 8}
 _LARGEST = 4 << 20  # bytes of an answer
 _BACKOFF = 0.5  # seconds before the first retry, twice as many before each further one
 _FIELD = re.compile(r"\{(prompt|response)\}")
-# What names the scale and is no mark; and a number, but for one that is part of a word ("10-point").
-_SCALE = re.compile(r"(?:/\s*|\bout\s+of\s+|\b1\s*(?:-|\u2013|to)\s*)10\b(?!\.\d)", re.IGNORECASE)
-_MARK = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?!\w|-[^\W\d]|\.\d)")
+_LONGEST = 86_400.0  # seconds of a time-out; a clock that overflows would end a search
+_MEANT = 0.1  # the least probability of yes and no together with which a token answers
+# What names the scale and is no mark; a number, but for one that is part of a word ("10-point"); one that says of how
+# many it is; and the upper end of a range, which leaves the lower one.
+_RANGE = re.compile(
+    r"\b1(?:\s*/\s*10)?\s*(?:[-\u2013\u2014]|to\b|through\b|and\b)\s*10\b(?!\.\d)(?:\s*/\s*10\b)?", re.IGNORECASE
+)
+_OF_TEN = r"(?:/|\b(?:out\s+)?of\b)\s*10\b(?!\.\d)"
+_NUMBER = r"(?<![\w.])-?\d+(?:\.\d+)?(?!\w|-[^\W\d]|\.\d)"
+_SCALE = re.compile(_OF_TEN, re.IGNORECASE)
+_MARK = re.compile(_NUMBER)
+_MARK_OF_TEN = re.compile(_NUMBER + r"\s*" + _OF_TEN, re.IGNORECASE)
+_UPPER_END = re.compile(r"(?<=\d)\s*(?:[-\u2013\u2014]|to\b|through\b)\s*\d+(?:\.\d+)?", re.IGNORECASE)
 
 
 class _Retry(Exception):
@@ -77,14 +87,17 @@ class ServerReward:
 
     ``prompt`` is what it is asked; ``{prompt}`` and ``{response}`` in it stand for the two. ``scale`` is
 
-    - ``yes-no``: p - 1 (0 to -1), with p = P(yes) / (P(yes) + P(no)) from the log-probabilities of its first tokens;
-      of a server that gives none, 1 for an answer that begins with yes and 0 for one that begins with no;
-    - ``1-10``: the mark less 10 (0 to -9): the first number in its answer that does not only name the scale ("/10",
-      "out of 10", "1-10", "1 to 10"). One outside 1 to 10 is no mark, and the request has failed.
+    - ``yes-no``: p - 1 (0 to -1), with p = P(yes) / (P(yes) + P(no)) from the log-probabilities of the first of its
+      tokens, at the beginning or behind a sign, that is yes or no with a probability of a tenth or more; where there
+      is none such, 1 for an answer that begins with yes, or has it behind a colon, and 0 for one with no there;
+    - ``1-10``: the mark less 10 (0 to -9): the number before "/10" or "out of 10", or that the answer begins with, or
+      else its last. One outside 1 to 10 is no mark, and the request has failed. What only names the scale ("1-10",
+      "between 1 and 10") does not count.
 
-    ``timeout``: seconds for one request, all of it. A request that fails is repeated ``retries`` times, after 0.5, 1,
-    2, ... seconds. ``on_failure``: what is left then, ``stop`` (ScoreError) or ``worst`` (the worst score of the scale,
-    and one warning). The server must be this machine unless ``allow_remote``: the address that was connected to
+    ``timeout``: seconds for one request, all of it, a day at most. A request that fails is repeated ``retries``
+    times, after 0.5, 1, 2, ... seconds. ``on_failure``: what is left then, ``stop`` (ScoreError) or ``worst`` (the
+    worst score of the scale, and one warning). The server must be this machine unless ``allow_remote``: the address
+    that was connected to
     counts, not what it is called. ``parallel``: requests at a time. Raises RewardError for arguments that cannot be.
     """
 
@@ -108,6 +121,8 @@ class ServerReward:
         self._scale = choice("scale", scale, tuple(_WORST))
         self._on_failure = choice("on_failure", on_failure, ("stop", "worst"))
         self._timeout = positive("timeout", timeout)
+        if self._timeout > _LONGEST:
+            raise RewardError(f"'timeout' is {timeout!r}; it must be at most {_LONGEST:.0f} seconds, a day")
         self._retries = whole("retries", retries, 0, 10)
         self._parallel = whole("parallel", parallel, 1, 64)
         self._allow_remote = flag("allow_remote", allow_remote)
@@ -289,18 +304,34 @@ class ServerReward:
         except (KeyError, IndexError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise _Retry("sent an answer without choices[0].message.content") from error
         if self._scale == "1-10":
-            mark = _MARK.search(_SCALE.sub(" ", str(text)))
-            if mark is None or not 1 <= float(mark[0]) <= 10:
+            mark = _mark(str(text))
+            if mark is None or not 1 <= mark <= 10:
                 raise _Retry(f"gave no mark from 1 to 10, but {str(text)[:40]!r}")
-            return float(mark[0]) - 10.0
+            return mark - 10.0
+        fresh = True  # a sentence begins here
         for top in tops:
             yes, no = (_mass(top, word) for word in ("yes", "no"))
-            if yes + no > 0:
+            if fresh and yes + no >= _MEANT:
                 return yes / (yes + no) - 1.0
-        word = re.match(r"\W*(yes|no)\b", str(text), re.IGNORECASE)
+            likeliest = max(top, key=lambda pair: pair[1], default=("x", 0.0))[0]
+            fresh = not re.search(r"\w\Z", likeliest)
+        word = re.search(r"(?:\A|:)\W*(yes|no)\b", str(text), re.IGNORECASE)
         if word is None:
             raise _Retry(f"said neither yes nor no, but {str(text)[:40]!r}")
         return 0.0 if word[1].lower() == "yes" else -1.0
+
+
+def _mark(text: str) -> float | None:
+    """The number in an answer that is its mark, of whatever size."""
+    text = _RANGE.sub(" ", text)
+    if found := _MARK_OF_TEN.search(text):
+        return float(_MARK.match(text, found.start())[0])  # type: ignore[index]  # it begins with one
+    text = _UPPER_END.sub("", _SCALE.sub(" ", text))
+    numbers = list(_MARK.finditer(text))
+    if not numbers:
+        return None
+    first = numbers[0]
+    return float((first if not re.search(r"\w", text[: first.start()]) else numbers[-1])[0])
 
 
 def _shut(sock: socket.socket | None) -> None:

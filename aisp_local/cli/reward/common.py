@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from aisp_local import shipped
 from aisp_local.cli.output import print_answer
+from aisp_local.errors import InputError
 from aisp_local.finite import finite
+
+if TYPE_CHECKING:
+    from aisp_local.rewards import Reward
 
 
 class _Folder(click.Path):
@@ -27,9 +32,45 @@ PATH = click.Path(path_type=Path)
 FOLDER = _Folder()
 
 
+def _recipe(path: Path) -> Path | None:
+    """The TOML file that a path, or the name of a shipped recipe, stands for."""
+    if path.suffix == ".toml" and path.is_file():
+        return path
+    return None if path.exists() else shipped.recipes().get(str(path))
+
+
+def refuse_recipe(path: Path) -> None:
+    """Raises InputError for a recipe, where only a folder has what is asked about."""
+    if (file := _recipe(path)) is not None:
+        raise InputError(
+            f"{path} is a recipe, and only a reward folder can be shown and verified; read the recipe in {file}, and "
+            "give the folders that it names"
+        )
+
+
+def load_measured(path: Path) -> Reward:
+    """A reward that can score alone. Raises InputError for one whose scale is measured on a language model."""
+    from aisp_local.rewards import load_reward
+    from aisp_local.rewards.base import Calibrates
+
+    reward = load_reward(path)
+    if isinstance(reward, Calibrates) and reward.uncalibrated:
+        raise InputError(
+            f"{path} normalises scores by responses of a language model, which are not here; give its parts their "
+            f"'mean' and 'std' in {'a copy of ' if not path.exists() else ''}{_recipe(path) or path}: "
+            f"aisp-local generate PROMPT -r {path} --json prints them under 'calibration'"
+        )
+    return reward
+
+
 def print_json(value: Any, indent: int | None = 2) -> None:
     """A JSON document on standard output; None for what JSON has no number for."""
     print_answer(json.dumps(finite(value), ensure_ascii=False, indent=indent))
+
+
+def one_line(text: str) -> str:
+    """A text of somebody's manifest with "?" for what would move the cursor or change the terminal."""
+    return "".join("?" if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in text)
 
 
 def size_text(n_bytes: int) -> str:

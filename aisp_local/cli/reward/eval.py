@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from aisp_local.cli.reward.common import FOLDER, PATH, print_json
+from aisp_local.cli.reward.common import FOLDER, PATH, load_measured, print_json
 
 if TYPE_CHECKING:
     from aisp_local.reward_kit.evaluate import Accuracy, Evaluation
@@ -35,14 +35,13 @@ def eval_(folder: Path, data: Path, plots: Path | None, json_: bool) -> None:
     from aisp_local.reward_kit.evaluate import evaluate
     from aisp_local.reward_kit.pairs import read_pairs
     from aisp_local.reward_kit.plots import PLOTS
-    from aisp_local.rewards import load_reward
 
     pairs = read_pairs(data)
     if plots is not None:
         plots.mkdir(parents=True, exist_ok=True)
         for name in PLOTS:
             check_output(plots / name)
-    reward = load_reward(folder)
+    reward = load_measured(folder)
     shown = sys.stderr is not None and sys.stderr.isatty()
 
     def progress(done: int, total: int) -> None:

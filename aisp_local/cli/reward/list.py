@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from aisp_local.cli.reward.common import PATH, print_json, size_text
+from aisp_local.cli.reward.common import PATH, one_line, print_json, size_text
 
 
 @click.command("list")
@@ -50,11 +50,11 @@ def list_(folders: tuple[Path, ...], json_: bool) -> None:
         return
     for row in rows:
         if row["error"]:
-            print_answer(f"{row['name']}  broken: {row['error']}")
+            print_answer(one_line(f"{row['name']}  broken: {row['error']}"))
             continue
-        print_answer(f"{row['name']}  {size_text(row['bytes'])}  {row['folder']}")
+        print_answer(one_line(f"{row['name']}  {size_text(row['bytes'])}  {row['folder']}"))
         for text in (row["description"], f"licence: {row['licence']}"):
             if text:
-                print_answer(f"    {text}")
+                print_answer(one_line(f"    {text}"))
     if not rows:
         print_answer("no rewards found; give a folder that holds some")

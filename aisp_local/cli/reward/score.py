@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from aisp_local.cli.reward.common import FOLDER, PATH, print_json
+from aisp_local.cli.reward.common import FOLDER, PATH, load_measured, print_json
 
 if TYPE_CHECKING:
     from aisp_local.reward_kit.rows import Row
@@ -37,7 +37,7 @@ def score(folder: Path, texts: tuple[str, ...], prompt: str, input_: Path | None
     """Score TEXTS, or the lines of a file or of standard input, with the reward in FOLDER.
 
     Prints one score a line, in order, as soon as it is known. JSON lines have 'response' (or 'responses', a list) and
-    'prompt', text or messages; other lines are a response each.
+    'prompt', text or messages; other lines are a response each. Blank lines are skipped; --json tells each one's line.
 
     \b
     Examples:
@@ -49,7 +49,6 @@ def score(folder: Path, texts: tuple[str, ...], prompt: str, input_: Path | None
     from aisp_local.errors import InputError
     from aisp_local.reward_kit.jsonl import read_lines
     from aisp_local.reward_kit.rows import Row, read_rows, score_rows
-    from aisp_local.rewards import load_reward
 
     if texts and input_ is not None:
         raise InputError("both texts and --input were given; give one of them")
@@ -67,7 +66,7 @@ def score(folder: Path, texts: tuple[str, ...], prompt: str, input_: Path | None
         else:
             name, lines = str(input_), read_lines(input_)
         rows = read_rows(lines, name, prompt, json_lines=json_lines)
-    reward = load_reward(folder)
+    reward = load_measured(folder)
     for row, value in score_rows(reward, rows, at_once):
         if json_:
             print_json({"line": row.line, "index": row.index, "response": row.response, "score": value}, None)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from aisp_local.cli.reward.common import FOLDER, parameters_text, print_json, size_text
+from aisp_local.cli.reward.common import FOLDER, one_line, parameters_text, print_json, refuse_recipe, size_text
 
 
 @click.command()
@@ -23,6 +23,7 @@ def show(folder: Path, json_: bool) -> None:
     from aisp_local.reward_kit.folders import describe
     from aisp_local.rewards.onnx import OnnxReward
 
+    refuse_recipe(folder)
     about = describe(folder)
     manifest = about.manifest
     provider = OnnxReward.load(folder).provider
@@ -71,6 +72,6 @@ def show(folder: Path, json_: bool) -> None:
         "provider": provider,
     }
     for key, value in rows.items():
-        print_answer(f"{key:<12} {value}")
+        print_answer(one_line(f"{key:<12} {value}"))
     if manifest.template:
-        print_answer("template\n" + "\n".join(f"    {line}" for line in manifest.template.splitlines()))
+        print_answer("template\n" + "\n".join(one_line(f"    {line}") for line in manifest.template.splitlines()))

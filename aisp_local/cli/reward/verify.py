@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from aisp_local.cli.reward.common import FOLDER, PATH, print_json
+from aisp_local.cli.reward.common import FOLDER, PATH, print_json, refuse_recipe
 
 
 @click.command()
@@ -29,6 +29,7 @@ def verify(folder: Path, pairs: Path | None, json_: bool) -> None:
     from aisp_local.reward_kit.verify import Check
     from aisp_local.reward_kit.verify import verify as run
 
+    refuse_recipe(folder)
     given = read_pairs(pairs) if pairs else None
 
     def say(check: Check) -> None:

@@ -95,7 +95,7 @@ def read(source: Source, kind: Kind | None, max_length: int | None) -> Feed:
         raise RewardError(f"{source.folder}: the tokenizer cannot be read ({_first_line(error)})") from error
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise RewardError(f"{source.folder}: the tokenizer has no tokenizer.json and cannot be made into one")
-    template = tokenizer.get_chat_template() if tokenizer.chat_template else None
+    template = _template(source, tokenizer)
     if kind is None:
         if template is None and source.decoder:
             raise InputError(
@@ -116,16 +116,55 @@ def read(source: Source, kind: Kind | None, max_length: int | None) -> Feed:
     )
 
 
+def _template(source: Source, tokenizer: Any) -> str | None:
+    """The chat template, of several the one that is called "default". Raises RewardError for what is none."""
+    found = tokenizer.chat_template
+    if isinstance(found, dict) and found:
+        if "default" not in found:
+            raise RewardError(
+                f"{source.folder}: the tokenizer has the chat templates {', '.join(map(repr, found))} and none called "
+                "'default'; call one of them so in tokenizer_config.json"
+            )
+        found = found["default"]
+    if found and not isinstance(found, str):
+        raise RewardError(
+            f"{source.folder}: the tokenizer's chat template is no text, but {found!r:.40}; repair "
+            "tokenizer_config.json"
+        )
+    return found or None
+
+
+def _whole(source: Source, key: str, usual: int) -> int:
+    """A whole number of config.json; what it leaves out, or says to be null, is as usual. Raises RewardError."""
+    value = source.config.get(key)
+    if value is None:
+        return usual
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise RewardError(f"{source.folder / 'config.json'}: {key!r} is {value!r:.40}, not a whole number; repair it")
+    return value
+
+
 def _reads_types(source: Source) -> bool:
-    return int(source.config.get("type_vocab_size", 2 if source.family == "Bert" else 0)) > 1
+    return _whole(source, "type_vocab_size", 2 if source.family == "Bert" else 0) > 1
 
 
 def _max_length(source: Source, tokenizer: Any, asked: int | None) -> int:
-    positions = int(source.config.get("max_position_embeddings", 512))
+    positions = _whole(source, "max_position_embeddings", 512)
     if source.family == "Roberta":  # its positions begin behind the padding token's
-        positions -= int(source.config.get("pad_token_id", 1)) + 1
+        if source.config.get("pad_token_id", 1) is None:
+            raise RewardError(
+                f"{source.folder / 'config.json'}: 'pad_token_id' is null, and the positions of RoBERTa begin behind "
+                "it; restore it (1 in most)"
+            )
+        positions -= _whole(source, "pad_token_id", 1) + 1
     if asked is None:
-        return max(8, min(positions, int(tokenizer.model_max_length), _LONGEST))
+        known = tokenizer.model_max_length
+        if not isinstance(known, (int, float)):
+            raise RewardError(
+                f"{source.folder}: 'model_max_length' of the tokenizer is {known!r:.40}, not a number; repair "
+                "tokenizer_config.json"
+            )
+        return int(max(8, min(positions, known, _LONGEST)))
     if not 8 <= asked <= 1 << 17:
         raise InputError(f"--max-length {asked} is not between 8 and 131072")
     if asked > positions:

@@ -14,10 +14,11 @@ from typing import Any
 
 from aisp_local.errors import AispError, InputError
 from aisp_local.host import processors
+from aisp_local.native.binding import Uninterrupted
 from aisp_local.reward_kit.export.network import scorer
 from aisp_local.reward_kit.train.backbone import Backbone
 from aisp_local.reward_kit.train.plan import Plan
-from aisp_local.reward_kit.train.work import BEST, CHECKPOINT
+from aisp_local.reward_kit.train.work import CHECKPOINT, best_of
 
 Tokens = tuple[list[int], list[int]]  # ids and type ids of what the model reads
 _POOL = 12  # batches among which comparisons are sorted by length
@@ -53,8 +54,8 @@ class Progress:
     step: int
     steps: int
     seconds: float
-    loss: float  # of the comparisons since the last report
-    accuracy: float
+    loss: float | None  # of the comparisons since the last report; None if there were none
+    accuracy: float | None
     tokens_per_second: float
     held: Held | None  # only when they were just looked at
     best: Held | None
@@ -67,7 +68,6 @@ class State:
     step: int = 0
     seconds: float = 0.0
     held: list[Held] = field(default_factory=list)
-    stopped: bool = False  # for want of a better loss
 
     @property
     def best(self) -> Held | None:
@@ -97,6 +97,7 @@ class Trainer:
         self.device, self.types, self.draw, self.held_out = device, types, draw, held_out
         self.on_progress = on_progress
         self.state = State()
+        self._saved: Held | None = None  # the best evaluation that the checkpoint in the folder names
         self.model = backbone.model.to(device)
         self.scorer = scorer(self.model, backbone.decoder)
         self._freeze()
@@ -141,34 +142,33 @@ class Trainer:
         with ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             torch.set_num_threads(1)
             try:
-                while not self.state.stopped and self.state.step < self.steps:
-                    epoch, at = divmod(self.state.step, self.per_pass)
-                    if epoch != drawn:
-                        batches, drawn = self._batches(epoch), epoch
-                    self.state.seconds = time.monotonic() - started
-                    done = self._done()
-                    if done >= 1:
-                        break
-                    batch = batches[at]
-                    loss, ranked = self._step(pool, batch, self.plan.relative_rate(done))
-                    self.state.step += 1
-                    losses += [loss] * len(batch)
-                    right += ranked
-                    tokens += sum(len(side[0]) for pair in batch for side in (pair.better, pair.worse))
+                while True:
+                    # Due by the state alone, so that one that an interrupt cost is made up for.
+                    held = self._evaluate(pool) if self._due() else None
                     now = time.monotonic()
-                    held = None
-                    if self.state.step % self.every == 0 or self.state.step == self.steps:
-                        held = self._evaluate(pool)
-                    if held is not None or now - reported > _REPORT_SECONDS:
+                    if held is not None or (losses and now - reported > _REPORT_SECONDS):
                         rate = tokens / max(now - reported, 1e-9)
-                        mean, share = sum(losses) / len(losses), right / len(losses)
-                        self.state.seconds = time.monotonic() - started
+                        mean = sum(losses) / len(losses) if losses else None
+                        share = right / len(losses) if losses else None
+                        self.state.seconds = now - started
                         step, seconds, best = self.state.step, self.state.seconds, self.state.best
                         self.on_progress(Progress(step, self.steps, seconds, mean, share, rate, held, best))
                         losses, right, tokens, reported = [], 0, 0, time.monotonic()
                     if now - saved > _SAVE_SECONDS:
                         self.save()
                         saved = time.monotonic()
+                    self.state.seconds = time.monotonic() - started
+                    done = self._done()
+                    if done >= 1 or self._stopped():
+                        break
+                    epoch, at = divmod(self.state.step, self.per_pass)
+                    if epoch != drawn:
+                        batches, drawn = self._batches(epoch), epoch
+                    batch = batches[at]
+                    loss, ranked = self._step(pool, batch, self.plan.relative_rate(done))
+                    losses += [loss] * len(batch)
+                    right += ranked
+                    tokens += sum(len(side[0]) for pair in batch for side in (pair.better, pair.worse))
                 if not self.state.held or self.state.held[-1].step != self.state.step:  # the time was up
                     self._evaluate(pool)
             except BaseException:
@@ -179,7 +179,9 @@ class Trainer:
                 torch.set_num_threads(threads)
         self.state.seconds = time.monotonic() - started
         self.save()
-        self.model.load_state_dict(torch.load(self._best, map_location=self.device, weights_only=True))
+        best = self.state.best
+        assert best is not None
+        self.model.load_state_dict(self._weights(best))
         self.model.eval()
         return self.state
 
@@ -192,23 +194,26 @@ class Trainer:
             return False
         try:
             kept = torch.load(path, map_location=self.device, weights_only=True)
-            if kept["fingerprint"] != self.fingerprint:
-                raise InputError(
-                    f"{path} belongs to another training (other data, backbone or options); give the same ones, or "
-                    "begin anew without --resume"
-                )
+            fingerprint, state = kept["fingerprint"], _state(kept)
+        except Exception as error:  # torch.load raises whatever its bytes lead it to
+            raise _unusable(path, error) from error
+        if fingerprint != self.fingerprint:
+            raise InputError(
+                f"{path} belongs to another training (other data, backbone or options); give the same ones, or "
+                "begin anew with --restart, which deletes it"
+            )
+        try:
             self.model.load_state_dict(kept["model"])
             self.optimiser.load_state_dict(kept["optimiser"])
-            held = [Held(*entry) for entry in kept["held"]]
-        except (RuntimeError, KeyError, TypeError, EOFError, OSError, ValueError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"{path} cannot be read ({str(error)[:120]}); begin anew without --resume") from error
-        self.state = State(kept["step"], kept["seconds"], held, kept["stopped"])
+        except Exception as error:
+            raise _unusable(path, error) from error
+        self.state, self._saved = state, state.best
+        if state.best is not None:
+            self._weights(state.best)
         return True
 
     def save(self) -> None:
-        """Write the checkpoint, whole or not at all."""
+        """Write the checkpoint, whole or not at all. The weights of its best evaluation are there before it is."""
         held = [[entry.step, entry.loss, entry.accuracy] for entry in self.state.held]
         _write(
             self.folder / CHECKPOINT,
@@ -219,13 +224,41 @@ class Trainer:
                 "step": self.state.step,
                 "seconds": self.state.seconds,
                 "held": held,
-                "stopped": self.state.stopped,
             },
         )
+        self._saved = self.state.best
+        self._clear_weights()
 
-    @property
-    def _best(self) -> Path:
-        return self.folder / BEST
+    def _weights(self, held: Held) -> dict[str, Any]:
+        """The weights of an evaluation. Raises InputError if they are not there, or are another network's."""
+        import torch
+
+        path = self.folder / best_of(held.step)
+        try:
+            weights: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            shapes = {name: value.shape for name, value in weights.items()}
+            if shapes != {name: value.shape for name, value in self.model.state_dict().items()}:
+                raise ValueError("it holds another network")
+        except Exception as error:  # torch.load raises whatever its bytes lead it to
+            raise _unusable(path, error) from error
+        return weights
+
+    def _clear_weights(self) -> None:
+        """Delete weights that neither the checkpoint nor this run names any more."""
+        keep = {best_of(held.step) for held in (self._saved, self.state.best) if held is not None}
+        for path in self.folder.glob(best_of("*")):
+            if path.name not in keep:
+                path.unlink(missing_ok=True)
+
+    def _due(self) -> bool:
+        """Whether the held-out comparisons are to be ranked after this step, and are not yet."""
+        step, last = self.state.step, self.state.held[-1].step if self.state.held else 0
+        return step != last and (step % self.every == 0 or step == self.steps)
+
+    def _stopped(self) -> bool:
+        """Whether training ends for want of a better loss."""
+        best = self.state.best
+        return best is not None and sum(held.step > best.step for held in self.state.held) >= self.plan.patience
 
     def _freeze(self) -> None:
         self.model.get_input_embeddings().weight.requires_grad_(False)
@@ -287,7 +320,7 @@ class Trainer:
         return list(gradients), float(loss.detach()), int((better > worse).sum())
 
     def _step(self, pool: ThreadPoolExecutor, batch: Sequence[Encoded], relative: float) -> tuple[float, int]:
-        """One step of the optimiser; mean loss, and how many came out right."""
+        """One step of the optimiser, whole or not at all; mean loss, and how many came out right."""
         import torch
 
         parts = [batch[i :: self.threads] for i in range(min(self.threads, len(batch)))]
@@ -301,11 +334,13 @@ class Trainer:
         torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         for group in self.optimiser.param_groups:
             group["lr"] = group["rate"] * relative
-        self.optimiser.step()
+        with Uninterrupted():
+            self.optimiser.step()
+            self.state.step += 1
         return loss, sum(result[2] for result in results)
 
     def _evaluate(self, pool: ThreadPoolExecutor) -> Held:
-        """Rank the held-out comparisons, keep the weights if they do better, and stop if they have not for long."""
+        """Rank the held-out comparisons, and keep the weights if they do better."""
         import torch
         from torch.nn import functional as F
 
@@ -322,12 +357,11 @@ class Trainer:
         n = len(order)
         held = Held(self.state.step, sum(loss for loss, _ in found) / n, sum(right for _, right in found) / n)
         before = self.state.best
-        self.state.held.append(held)
         if before is None or held.loss < before.loss:
-            _write(self._best, self.model.state_dict())
-        best = self.state.best
-        assert best is not None
-        self.state.stopped = sum(entry.step > best.step for entry in self.state.held) >= self.plan.patience
+            # Before it is recorded: a checkpoint must never name weights that are not there.
+            _write(self.folder / best_of(held.step), self.model.state_dict())
+        self.state.held.append(held)
+        self._clear_weights()
         return held
 
 
@@ -343,6 +377,17 @@ def collate(rows: Sequence[Tokens], types: bool) -> dict[str, Any]:
         parts[2, i, : len(ids)] = torch.tensor(kinds)
     feed = {"input_ids": parts[0], "attention_mask": parts[1]}
     return feed | {"token_type_ids": parts[2]} if types else feed
+
+
+def _state(kept: Any) -> State:
+    """What a checkpoint says of the run. Raises KeyError, TypeError or ValueError."""
+    held = [Held(int(step), float(loss), float(accuracy)) for step, loss, accuracy in kept["held"]]
+    return State(int(kept["step"]), float(kept["seconds"]), held)
+
+
+def _unusable(path: Path, error: Exception) -> InputError:
+    said = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:120]
+    return InputError(f"{path} cannot be read ({said}); begin anew with --restart, which deletes the checkpoint")
 
 
 def _write(path: Path, state: Any) -> None:

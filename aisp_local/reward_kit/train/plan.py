@@ -23,7 +23,7 @@ class Plan:
     evaluations: int = 4  # of the held-out comparisons, in each pass
     patience: int = 6  # evaluations without a better loss after which training ends
     minutes: float | None = None  # the schedule ends with them where they are fewer than the passes take
-    seed: int = 0
+    seed: int = 0  # below 2**32
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch", "evaluations", "patience"):
@@ -36,6 +36,8 @@ class Plan:
             raise InputError(f"frozen_layers {self.frozen_layers} must be at least 0")
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout {self.dropout} must be at least 0 and below 1")
+        if not 0 <= self.seed < 1 << 32:
+            raise InputError(f"seed {self.seed} must be at least 0 and below {1 << 32}")
         if self.minutes is not None and not self.minutes > 0:
             raise InputError(f"minutes {self.minutes} must be more than 0")
 

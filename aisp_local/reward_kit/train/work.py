@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
@@ -16,9 +17,14 @@ from aisp_local.errors import InputError
 from aisp_local.files import write_output
 
 MARKER = "aisp-training.json"
-CHECKPOINT, BEST = "checkpoint.pt", "best.pt"
+CHECKPOINT = "checkpoint.pt"
 # By the loop, in a folder that was empty when it was marked.
-_OF_THE_LOOP = (CHECKPOINT, BEST, "checkpoint.tmp", "best.tmp")
+_OF_THE_LOOP = re.compile(r"(checkpoint|best-\d+)\.(pt|tmp)")
+
+
+def best_of(step: int | str) -> str:
+    """The file of the weights of an evaluation; of "*", the pattern of them all."""
+    return f"best-{step}.pt"
 
 
 class WorkFolder:
@@ -86,7 +92,8 @@ class WorkFolder:
         known = self._marked()
         if known is None:
             return
-        files = [self.path / name for name in (*known["files"], *_OF_THE_LOOP, MARKER)]
+        files = [path for path in self.path.iterdir() if _OF_THE_LOOP.fullmatch(path.name)]
+        files += [self.path / name for name in (*known["files"], MARKER)]
         for file in files:
             with suppress(OSError):
                 file.unlink()

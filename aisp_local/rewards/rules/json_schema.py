@@ -14,7 +14,7 @@ from aisp_local.rewards.rules.base import Rule, flag
 
 _MOST = 100
 """Violations that are counted."""
-_FENCE = re.compile(r"\s*```(?:json)?[ \t]*\n(.*?)\n?[ \t]*```\s*", re.DOTALL | re.IGNORECASE)
+_OPENING, _CLOSING = re.compile(r"```(?:json)?[ \t]*\n", re.IGNORECASE), "```"
 
 
 class JsonSchema(Rule):
@@ -47,8 +47,8 @@ class JsonSchema(Rule):
         self.name = "json"
 
     def one(self, text: str) -> float:
-        if self._fenced and (match := _FENCE.fullmatch(text)):
-            text = match[1]
+        if self._fenced:
+            text = _unfenced(text)
         try:
             value = json.loads(text, parse_constant=_refuse)
             if not self._typed.is_valid(value):
@@ -57,6 +57,15 @@ class JsonSchema(Rule):
         except (ValueError, RecursionError):  # no JSON, or deeper or with larger numbers than anybody reads
             return -3.0
         return 1 / violations - 2.0 if violations else 0.0
+
+
+def _unfenced(text: str) -> str:
+    """What is in a code block that is all of a text; by hand, as an expression for both ends takes the square."""
+    block = text.strip()
+    opening = _OPENING.match(block)
+    if opening is None or not block.endswith(_CLOSING) or len(block) < opening.end() + len(_CLOSING):
+        return text
+    return block[opening.end() : -len(_CLOSING)].rstrip(" \t").removesuffix("\n")
 
 
 def _refuse(constant: str) -> NoReturn:

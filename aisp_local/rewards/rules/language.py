@@ -29,9 +29,11 @@ class Language(Rule):
         for key, code in (("language", language), *(("among", code) for code in chosen)):
             if code not in known:
                 raise RewardError(f"{key!r}: the language {code!r} is unknown; {nearest(code, known, 'known')}")
+        if len(set(chosen)) < len(chosen):
+            raise RewardError(f"'among' is {list(chosen)}; name each language once")
         if len(chosen) == 1 or (chosen and language not in chosen):
             raise RewardError(f"'among' is {list(chosen)}; it must hold {language!r} and another language")
-        self._identifier = _identifier(tuple(sorted(set(chosen))))
+        self._identifier = _identifier(tuple(sorted(chosen)))
         self._language = language
         self.name = f"language {language}"
 
