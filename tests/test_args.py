@@ -262,6 +262,13 @@ def test_a_trained_value_function_knows_the_reward(tmp_path: Path) -> None:
     assert gradient @ direction / (np.linalg.norm(gradient) * np.linalg.norm(direction)) > 0.7
 
 
+def test_rewards_that_do_not_vary_train_a_value_function_that_knows_nothing() -> None:
+    pytest.importorskip("torch", reason="training a value function needs torch")
+    states = [np.random.default_rng(i).standard_normal((4, 3)).astype(np.float32) for i in range(40)]
+    value, figures = training.train(training.Episodes(states, np.full(40, -2.0)), epochs=2)
+    assert np.isnan(figures["last"]) and np.isfinite(value(states[0])).all()
+
+
 @pytest.mark.native
 def test_the_commands(tmp_path: Path) -> None:
     pytest.importorskip("torch", reason="training a value function needs torch")

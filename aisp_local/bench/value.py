@@ -132,7 +132,14 @@ def train(
         kept["2.bias"].numpy() * np.float32(spread) + np.float32(middle),
     )
     figures = {
-        name: float(np.corrcoef([of(part) for part in parts], rewards)[0, 1]) if held > 2 else float("nan")
+        name: _correlation(np.array([of(part) for part in parts]), rewards)
         for name, of in (("mean", np.mean), ("first", lambda x: x[0]), ("last", lambda x: x[-1]))
     }
     return value, figures | {"responses": len(order), "held_out": held, "loss": best}
+
+
+def _correlation(a: Array, b: Array) -> float:
+    """nan where one of them does not vary."""
+    if len(a) < 3 or float(np.ptp(a)) == 0.0 or float(np.ptp(b)) == 0.0:
+        return float("nan")
+    return float(np.corrcoef(a, b)[0, 1])
