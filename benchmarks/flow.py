@@ -69,7 +69,7 @@ def sampled(aligner: Aligner, text: str, samples: int, sigma: float, max_tokens:
         vectors = np.float32(sigma) * noise[start : start + 32, None]
         controls = Controls(n=len(vectors), vectors=vectors, held=True)
         rollouts = aligner.engine.rollout(prompt, controls, max_tokens=max_tokens, seeds=RowSeeds(0))
-        rewards += aligner.reward.score(prompt, list(rollouts.texts))
+        rewards += aligner.reward.score(prompt, list(rollouts.texts)).tolist()
     return noise, np.array(rewards)
 
 

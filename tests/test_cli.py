@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import click
 import pytest
 import synthetic
 from click.testing import CliRunner
@@ -114,7 +115,7 @@ BAD = {
     "budget negative": (["--budget", "-4"], "the budget is -4"),
     "unknown method": (
         ["--method", "magic"],
-        "method 'magic' is unknown; use one of aisp, aisp-held, aisp-static, best-of-n",
+        "method 'magic' is unknown; use one of aisp, aisp-held, aisp-static, args",
     ),
     "no tokens": (["--max-tokens", "0"], "max_tokens is 0"),
     "too many threads": (["--threads", "100000"], "llama.cpp takes 1 to 512"),
@@ -389,7 +390,8 @@ def test_the_commands_have_the_defaults_of_python() -> None:
     python = inspect.signature(Aligner.generate).parameters
     defaults = {name: p.default for name, p in python.items()} | {"rows": python["n"].default}
     for command, extra in ((generate, "budget"), (chat, "effort")):
-        options = {p.name: p.default for p in command.params}
+        context = click.Context(command)
+        options = {p.name: p.get_default(context) for p in command.params}
         for name in ("method", "max_tokens", "rows", "seed"):
             assert options[name] == defaults[name], name
         assert options[extra] == {"budget": EFFORT[defaults["effort"]], "effort": defaults["effort"]}[extra]
