@@ -13,7 +13,6 @@ import sys
 import time
 from pathlib import Path
 
-import click
 import pytest
 import synthetic
 from click.testing import CliRunner
@@ -390,8 +389,8 @@ def test_the_commands_have_the_defaults_of_python() -> None:
     python = inspect.signature(Aligner.generate).parameters
     defaults = {name: p.default for name, p in python.items()} | {"rows": python["n"].default}
     for command, extra in ((generate, "budget"), (chat, "effort")):
-        context = click.Context(command)
-        options = {p.name: p.get_default(context) for p in command.params}
+        with command.make_context("x", ["prompt"] if command is generate else []) as context:
+            options = context.params
         for name in ("method", "max_tokens", "rows", "seed"):
             assert options[name] == defaults[name], name
         assert options[extra] == {"budget": EFFORT[defaults["effort"]], "effort": defaults["effort"]}[extra]
