@@ -22,7 +22,7 @@ def _weights(lab: Lab) -> Finding:
             "effective sample size",
             "weight of the best",
             "mean reward under the weights",
-            "|U - V best| / |V best|",
+            "distance of U to the best, of its length",
         ],
     )
     data = []

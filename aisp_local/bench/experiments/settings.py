@@ -33,7 +33,7 @@ def _figures(lab: Lab, iterations: int, **options: Any) -> dict[str, float]:
 
 def _sweep(name: str, title: str, knob: str, values: list[tuple[str, dict[str, float]]]) -> Table:
     columns = [knob, "best reward", "mean of the first", "mean of the last iteration", "its KL, nats"]
-    made = Table(name, title, [*columns, "effective sample size", "|U|", "variety of the last"])
+    made = Table(name, title, [*columns, "effective sample size", "norm of U", "variety of the last"])
     for label, f in values:
         figures = [number(f[key]) for key in ("best", "first", "last")]
         made.rows.append(
@@ -117,7 +117,7 @@ def _numerics() -> Table:
     made = Table(
         "numerics",
         "The update by itself: everything finite?",
-        ["rewards", "lambda", "|U|", "finite", "a softmax without log-sum-exp"],
+        ["rewards", "lambda", "norm of U", "finite", "a softmax without log-sum-exp"],
     )
     for scale in (1.0, 1e6, 1e30):
         for lambda_ in (1.0, 1e-6, 1e-300):

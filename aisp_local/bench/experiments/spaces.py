@@ -113,7 +113,7 @@ def _gaussianity(z: Array) -> Table:
         "states the Kolmogorov-Smirnov distance of one is below the bound 19 times in 20)",
         [
             "coordinates",
-            "median |skewness|",
+            "median absolute skewness",
             "median excess kurtosis",
             "median distance to a Gaussian",
             "bound",
