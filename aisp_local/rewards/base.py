@@ -18,9 +18,10 @@ class Reward(Protocol):
     """Scores responses to a prompt: higher is better.
 
     One with an attribute ``background`` that is true is called from another thread and for a few responses at a time,
-    while the rest still decode; else it gets all at once that end, or pause, together. One with an attribute ``prefix``
-    that is true knows what to make of an unfinished response (see ``score_prefixes``); one with an attribute
-    ``unfinished`` that is false is not asked for them by a search.
+    while the rest still decode; else it gets all at once that end, or pause, together. With ``args``, which asks while
+    rows decode, such a reward may be asked from two threads at a time. One with an attribute ``prefix`` that is true
+    knows what to make of an unfinished response (see ``score_prefixes``); one with an attribute ``unfinished`` that is
+    false is not asked for them by a search.
     """
 
     @property
