@@ -181,6 +181,8 @@ def test_the_guard_shortens_the_control_and_says_so() -> None:
     ("options", "message"),
     [
         ({"strength": 1.5}, "strength is 1.5"),
+        ({"nats": -1.0}, "nats is -1.0"),
+        ({"nats": float("inf")}, "nats is inf"),
         ({"step": 0.0}, "step is 0.0"),
         ({"selection": -0.1}, "selection is -0.1"),
         ({"blocks": 0}, "blocks is 0"),
@@ -259,6 +261,15 @@ def test_its_nats_are_the_controls_and_the_selections() -> None:
     # Asked for, the control's are those of the engine.
     exact = [s.kl or 0.0 for s in find(letters, strength=0.4, selection=1.0, want=frozenset({"kl"})).iterations]
     assert exact == pytest.approx(only)
+
+
+def test_a_budget_in_nats_is_the_strength_that_has_it() -> None:
+    given = find(letters, nats=FULL_KL * 0.4**2, strength=1.0)
+    same = find(letters, strength=0.4)
+    assert [c.text for c in given.candidates] == [c.text for c in same.candidates]
+    kls = [s.kl or 0.0 for s in find(letters, nats=3.0, selection=1.0).iterations]
+    assert 0 < max(kls) <= 3.0
+    assert all((s.kl or 0.0) == 0.0 for s in find(letters, nats=0.0).iterations)
 
 
 @pytest.mark.parametrize("options", [{"strength": 0.0}, {"selection": 0.0}, {"unfinished": False}])

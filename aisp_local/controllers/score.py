@@ -51,6 +51,7 @@ class Score:
     """Options:
 
     - ``strength`` (0: the base model; the law sampled from stays within ``80 strength^2`` nats of it over a response);
+    - ``nats`` (that budget itself, in the place of ``strength``);
     - ``selection`` (the share of them that selecting unfinished rollouts takes; 0: none are);
     - ``commit`` (one rollout survives each pause, whatever nats that takes: what is decoded by then has settled);
     - ``blocks`` (a response of the expected length is cut into about so many: more cost more of the reward's time);
@@ -72,6 +73,7 @@ class Score:
         unfinished: bool = True,
         steering: FloatArray | None = None,
         strength: float = 0.5,
+        nats: float | None = None,
         selection: float = 0.5,
         commit: bool = False,
         blocks: int = BLOCKS,
@@ -88,7 +90,9 @@ class Score:
         if not temperature > 0:
             raise InputError(f"temperature is {temperature}; score samples, so it must be greater than 0")
         self._head, self._sampling = head, Sampling(temperature, min_p=min_p)
-        nats = FULL_KL * strength**2
+        if nats is not None and not (nats >= 0 and math.isfinite(nats)):
+            raise InputError(f"nats is {nats}; it must be 0 or greater")
+        nats = FULL_KL * strength**2 if nats is None else nats
         if not unfinished:
             selection, commit = 0.0, False
         self._selection_kl, self._control_kl, self._step = selection * nats, (1.0 - selection) * nats, step
