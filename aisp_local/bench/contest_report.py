@@ -75,8 +75,8 @@ def summary(played: Mapping[str, Sequence[Run]], budgets: Sequence[int]) -> list
         row["rollouts_to_base_best"] = needed(runs, goal)
         row["last_mean_sd"] = (float(np.nanmean([last_mean(run) for run in runs])) - middle) / sd
         row["best_sd_over_base"] = (float(best_at(runs, max(budgets)).mean()) - goal) / sd
-        row["kl"] = _mean([run.kl for run in runs])
-        row["exact_kl"] = _mean([run.exact_kl for run in runs])
+        row["kl"] = mean_of([run.kl for run in runs])
+        row["exact_kl"] = mean_of([run.exact_kl for run in runs])
         row["diversity"] = float(np.mean([diversity(run.answer) for run in runs]))
         logprobs = [(run.logprob, run.answer_tokens) for run in runs if run.logprob is not None and run.answer_tokens]
         row["logprob"] = float(np.mean([total / tokens for total, tokens in logprobs])) if logprobs else None
@@ -86,7 +86,7 @@ def summary(played: Mapping[str, Sequence[Run]], budgets: Sequence[int]) -> list
     return rows
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
+def mean_of(values: Sequence[float | None]) -> float | None:
     found = [value for value in values if value is not None]
     return float(np.mean(found)) if found else None
 
@@ -117,8 +117,8 @@ def table(pair: str, rows: Sequence[Mapping[str, Any]], budgets: Sequence[int], 
         made.rows.append(
             [
                 f"{row['method']} ({settings})" if settings else row["method"],
-                *(_spread(row[f"best_{budget}"]) for budget in budgets),
-                *(_spread(row[f"{key}_{budget}"], sign=True) for budget in budgets),
+                *(shown(row[f"best_{budget}"]) for budget in budgets),
+                *(shown(row[f"{key}_{budget}"], sign=True) for budget in budgets),
                 row["rollouts_to_base_best"] or "-",
                 f"{row['last_mean_sd']:+.2f}",
                 "-" if kl is None else f"{kl:.1f}",
@@ -130,6 +130,6 @@ def table(pair: str, rows: Sequence[Mapping[str, Any]], budgets: Sequence[int], 
     return made
 
 
-def _spread(values: tuple[float, float, float], sign: bool = False) -> str:
+def shown(values: tuple[float, float, float], sign: bool = False) -> str:
     form = "{:+.2f}" if sign else "{:.2f}"
     return f"{form.format(values[0])} [{form.format(values[1])}, {form.format(values[2])}]"

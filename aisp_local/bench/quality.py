@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from aisp_local.bench.contest import Pair, Run
 from aisp_local.bench.contest_plot import curves
-from aisp_local.bench.contest_report import BASE, best_at, diversity, interval, last_mean, needed
+from aisp_local.bench.contest_report import BASE, best_at, diversity, interval, last_mean, mean_of, needed, shown
 from aisp_local.bench.tables import Table
 from aisp_local.errors import InputError
 from aisp_local.files import write_output
@@ -111,10 +111,10 @@ def report(pair: Pair, played: Played, budgets: Sequence[int]) -> Report:
                 "mean_last": float(np.nanmean([last_mean(run) for run in runs])),
                 "judge": None if judged is None else interval(judged),
                 "judge_wins": None if judged is None or base_judged is None else win_rate(judged, base_judged),
-                "kl": _mean([run.kl if run.exact_kl is None else run.exact_kl for run in runs]),
+                "kl": mean_of([run.kl if run.exact_kl is None else run.exact_kl for run in runs]),
                 "diversity": float(np.mean([diversity(run.answer) for run in runs])),
-                "logprob": _mean([run.logprob / run.answer_tokens for run in runs if run.logprob is not None]),
-                "low_logprob": _mean([run.low_logprob for run in runs]),
+                "logprob": mean_of([run.logprob / run.answer_tokens for run in runs if run.logprob is not None]),
+                "low_logprob": mean_of([run.low_logprob for run in runs]),
                 "seconds": float(np.mean([run.clock[-1] for run in runs])),
                 "tokens": float(np.mean([run.n_tokens for run in runs])),
                 "scored": float(np.mean([run.n_scored for run in runs])),
@@ -130,11 +130,6 @@ def report(pair: Pair, played: Played, budgets: Sequence[int]) -> Report:
         curves(pair.name, played),
         _answers(pair, played),
     )
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    found = [value for value in values if value is not None]
-    return float(np.mean(found)) if found else None
 
 
 def _tables(
@@ -188,8 +183,8 @@ def _tables(
         reward.rows.append(
             [
                 label,
-                *(_spread(best[b]) for b in budgets),
-                *(_spread(row["ahead"][b], sign=True) for b in budgets),
+                *(shown(best[b]) for b in budgets),
+                *(shown(row["ahead"][b], sign=True) for b in budgets),
                 "-" if row["p_holm"] is None else f"{row['p_holm']:.3f}",
                 f"{100 * row['wins']:.0f}%",
                 f"{row['mean_last']:.2f}",
@@ -198,8 +193,8 @@ def _tables(
         time.rows.append(
             [
                 label,
-                *(_spread(by_time[b]) for b in budgets),
-                *(_spread(row["ahead_by_time"][b], sign=True) for b in budgets),
+                *(shown(by_time[b]) for b in budgets),
+                *(shown(row["ahead_by_time"][b], sign=True) for b in budgets),
                 f"{row['seconds']:.1f}",
                 f"{row['tokens']:.0f}",
                 f"{row['scored']:.0f}",
@@ -209,7 +204,7 @@ def _tables(
         price.rows.append(
             [
                 label,
-                "-" if row["judge"] is None else _spread(row["judge"]),
+                "-" if row["judge"] is None else shown(row["judge"]),
                 "-" if row["judge_wins"] is None else f"{100 * row['judge_wins']:.0f}%",
                 "-" if row["kl"] is None else f"{row['kl']:.1f}",
                 f"{row['diversity']:.2f}",
@@ -220,21 +215,16 @@ def _tables(
     return [reward, time, needs, price]
 
 
-def _spread(values: tuple[float, float, float], sign: bool = False) -> str:
-    form = "{:+.2f}" if sign else "{:.2f}"
-    return f"{form.format(values[0])} [{form.format(values[1])}, {form.format(values[2])}]"
-
-
 def _answers(pair: Pair, played: Played) -> list[tuple[str, list[tuple[str, float, float | None, str]]]]:
-    shown = []
+    answers = []
     for i, prompt in enumerate(pair.evaluation[:_SHOWN]):
         told = []
         for label, runs in played.items():
             run = runs[i]
             judged = list(run.judged.values())
             told.append((label, float(np.max(run.rewards)), judged[-1] if judged else None, run.answer))
-        shown.append((prompt, told))
-    return shown
+        answers.append((prompt, told))
+    return answers
 
 
 _STYLE = """

@@ -50,7 +50,7 @@ class Lab:
         return [values[0], values[-1]] if self.small and len(values) > 2 else values
 
     def search(
-        self, method: str, budget: int, n: int, *, reward: Reward | None = None, seed: int = 0, **options: Any
+        self, method: str, budget: int, n: int | None, *, reward: Reward | None = None, seed: int = 0, **options: Any
     ) -> list[Result]:
         """One search for each prompt. Raises what a search ended with."""
         aligner = self.aligner if reward is None else Aligner(self.aligner.engine, reward)

@@ -50,7 +50,7 @@ def _objectives(lab: Lab) -> Finding:
     for wish, file, counted, count in GOALS:
         reward = _reward(file)
         found: dict[str, tuple[float, float]] = {}
-        for method, n in (("best-of-n", 16), ("score", _rows(reward))):
+        for method, n in (("best-of-n", 16), ("score", None)):
             results = lab.search(method, budget, n, reward=reward, **SETTINGS.get(method, {}))
             if method == "best-of-n":
                 drawn = [c for result in results for c in result.candidates]
@@ -63,10 +63,6 @@ def _objectives(lab: Lab) -> Finding:
         )
         data.append({"wish": wish, **{way: found[way] for way in ways}})
     return Finding([made], data=data)
-
-
-def _rows(reward: Reward) -> int:
-    return 32 if getattr(reward, "unfinished", True) else 16
 
 
 OBJECTIVES = Experiment(
