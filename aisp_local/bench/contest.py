@@ -23,7 +23,7 @@ from aisp_local.errors import DecodeError, InputError
 from aisp_local.files import write_output
 from aisp_local.rewards.base import call
 from aisp_local.seeds import RowSeeds
-from aisp_local.types import Candidate, Controls, FloatArray, Message, Result
+from aisp_local.types import Candidate, Controls, FloatArray, Message, Prompt, Result
 
 Settings = Mapping[str, float]
 Say = Callable[[str], None]
@@ -269,7 +269,8 @@ class Contest:
             if not isinstance(result, Result):
                 raise result
             rollouts = sorted(result.candidates, key=lambda c: (c.iteration, c.row))
-            logprobs = self._base_logprobs(prompt, result.answer)
+            engine = self.aligner.engine
+            logprobs = answer_logprobs(engine, prompt, result.answer) if isinstance(engine, LlamaEngine) else None
             runs.append(
                 Run(
                     **{
@@ -299,23 +300,21 @@ class Contest:
         best = [max(rollouts[:budget], key=lambda c: c.reward).text for budget in self.budgets]
         return dict(zip(map(str, self.budgets), call(judge.name, judge.score, prompt, best).tolist(), strict=True))
 
-    def _base_logprobs(self, prompt: list[Message], answer: str) -> FloatArray | None:
-        """Log-probabilities of an answer's tokens under the base model at temperature 1."""
-        engine = self.aligner.engine
-        if not isinstance(engine, LlamaEngine):
-            return None
-        tokens = engine.model.tokenize(answer, add_special=False, parse_special=False)
-        if not len(tokens):
-            return None
-        rollouts = engine.rollout(
-            prompt,
-            Controls(n=1, prefixes=[tokens]),
-            max_tokens=len(tokens) + 1,
-            seeds=RowSeeds(0),
-            want=frozenset({"logprobs"}),
-        )
-        assert rollouts.base_logprobs is not None
-        return rollouts.base_logprobs[0][: len(tokens)]
+
+def answer_logprobs(engine: LlamaEngine, prompt: Prompt, answer: str) -> FloatArray | None:
+    """Log-probabilities of an answer's tokens under the engine's model at temperature 1; None for an empty one."""
+    tokens = engine.model.tokenize(answer, add_special=False, parse_special=False)
+    if not len(tokens):
+        return None
+    rollouts = engine.rollout(
+        prompt,
+        Controls(n=1, prefixes=[tokens]),
+        max_tokens=len(tokens) + 1,
+        seeds=RowSeeds(0),
+        want=frozenset({"logprobs"}),
+    )
+    assert rollouts.base_logprobs is not None
+    return rollouts.base_logprobs[0][: len(tokens)]
 
 
 def _lowest(logprobs: FloatArray) -> float:

@@ -9,32 +9,16 @@ import numpy as np
 
 from aisp_local import shipped
 from aisp_local.api import Aligner
+from aisp_local.bench.contest import answer_logprobs
 from aisp_local.bench.contest_report import interval
 from aisp_local.bench.experiments.lab import Experiment, Finding, Lab, in_order, last, rewards
 from aisp_local.bench.tables import Table
 from aisp_local.engine import LlamaEngine
 from aisp_local.errors import InputError
-from aisp_local.seeds import RowSeeds
-from aisp_local.types import Controls, Result
+from aisp_local.types import Result
 
 _N = 32
 _SCORED = 8  # rollouts of a prompt whose likelihood under both models is computed
-
-
-def _log_likelihood(engine: LlamaEngine, prompt: Any, text: str, max_tokens: int) -> float:
-    """Of a response's text, in nats, without the token that ends it."""
-    tokens = engine.model.tokenize(text, add_special=False, parse_special=False)[:max_tokens]
-    if not len(tokens):
-        return 0.0
-    rollouts = engine.rollout(
-        prompt,
-        Controls(1, prefixes=[tokens]),
-        max_tokens=len(tokens) + 1,
-        seeds=RowSeeds(0),
-        want=frozenset({"logprobs"}),
-    )
-    assert rollouts.base_logprobs is not None
-    return float(rollouts.base_logprobs[0][: len(tokens)].sum(dtype=np.float64))
 
 
 def _away(lab: Lab, results: Sequence[Result], base: LlamaEngine, adapted: LlamaEngine) -> float:
@@ -43,8 +27,9 @@ def _away(lab: Lab, results: Sequence[Result], base: LlamaEngine, adapted: Llama
     for prompt, result in zip(lab.prompts, results, strict=True):
         of_last = [c for c in in_order(result) if c.iteration == len(result.iterations)]
         for candidate in of_last[: lab.size(_SCORED, 2)]:
-            ratio = [_log_likelihood(engine, prompt, candidate.text, lab.max_tokens) for engine in (adapted, base)]
-            found.append(ratio[0] - ratio[1])
+            under = [answer_logprobs(engine, prompt, candidate.text) for engine in (adapted, base)]
+            sums = [0.0 if logprobs is None else float(logprobs.sum(dtype=np.float64)) for logprobs in under]
+            found.append(sums[0] - sums[1])
     return float(np.mean(found))
 
 
