@@ -18,6 +18,7 @@ from aisp_local.errors import AispError, DecodeError, InputError
 from aisp_local.files import check_output
 from aisp_local.loop import Task, search_many
 from aisp_local.measure import calibrated, calibration_of, judged
+from aisp_local.models import find_model
 from aisp_local.native import Lora, check_model_file, versions
 from aisp_local.rewards import Reward, load_reward
 from aisp_local.rewards.base import Calibrates, call_parts, call_prefixes
@@ -90,14 +91,15 @@ class Aligner:
         threads: int | None = None,
         loras: Sequence[str | os.PathLike[str] | Lora] = (),
     ) -> Aligner:
-        """Load a GGUF ``model`` and a ``reward``: a folder, a TOML file, the name of a recipe, a Reward, or
-        ``(prompt, responses) -> scores``. A ``judge`` is any of these; without one, the reward's own, if it names one.
+        """Load a GGUF ``model``, by path or name (``aisp-local models list``), and a ``reward``: a folder, a TOML file,
+        the name of a recipe, a Reward, or ``(prompt, responses) -> scores``. A ``judge`` is any of these; without one,
+        the reward's own, if it names one.
 
         What is left out is the shipped one. ``n_gpu_layers``: layers on the GPU, as in llama.cpp. ``loras``: adapters,
         GGUF files, which make the model that is aligned: nats are measured from the model with them.
         Raises ModelError, RewardError, BindingError.
         """
-        path = shipped.model() if model is None else Path(model)
+        path = shipped.model() if model is None else find_model(model)
         # What is checked sooner comes first: a large model is loaded last.
         check_model_file(path)
         scorer = load_reward(shipped.reward() if reward is None else reward)

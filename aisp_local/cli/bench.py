@@ -8,17 +8,20 @@ from typing import Any, TypeVar
 
 import click
 
+from aisp_local.cli.help import Group
+from aisp_local.cli.names import MODEL
+
 F = TypeVar("F", bound=Callable[..., Any])
 BUDGETS = [32, 64, 256]
 
 
-@click.group()
+@click.group(cls=Group)
 def bench() -> None:
     """Measure this machine."""
 
 
 @bench.command()
-@click.option("-m", "--model", type=click.Path(path_type=Path), multiple=True, help="A GGUF model as well.")
+@click.option("-m", "--model", type=MODEL, multiple=True, help="A GGUF model as well.")
 @click.option("--only", multiple=True, help="raw, methods, many, peers, growth or memory. Default: all.")
 @click.option(
     "--repeats", type=click.IntRange(1), help="Pairs a ratio is the median of. Default: 5, and 1 with --quick."
@@ -88,7 +91,7 @@ def contest_options(command: F) -> F:
             "--judge", type=click.Path(path_type=Path), help="With -m and -r: another reward, which no search sees."
         ),
         click.option("-r", "--reward", type=click.Path(path_type=Path), help="What rewards its answers."),
-        click.option("-m", "--model", type=click.Path(path_type=Path), help="GGUF model. Default: the shipped pairs."),
+        click.option("-m", "--model", type=MODEL, help="GGUF model. Default: the shipped pairs."),
     ):
         command = option(command)
     return command
@@ -189,7 +192,7 @@ def quality(
 @bench.command()
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 @click.option("--list", "list_", is_flag=True, help="What there is, and which question each answers.")
-@click.option("-m", "--model", type=click.Path(path_type=Path), help="GGUF model. Default: a shipped pair.")
+@click.option("-m", "--model", type=MODEL, help="GGUF model. Default: a shipped pair.")
 @click.option("-r", "--reward", type=click.Path(path_type=Path), help="What rewards its answers.")
 @click.option("--prompts", type=click.Path(path_type=Path), help="JSON file of two lists, tuning and evaluation.")
 @click.option("--max-prompts", type=click.IntRange(1), default=8, show_default=True)
@@ -251,7 +254,7 @@ def experiment(
 
 
 @bench.command()
-@click.option("-m", "--model", type=click.Path(path_type=Path), help="GGUF model. Default: the shipped one.")
+@click.option("-m", "--model", type=MODEL, help="GGUF model. Default: the shipped one.")
 @click.option("-r", "--reward", type=click.Path(path_type=Path), help="What rewards its answers.")
 @click.option("--prompts", type=click.Path(path_type=Path), help="JSON file of two lists; those of tuning are used.")
 @click.option("--responses", type=click.IntRange(1), default=64, show_default=True, help="Of each prompt.")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from aisp_local.api import DEFAULT_EFFORT, EFFORT, check_search
+from aisp_local.cli.help import ExamplesFirst
 from aisp_local.cli.live import ProgressLine, Streamed, stop_on_interrupt
 from aisp_local.cli.options import load, method_options, model_options, search_options
 from aisp_local.errors import AispError, BindingError, CapacityError, InputError
@@ -193,7 +194,7 @@ class Session:
         click.echo(f"saved to {path}")
 
 
-@click.command()
+@click.command(cls=ExamplesFirst)
 @click.option(
     "--effort",
     type=click.Choice(list(EFFORT)),

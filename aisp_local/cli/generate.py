@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from aisp_local.api import DEFAULT_EFFORT, EFFORT, check_search
+from aisp_local.cli.help import ExamplesFirst
 from aisp_local.cli.live import ProgressLine, Streamed, stop_on_interrupt
 from aisp_local.cli.options import load, method_options, model_options, search_options
 from aisp_local.cli.output import print_answer
@@ -113,7 +114,7 @@ def as_json(result: Result) -> dict[str, Any]:
     }
 
 
-@click.command()
+@click.command(cls=ExamplesFirst)
 @click.argument("prompt")
 @click.option("--budget", type=int, default=EFFORT[DEFAULT_EFFORT], show_default=True, help="Rollouts in all.")
 @click.option("--budget-tokens", type=int, help="Stop after about so many decoded tokens.")

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import click
 
+from aisp_local.cli.help import CONTEXT, Group
 from aisp_local.errors import AispError, InputError
 
 EXIT_CODES = """\b
@@ -19,7 +20,7 @@ Exit codes:
   130  interrupted before there was any answer"""
 
 
-class ErrorsAsSentences(click.Group):
+class ErrorsAsSentences(Group):
     """Prints an error of ours as one sentence; ``--debug`` shows where it came from."""
 
     def invoke(self, ctx: click.Context) -> object:
@@ -46,7 +47,7 @@ class ErrorsAsSentences(click.Group):
 @click.group(
     cls=ErrorsAsSentences,
     epilog=EXIT_CODES,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=CONTEXT,
 )
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.version_option(package_name="aisp-local")
@@ -71,12 +72,14 @@ def _add_commands() -> None:
     from aisp_local.cli.bench import bench
     from aisp_local.cli.chat import chat
     from aisp_local.cli.generate import generate
+    from aisp_local.cli.models import models
     from aisp_local.cli.reward import reward
     from aisp_local.cli.serve import serve
 
     main.add_command(bench)
     main.add_command(chat)
     main.add_command(generate)
+    main.add_command(models)
     main.add_command(reward)
     main.add_command(serve)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from aisp_local.api import DEFAULT_MAX_TOKENS, DEFAULT_METHOD, DEFAULT_N, DEFAULT_N_WHOLE, DEFAULT_SEED
+from aisp_local.cli.names import MODEL, REWARD
 from aisp_local.controllers import METHODS, options_of
 from aisp_local.errors import InputError
 
@@ -42,14 +43,14 @@ def model_options(command: F) -> F:
         ),
         click.option(
             "--judge",
-            type=click.Path(path_type=Path),
+            type=REWARD,
             envvar="AISP_JUDGE",
             help="Another reward, as for -r: its score of the answer is shown, never optimised.",
         ),
         click.option(
             "-r",
             "--reward",
-            type=click.Path(path_type=Path),
+            type=REWARD,
             envvar="AISP_REWARD",
             help="Reward folder (with reward.json), TOML file, or recipe (kind-and-safe, short-and-plain). "
             "Default: the shipped one.",
@@ -70,9 +71,9 @@ def model_options(command: F) -> F:
         click.option(
             "-m",
             "--model",
-            type=click.Path(path_type=Path),
+            type=MODEL,
             envvar="AISP_MODEL",
-            help="GGUF model. Default: the shipped one.",
+            help="GGUF model: a file, or a name of `models list`. Default: the shipped one.",
         ),
     ):
         command = option(command)

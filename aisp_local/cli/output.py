@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import unicodedata
+from typing import Any
 
 import click
 
 from aisp_local.errors import InputError
+from aisp_local.finite import finite
 
 
 def print_answer(text: str) -> None:
@@ -28,3 +32,17 @@ def print_text(text: str) -> None:
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails again when it exits
         raise InputError(f"standard output cannot be written ({error.strerror}); use -o FILE") from error
+
+
+def print_json(value: Any, indent: int | None = 2) -> None:
+    """A JSON document on standard output; None for what JSON has no number for."""
+    print_answer(json.dumps(finite(value), ensure_ascii=False, indent=indent))
+
+
+def one_line(text: str) -> str:
+    """A text of somebody's manifest with "?" for what would move the cursor or change the terminal."""
+    return "".join("?" if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in text)
+
+
+def size_text(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"

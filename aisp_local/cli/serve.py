@@ -10,11 +10,12 @@ from typing import Any
 import click
 
 from aisp_local.api import DEFAULT_MAX_TOKENS
+from aisp_local.cli.help import ExamplesFirst
 from aisp_local.cli.options import load, model_options
 from aisp_local.errors import InputError
 
 
-@click.command()
+@click.command(cls=ExamplesFirst)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any free one.")
 @click.option("--api-key", envvar="AISP_API_KEY", help="What clients must send as their API key.")

@@ -41,10 +41,16 @@ class Model:
     """A loaded GGUF model and its vocabulary. Closed by ``close`` or on deletion, but not before its contexts.
 
     Safe to share between threads: none uses a pointer while another frees it. ``loras``: adapters of its weights.
+    ``described``: its weights are not read, where the build can do without; it can be asked about and not run.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, n_gpu_layers: int | None = None, loras: Sequence[lora.Lora] = ()
+        self,
+        path: str | os.PathLike[str],
+        *,
+        n_gpu_layers: int | None = None,
+        loras: Sequence[lora.Lora] = (),
+        described: bool = False,
     ) -> None:
         self._model: Any = None
         self.loras = tuple(loras)
@@ -56,6 +62,7 @@ class Model:
             each.check()
         self._llama = binding()
         self._n_gpu_layers = n_gpu_layers
+        self._described = described
         self._file = self._identity()
         self.overrides: dict[str, int] = {}
         self.adapters: list[tuple[Any, float]] = []  # pointers, and what their products are multiplied with
@@ -99,6 +106,8 @@ class Model:
         params = self._llama.llama_model_default_params()
         if self._n_gpu_layers is not None:
             params.n_gpu_layers = self._n_gpu_layers
+        if self._described and hasattr(params, "no_alloc") and hasattr(params, "load_mode"):
+            params.no_alloc, params.load_mode = True, self._llama.LLAMA_LOAD_MODE_NONE  # a mapped file is allocated
         overrides = (self._llama.llama_model_kv_override * (len(self.overrides) + 1))()  # the last one's key is empty
         for override, (key, value) in zip(overrides, self.overrides.items(), strict=False):
             override.tag, override.key = self._llama.LLAMA_KV_OVERRIDE_TYPE_INT, key.encode()

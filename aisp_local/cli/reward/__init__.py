@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from aisp_local.cli.help import Group
 from aisp_local.cli.reward.eval import eval_
 from aisp_local.cli.reward.export import export
 from aisp_local.cli.reward.list import list_
@@ -13,7 +14,7 @@ from aisp_local.cli.reward.train import train
 from aisp_local.cli.reward.verify import verify
 
 
-@click.group()
+@click.group(cls=Group)
 def reward() -> None:
     """Make, list, check and measure reward models."""
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,9 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from aisp_local import shipped
-from aisp_local.cli.output import print_answer
 from aisp_local.errors import InputError
-from aisp_local.finite import finite
 
 if TYPE_CHECKING:
     from aisp_local.rewards import Reward
@@ -61,20 +57,6 @@ def load_measured(path: Path) -> Reward:
             f"aisp-local generate PROMPT -r {path} --json prints them under 'calibration'"
         )
     return reward
-
-
-def print_json(value: Any, indent: int | None = 2) -> None:
-    """A JSON document on standard output; None for what JSON has no number for."""
-    print_answer(json.dumps(finite(value), ensure_ascii=False, indent=indent))
-
-
-def one_line(text: str) -> str:
-    """A text of somebody's manifest with "?" for what would move the cursor or change the terminal."""
-    return "".join("?" if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in text)
-
-
-def size_text(n_bytes: int) -> str:
-    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
 
 
 def parameters_text(parameters: Mapping[str, int]) -> str:

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from aisp_local.cli.reward.common import FOLDER, PATH, load_measured, print_json
+from aisp_local.cli.help import ExamplesFirst
+from aisp_local.cli.output import print_json
+from aisp_local.cli.reward.common import FOLDER, PATH, load_measured
 
 if TYPE_CHECKING:
     from aisp_local.reward_kit.evaluate import Accuracy, Evaluation
 
 
-@click.command("eval")
+@click.command("eval", cls=ExamplesFirst)
 @click.argument("folder", type=FOLDER)
 @click.argument("data", type=PATH)
 @click.option("--plots", type=PATH, help="Write accuracy.svg, calibration.svg and length.svg into this folder.")

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 
 import click
 
+from aisp_local.cli.help import ExamplesFirst
+
 if TYPE_CHECKING:
     from aisp_local.reward_kit.export import Precision
     from aisp_local.rewards.manifest import Kind
 
 
-@click.command()
+@click.command(cls=ExamplesFirst)
 @click.argument("source")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(

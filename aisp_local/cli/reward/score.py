@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from aisp_local.cli.reward.common import FOLDER, PATH, load_measured, print_json
+from aisp_local.cli.help import ExamplesFirst
+from aisp_local.cli.output import print_json
+from aisp_local.cli.reward.common import FOLDER, PATH, load_measured
 
 if TYPE_CHECKING:
     from aisp_local.reward_kit.rows import Row
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 _AT_ONCE = 64  # rows of a file; what comes through a pipe is scored line by line
 
 
-@click.command()
+@click.command(cls=ExamplesFirst)
 @click.argument("folder", type=FOLDER)
 @click.argument("texts", nargs=-1)
 @click.option("-p", "--prompt", default="", help="What the responses answer, where a row has no prompt of its own.")

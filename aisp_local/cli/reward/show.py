@@ -6,10 +6,12 @@ from pathlib import Path
 
 import click
 
-from aisp_local.cli.reward.common import FOLDER, one_line, parameters_text, print_json, refuse_recipe, size_text
+from aisp_local.cli.help import ExamplesFirst
+from aisp_local.cli.output import one_line, print_json, size_text
+from aisp_local.cli.reward.common import FOLDER, parameters_text, refuse_recipe
 
 
-@click.command()
+@click.command(cls=ExamplesFirst)
 @click.argument("folder", type=FOLDER)
 @click.option("--json", "json_", is_flag=True, help="Print a JSON object.")
 def show(folder: Path, json_: bool) -> None:

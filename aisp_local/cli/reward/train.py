@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from aisp_local.cli.help import ExamplesFirst
 from aisp_local.cli.reward.common import FOLDER, PATH
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 _LOG_SECONDS = 60.0  # between lines where nobody watches
 
 
-@click.command()
+@click.command(cls=ExamplesFirst)
 @click.argument("data", type=PATH)
 @click.argument("out", type=PATH)
 @click.option("--backbone", type=FOLDER, help="Hugging Face folder, GGUF file or reward folder. Default: the shipped.")

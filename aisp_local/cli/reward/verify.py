@@ -7,10 +7,12 @@ from pathlib import Path
 
 import click
 
-from aisp_local.cli.reward.common import FOLDER, PATH, print_json, refuse_recipe
+from aisp_local.cli.help import ExamplesFirst
+from aisp_local.cli.output import print_json
+from aisp_local.cli.reward.common import FOLDER, PATH, refuse_recipe
 
 
-@click.command()
+@click.command(cls=ExamplesFirst)
 @click.argument("folder", type=FOLDER)
 @click.option("--pairs", type=PATH, help="Preference pairs (JSONL) that it must rank right as well.")
 @click.option("--json", "json_", is_flag=True, help="Print a JSON object.")

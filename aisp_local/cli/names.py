@@ -1,0 +1,59 @@
+"""Names of models and rewards on the command line: what they stand for, and their completion in a shell."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+from click.shell_completion import CompletionItem
+
+
+class ModelPath(click.Path):
+    """A GGUF file, by its path or by the name of a model on this machine."""
+
+    name = "model"
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        from aisp_local.models import find_model
+
+        return find_model(Path(os.fsdecode(super().convert(value, param, ctx))))
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return complete_model(ctx, param, incomplete)
+
+
+class RewardPath(click.Path):
+    """A reward folder or a TOML file; what is none may be a name, which the library knows."""
+
+    name = "reward"
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        from aisp_local import shipped
+        from aisp_local.reward_kit.folders import find_rewards, standard_folders
+
+        folders = find_rewards(standard_folders()[1:])
+        return _matching(incomplete, ["shipped", "judge", *shipped.recipes(), *map(str, folders)])
+
+
+MODEL = ModelPath()
+REWARD = RewardPath()
+
+
+def complete_model(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Names that begin so, else files."""
+    from aisp_local.models import all_models
+
+    return _matching(incomplete, [model.name for model in all_models()])
+
+
+def _matching(incomplete: str, names: list[str]) -> list[CompletionItem]:
+    found = [CompletionItem(name) for name in names if name.lower().startswith(incomplete.lower())]
+    return found or [CompletionItem(incomplete, type="file")]
