@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 import traceback
 import warnings
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
-from aisp_local.cli.help import CONTEXT, Group
+from aisp_local.cli.help import CONTEXT, Group, use_colour
+from aisp_local.cli.settings import commands, name_variables, read
 from aisp_local.errors import AispError, InputError
 
 EXIT_CODES = """\b
@@ -44,14 +46,31 @@ class ErrorsAsSentences(Group):
         sys.exit(code)
 
 
+def _version(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
+    if value and not context.resilient_parsing:
+        from aisp_local.cli.version import lines
+
+        click.echo("\n".join(lines()))
+        context.exit()
+
+
 @click.group(
     cls=ErrorsAsSentences,
     epilog=EXIT_CODES,
     context_settings=CONTEXT,
 )
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-@click.version_option(package_name="aisp-local")
-def main(debug: bool) -> None:
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    envvar="AISP_CONFIG",
+    help="File of settings. Default: what `config path` prints.",
+)
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show versions and exit."
+)
+@click.pass_context
+def main(context: click.Context, debug: bool, config: Path | None) -> None:
     """Align a local language model while it answers: offline, no fine-tuning.
 
     \b
@@ -62,6 +81,9 @@ def main(debug: bool) -> None:
     """
     if not debug:
         warnings.showwarning = _as_sentence
+    use_colour(context)
+    if context.invoked_subcommand in commands(main):
+        context.default_map = read(main, config).defaults(main)
 
 
 def _as_sentence(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -71,6 +93,8 @@ def _as_sentence(message: Warning | str, *_: Any, **__: Any) -> None:
 def _add_commands() -> None:
     from aisp_local.cli.bench import bench
     from aisp_local.cli.chat import chat
+    from aisp_local.cli.completion import completion
+    from aisp_local.cli.config import config
     from aisp_local.cli.generate import generate
     from aisp_local.cli.models import models
     from aisp_local.cli.reward import reward
@@ -78,10 +102,13 @@ def _add_commands() -> None:
 
     main.add_command(bench)
     main.add_command(chat)
+    main.add_command(completion)
+    main.add_command(config)
     main.add_command(generate)
     main.add_command(models)
     main.add_command(reward)
     main.add_command(serve)
+    name_variables(main)
 
 
 _add_commands()

@@ -9,6 +9,8 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
+from aisp_local.errors import ModelError
+
 
 class ModelPath(click.Path):
     """A GGUF file, by its path or by the name of a model on this machine."""
@@ -21,7 +23,12 @@ class ModelPath(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         from aisp_local.models import find_model
 
-        return find_model(Path(os.fsdecode(super().convert(value, param, ctx))))
+        try:
+            return find_model(Path(os.fsdecode(super().convert(value, param, ctx))))
+        except ModelError as error:
+            if ctx is not None and param is not None and ctx.lookup_default(str(param.name), call=False) == value:
+                raise ModelError(f"{error} (aisp-local config show says where it is set)") from error
+            raise
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         return complete_model(ctx, param, incomplete)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from aisp_local.api import DEFAULT_MAX_TOKENS, DEFAULT_METHOD, DEFAULT_N, DEFAULT_N_WHOLE, DEFAULT_SEED
 from aisp_local.cli.names import MODEL, REWARD
@@ -95,7 +96,7 @@ def search_options(command: F) -> F:
         click.option(
             "--rows",
             type=int,
-            help=f"Rollouts at once. [default: {DEFAULT_N}; {DEFAULT_N_WHOLE} with a reward of whole responses only]",
+            help=f"Rollouts at once. Without it {DEFAULT_N}; {DEFAULT_N_WHOLE} with a reward of whole responses only.",
         ),
         click.option(
             "--stream",
@@ -106,7 +107,7 @@ def search_options(command: F) -> F:
         click.option(
             "--strength",
             type=click.FloatRange(0.0, 1.0),
-            help="How far the default method may move from the model: 0 not at all, 1 by 80 nats. [default: 0.5]",
+            help="How far the default method may move from the model: 0 not at all, 1 by 80 nats. Without it 0.5.",
         ),
         click.option(
             "--method",
@@ -119,9 +120,17 @@ def search_options(command: F) -> F:
     return command
 
 
+def _typed(name: str) -> bool:
+    """Whether an option stands on the command line, and not in the settings."""
+    context = click.get_current_context(silent=True)
+    return context is None or context.get_parameter_source(name) == ParameterSource.COMMANDLINE
+
+
 def method_options(method: str, strength: float | None, stream: bool, more: Sequence[str]) -> dict[str, Any]:
     """Options of the method that were given."""
     options: dict[str, Any] = {} if strength is None else {"strength": strength}
+    if not _typed("strength") and "strength" not in options_of(method):
+        options = {}  # a setting is for the methods that have it
     for text in more:
         name, equals, value = text.partition("=")
         if not equals or not name:

@@ -18,7 +18,7 @@ from aisp_local.errors import InputError
 @click.command(cls=ExamplesFirst)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any free one.")
-@click.option("--api-key", envvar="AISP_API_KEY", help="What clients must send as their API key.")
+@click.option("--api-key", envvar="AISP_API_KEY", show_default=False, help="What clients must send as their API key.")
 @click.option("--allow-host", "hosts", multiple=True, metavar="NAME", help="A name that clients call this server by.")
 @click.option("--allow-origin", "origins", multiple=True, metavar="URL", help="A web page that may call this server.")
 @click.option("--waiting", type=click.IntRange(1), default=64, show_default=True, help="Requests that may wait.")

@@ -53,9 +53,10 @@ def read_header(path: Path) -> Header:
 
 def _name(file_type: int) -> str:
     try:
-        return LlamaFileType(file_type).name.removeprefix("MOSTLY_").removeprefix("ALL_")
+        name: str = LlamaFileType(file_type).name
     except ValueError:  # newer than the library
         return ""
+    return name.removeprefix("MOSTLY_").removeprefix("ALL_")
 
 
 def _library() -> Any:
@@ -81,7 +82,8 @@ def _find(library: Any, context: Any, key: bytes, kind: int) -> int | None:
 
 def _text(library: Any, context: Any, key: bytes) -> str:
     index = _find(library, context, key, _STRING)
-    return "" if index is None else bytes(library.gguf_get_val_str(context, index)).decode("utf-8", "replace")
+    text: bytes = b"" if index is None else library.gguf_get_val_str(context, index)
+    return text.decode("utf-8", "replace")
 
 
 def _number(library: Any, context: Any, key: bytes) -> int | None:
