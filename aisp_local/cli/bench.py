@@ -17,7 +17,13 @@ BUDGETS = [32, 64, 256]
 
 @click.group(cls=Group)
 def bench() -> None:
-    """Measure this machine."""
+    """Measure this machine.
+
+    \b
+    Examples:
+      aisp-local bench speed
+      aisp-local bench quality -o quality
+    """
 
 
 @bench.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import traceback
 import warnings
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -83,7 +84,9 @@ def main(context: click.Context, debug: bool, config: Path | None) -> None:
         warnings.showwarning = _as_sentence
     use_colour(context)
     if context.invoked_subcommand in commands(main):
-        context.default_map = read(main, config).defaults(main)
+        # What is wrong with the settings, doctor says itself.
+        with suppress(InputError) if context.invoked_subcommand == "doctor" else nullcontext():
+            context.default_map = read(main, config).defaults(main)
 
 
 def _as_sentence(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -95,6 +98,7 @@ def _add_commands() -> None:
     from aisp_local.cli.chat import chat
     from aisp_local.cli.completion import completion
     from aisp_local.cli.config import config
+    from aisp_local.cli.doctor import doctor
     from aisp_local.cli.generate import generate
     from aisp_local.cli.models import models
     from aisp_local.cli.reward import reward
@@ -104,6 +108,7 @@ def _add_commands() -> None:
     main.add_command(chat)
     main.add_command(completion)
     main.add_command(config)
+    main.add_command(doctor)
     main.add_command(generate)
     main.add_command(models)
     main.add_command(reward)

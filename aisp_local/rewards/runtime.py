@@ -9,6 +9,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,30 @@ def _has_gpu() -> bool:
 
 def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(".")[:2] if part.isdigit())
+
+
+@dataclass(frozen=True)
+class RuntimeBuild:
+    """ONNX Runtime, the providers that it was built with, the one that rewards run on, and why that is not CUDA."""
+
+    version: str
+    providers: tuple[str, ...]
+    used: str
+    why: str  # empty if it is
+
+
+def describe_runtime() -> RuntimeBuild:
+    """Raises AispError where it does not load."""
+    ort = _runtime()
+    providers = tuple(ort.get_available_providers())
+    why = ""
+    if not _has_gpu():
+        why = "there is no NVIDIA driver"
+    elif "CUDAExecutionProvider" not in providers:
+        why = "this build has no CUDA: pip install onnxruntime-gpu"
+    elif (missing := _missing_cuda(ort)) is not None:
+        why = f"it lacks the CUDA libraries ({missing}): pip install 'onnxruntime-gpu[cuda,cudnn]'"
+    return RuntimeBuild(str(ort.__version__), providers, "CPU" if why else "CUDA", why)
 
 
 def _providers(ort: Any) -> list[str]:
@@ -57,8 +82,8 @@ def _missing_cuda(ort: Any) -> str | None:
     return None
 
 
-def open_session(model: Path, providers: Sequence[str] | None, threads: int | None) -> Any:
-    """A session on the given providers, by default on CUDA where it can run. Raises RewardError."""
+def _runtime() -> Any:
+    """The module. Raises AispError where it does not load."""
     # Its official builds report to Microsoft unless told otherwise: the variable counts before the first import, in
     # which it makes files and a device id; the call silences a runtime that somebody else has imported already.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -67,6 +92,12 @@ def open_session(model: Path, providers: Sequence[str] | None, threads: int | No
     except ImportError as error:
         raise AispError(f"ONNX Runtime does not load ({error}); install it with: pip install onnxruntime") from error
     ort.disable_telemetry_events()
+    return ort
+
+
+def open_session(model: Path, providers: Sequence[str] | None, threads: int | None) -> Any:
+    """A session on the given providers, by default on CUDA where it can run. Raises RewardError."""
+    ort = _runtime()
     options = ort.SessionOptions()
     options.log_severity_level = 3
     if threads is not None:

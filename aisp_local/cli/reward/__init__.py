@@ -16,7 +16,13 @@ from aisp_local.cli.reward.verify import verify
 
 @click.group(cls=Group)
 def reward() -> None:
-    """Make, list, check and measure reward models."""
+    """Make, list, check and measure reward models.
+
+    \b
+    Examples:
+      aisp-local reward list
+      aisp-local reward score judge -p "Tell me a story." "Once upon a time."
+    """
 
 
 reward.add_command(eval_)

@@ -18,7 +18,7 @@ def show(folder: Path, json_: bool) -> None:
     """Show what a reward FOLDER holds and what runs it here.
 
     \b
-    Example:
+    Examples:
       aisp-local reward show my_reward
     """
     from aisp_local.cli.output import print_answer
