@@ -140,6 +140,16 @@ def test_what_broke_off_for_good_is_continued_by_the_next_call(fake: FakeHub) ->
     assert [asked[1] for asked in fake.asked[begun + 1 :]] == [None, "bytes=1966080-"]
 
 
+def test_what_was_begun_is_listed_and_can_be_deleted(fake: FakeHub) -> None:
+    fake.break_after, fake.breaks, fake.wrong_range = 983_040, 1, True
+    with pytest.raises(AispError):
+        pull()
+    assert f"{REPOSITORY}: 1.0 MB of a download that was broken off" in aisp("models", "list").stdout
+    assert "is deleted, 1.0 MB are free" in aisp("models", "rm", f"{REPOSITORY}:Q4_K_M", "--yes").stdout
+    assert list(store.folder().iterdir()) == []
+    assert aisp("models", "rm", REPOSITORY, "--yes").exit_code == 2
+
+
 def test_a_killed_pull_goes_on(fake: FakeHub, home: Path) -> None:
     fake.break_after, fake.breaks, fake.hold = 1_966_080, 1, threading.Event()
     command = [sys.executable, "-m", "aisp_local", "models", "pull", REPOSITORY]
@@ -181,12 +191,32 @@ def test_lies_leave_nothing(fake: FakeHub, lies: dict[str, object], message: str
 def test_files_in_git_itself_are_checked_too(fake: FakeHub) -> None:
     fake.in_git = frozenset({"story-Q4_K_M.gguf"})
     assert next(iter(pull().files.values())).startswith("git:")
-    store.remove(store.all_pulled()[0])
+    store.remove([*store.all_pulled()[0].paths(), store.all_pulled()[0].record])
     information = fake.info(REPOSITORY)
     fake.files[REPOSITORY]["story-Q4_K_M.gguf"] = DATA[::-1]
     fake.listing = information
     with pytest.raises(AispError, match="does not match the hub's hash"):
         pull()
+
+
+def test_the_fake_speaks_the_hubs_protocol(fake: FakeHub, home: Path) -> None:
+    """As its own client reads it: the same files, sizes and hashes, and the same errors."""
+    client = pytest.importorskip("huggingface_hub")
+    fake.in_git = frozenset({"README.md"})
+    fake.gated = frozenset({"somebody/empty"})
+    api = client.HfApi(endpoint=fake.endpoint, token=False)
+    listed = {s.rfilename: s for s in api.model_info(REPOSITORY, revision="main", files_metadata=True).siblings}
+    ours = quick().list_files(REPOSITORY).files
+    assert set(listed) == set(ours)
+    for name, file in ours.items():
+        theirs = listed[name]
+        digest = f"sha256:{theirs.lfs.sha256}" if theirs.lfs else f"git:{theirs.blob_id}"
+        assert (file.size, file.digest) == (theirs.size, digest), name
+    for repository, error in (("somebody/nothing", "RepositoryNotFoundError"), ("somebody/empty", "GatedRepoError")):
+        with pytest.raises(getattr(client.errors, error)):
+            api.model_info(repository, revision="main")
+    with pytest.raises(client.errors.RevisionNotFoundError):
+        api.model_info(REPOSITORY, revision="v9")
 
 
 def test_a_hub_without_ranges_sends_the_file_again(fake: FakeHub) -> None:

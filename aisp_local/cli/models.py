@@ -13,7 +13,7 @@ import click
 from aisp_local.cli.help import Group
 from aisp_local.cli.names import complete_model
 from aisp_local.cli.output import one_line, print_answer, print_json, size_text
-from aisp_local.errors import AispError, InputError
+from aisp_local.errors import AispError, InputError, ModelError
 
 if TYPE_CHECKING:
     from aisp_local.models import Found
@@ -97,6 +97,7 @@ def list_(json_: bool) -> None:
             header = None
         if header is None or header.kind == "model":  # no projector, no adapter
             rows.append(row)
+    begun = {name: sum(path.stat().st_size for path in paths) for name, paths in store.unfinished().items()}
     if json_:
         print_json(rows)
         return
@@ -108,6 +109,8 @@ def list_(json_: bool) -> None:
         if row["error"] is None:
             about = f"{size_text(row['bytes']):>9}  {row['quantisation'] or '?':8}  {row['architecture']:10}"
         print_answer(one_line(f"{row['name']:{width}}  {about}  {row['source']}"))
+    for name, size in begun.items():
+        print_answer(f"{name}: {size_text(size)} of a download that was broken off; pull it again, or rm it")
 
 
 @models.command()
@@ -190,16 +193,29 @@ def rm(name: str, yes: bool) -> None:
       aisp-local models rm bartowski/Llama-3.2-1B-Instruct-GGUF:Q4_K_M
     """
     from aisp_local.models import find_model, store
+    from aisp_local.models.names import plain
 
-    path = find_model(name)
+    parts = store.unfinished().get(plain(name).partition(":")[0], [])
+    try:
+        path = find_model(name)
+    except ModelError:
+        if not parts:
+            raise
+        _delete(f"what was begun of {plain(name)}", parts, yes)
+        return
     pulled = next((one for one in store.all_pulled() if one.paths()[0] == path), None)
     if pulled is None:
         raise InputError(f"{path} was not pulled by aisp-local and is not deleted; use the program that put it there")
-    size = sum(file.stat().st_size for file in pulled.paths())
-    if not yes and not click.confirm(f"Delete {pulled.name} ({size_text(size)})?", err=True):
-        return
-    store.remove(pulled)
-    print_answer(f"{pulled.name} is deleted, {size_text(size)} are free")
+    _delete(pulled.name, [*pulled.paths(), pulled.record], yes)
+
+
+def _delete(what: str, paths: list[Path], yes: bool) -> None:
+    from aisp_local.models import store
+
+    size = size_text(sum(path.stat().st_size for path in paths))
+    if yes or click.confirm(f"Delete {what} ({size})?", err=True):
+        store.remove(paths)
+        print_answer(f"{what} is deleted, {size} are free")
 
 
 class TransferLine:

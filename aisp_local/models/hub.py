@@ -314,7 +314,7 @@ def _digest(path: Path, file: Remote) -> str:
 
 def _part(path: Path, file: Remote) -> Path:
     """Named by the hash too: what was begun of another version is not continued."""
-    return path.with_name(f".{path.name}.{file.digest.rpartition(':')[2][:12]}.part")
+    return path.with_name(f".{path.name}.{file.digest.rpartition(':')[2][:12]}{store.PART}")
 
 
 def _have(part: Path) -> int:

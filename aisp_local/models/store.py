@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -12,6 +13,7 @@ from aisp_local.errors import InputError
 from aisp_local.files import write_output
 from aisp_local.models.names import tag_of
 
+PART = ".part"
 _RECORD = ".pulled.json"
 _MAX_BYTES = 1 << 20
 
@@ -86,22 +88,29 @@ def all_pulled() -> list[Pulled]:
     return sorted(found, key=lambda pulled: pulled.name)
 
 
-def remove(pulled: Pulled) -> int:
-    """Delete a pulled model, and the folders that it leaves empty; the bytes that it had. Raises InputError."""
-    size = 0
+def unfinished() -> dict[str, list[Path]]:
+    """What was begun and not ended, by repository."""
+    found: dict[str, list[Path]] = {}
+    with suppress(OSError):
+        for path in sorted(folder().glob(f"*/*/**/.*{PART}")):
+            repository = "/".join(path.relative_to(folder()).parts[:2])
+            found.setdefault(repository, []).append(path)
+    return found
+
+
+def remove(paths: Sequence[Path]) -> None:
+    """Delete files, and the folders that they leave empty. Raises InputError."""
     try:
-        for path in (*pulled.paths(), pulled.record):
-            size += path.stat().st_size
+        for path in paths:
             path.unlink()
     except OSError as error:
         raise InputError(f"{error.filename} cannot be deleted ({error.strerror}); check its permissions") from error
     top = folder().resolve()
-    for path in pulled.paths():
+    for path in paths:
         for parent in path.resolve().parents:
-            if parent == top or not parent.is_relative_to(top) or any(parent.iterdir()):
+            if parent == top or not parent.is_relative_to(top) or not parent.is_dir() or any(parent.iterdir()):
                 break
             parent.rmdir()
-    return size
 
 
 def _record(first: Path) -> Path:
