@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from click.testing import CliRunner, Result
 
 from aisp_local import shipped
 from aisp_local.cli import config as config_command
-from aisp_local.cli import settings
+from aisp_local.cli import settings, version
 from aisp_local.cli.main import main
 from aisp_local.cli.models import duration
 from aisp_local.cli.reference import commands, reference
@@ -252,7 +253,9 @@ def test_version_says_what_decides_the_numbers() -> None:
     first, *rest = aisp("--version").output.splitlines()
     assert first == "aisp-local, version 0.1.0"
     said = "\n".join(rest)
-    assert re.search(r"^llama-cpp-python \S+ \((patched|stock)\), libllama [0-9a-f]{12}$", said, re.MULTILINE)
+    assert re.search(r"^llama-cpp-python \S+ \((patched|stock)\).*, libllama [0-9a-f]{12}$", said, re.MULTILINE)
+    pin = tomllib.loads((Path(__file__).parents[1] / "patches" / "pin.toml").read_text())
+    assert pin["version"] in version._LLAMA_CPP, "what llama.cpp does the pinned release have?"
     assert re.search(r"^onnxruntime(-gpu)? \d", said, re.MULTILINE)
     assert f"shipped model: storyteller.gguf {digest(shipped.model())}" in rest
     assert f"shipped reward: story-reward {digest(shipped.reward() / 'reward.json')}" in rest

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +17,7 @@ import click
 from aisp_local.cli import settings
 from aisp_local.cli.help import ExamplesFirst
 from aisp_local.cli.options import load, model_options
-from aisp_local.cli.output import print_answer, print_json, size_text
+from aisp_local.cli.output import one_line, print_answer, print_json, size_text
 from aisp_local.errors import AispError
 
 if TYPE_CHECKING:
@@ -55,7 +57,7 @@ def doctor(
       aisp-local doctor -m model.gguf -r my_reward
       aisp-local doctor --no-speed --json
     """
-    report = Report()
+    report = Report(shown=not json_)
     _installed(report)
     _machine(report)
     _settings(report, context)
@@ -64,24 +66,27 @@ def doctor(
         report.tried(lambda: _speed(report, load(*arguments)))
     if json_:
         print_json({**report.data, "problems": report.problems})
-    else:
-        print_answer("\n".join(report.lines))
-        for problem in report.problems or ["nothing"]:
-            print_answer(f"{'broken':{_WIDTH}}{problem}")
+    for problem in report.problems or ["nothing"]:
+        report.add("broken", problem)
     if report.problems:
         sys.exit(1)
 
 
 class Report:
-    """What was found: lines for people, an object for programs, and what is broken."""
+    """What was found: lines for people, shown as they come, an object for programs, and what is broken."""
 
-    def __init__(self) -> None:
-        self.lines: list[str] = []
+    def __init__(self, shown: bool) -> None:
+        self.shown = shown
         self.data: dict[str, Any] = {}
         self.problems: list[str] = []
 
     def add(self, label: str, text: str) -> None:
-        self.lines.append(f"{label:{_WIDTH}}{text}")
+        if self.shown:
+            line = one_line(f"{label:{_WIDTH}}{text}")
+            if sys.stdout.isatty():
+                width = shutil.get_terminal_size().columns
+                line = textwrap.fill(line, width, subsequent_indent=" " * _WIDTH, break_on_hyphens=False)
+            print_answer(line)
 
     def tried(self, find: Callable[[], T]) -> T | None:
         """What is found; what it raises is a problem."""

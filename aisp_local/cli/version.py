@@ -14,6 +14,8 @@ from aisp_local import shipped
 from aisp_local.errors import InputError
 
 _DIGITS = 12
+_LLAMA_CPP = {"0.3.36": "0c1e57098"}
+"""The commit of llama.cpp in a release of the binding, as its changelog says; the library does not know it."""
 
 
 def lines() -> list[str]:
@@ -33,9 +35,13 @@ def _binding() -> str:
     version = _installed("llama-cpp-python")
     if version is None:
         return "llama-cpp-python missing"
-    kind = "patched" if "+aisp" in version else "stock"
-    library = _library()
-    return f"llama-cpp-python {version} ({kind})" + (f", libllama {digest(library)}" if library else "")
+    release, patched, _ = version.partition("+aisp")
+    found = [f"llama-cpp-python {version} ({'patched' if patched else 'stock'})"]
+    if release in _LLAMA_CPP:
+        found.append(f"llama.cpp {_LLAMA_CPP[release]}")
+    if (library := _library()) is not None:
+        found.append(f"libllama {digest(library)}")
+    return ", ".join(found)
 
 
 def _library() -> Path | None:
