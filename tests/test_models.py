@@ -415,6 +415,7 @@ def test_an_existing_path_wins_and_near_names_are_told(home: Path, monkeypatch: 
     monkeypatch.chdir(home)
     Path("talker").write_bytes(b"mine")
     assert find_model("talker") == Path("talker")
+    assert find_model("~/talker") == home / "talker"
     with pytest.raises(ModelError, match="no file talkr and no model of that name; did you mean talker"):
         find_model("talkr")
     with pytest.raises(ModelError, match="models list shows all, models pull downloads one"):

@@ -42,6 +42,9 @@ class RewardPath(click.Path):
     def __init__(self) -> None:
         super().__init__(path_type=Path)
 
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        return Path(os.fsdecode(super().convert(value, param, ctx))).expanduser()  # no shell reads the settings
+
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         from aisp_local import shipped
         from aisp_local.reward_kit.folders import find_rewards, standard_folders

@@ -42,8 +42,7 @@ def commands(main: click.Group) -> dict[str, dict[str, click.Option]]:
 
 
 def key_of(option: click.Option) -> str:
-    long = next(name for name in option.opts if name.startswith("--"))
-    return long.removeprefix("--").replace("-", "_")
+    return max(option.opts, key=len).lstrip("-").replace("-", "_")
 
 
 def name_variables(main: click.Group) -> None:

@@ -38,7 +38,7 @@ def find_model(name: str | os.PathLike[str]) -> Path:
     ``owner/name:TAG`` as Ollama and llama.cpp write it, ``owner/name`` where there is one of it, or a file's name.
     Raises ModelError for an unknown name, and for one that several models have.
     """
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.exists():
         return path
     models = all_models()
@@ -141,11 +141,14 @@ def _llama_cpp() -> Iterator[Found]:
             yield Found(path.stem, path, "llama.cpp")
 
 
+def hugging_face_home() -> Path:
+    """Where Hugging Face's libraries keep a user's token and files."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("HF_HOME") or cache / "huggingface")
+
+
 def _hugging_face() -> Iterator[Found]:
-    home = Path(
-        os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
-    )
-    root = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
+    root = Path(os.environ.get("HF_HUB_CACHE") or hugging_face_home() / "hub")
     for repository in sorted(root.glob("models--*--*")):
         name = repository.name.removeprefix("models--").replace("--", "/")
         snapshots = sorted(repository.glob("snapshots/*"), key=lambda path: path.stat().st_mtime, reverse=True)

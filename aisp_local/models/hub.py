@@ -25,6 +25,7 @@ import requests
 
 from aisp_local.errors import AispError, InputError
 from aisp_local.models import store
+from aisp_local.models.find import hugging_face_home
 from aisp_local.models.names import is_model, n_parts, parts_of, plain, tag_of
 from aisp_local.models.store import Pulled
 
@@ -127,10 +128,11 @@ class Hub:
 
     def _fetch(self, listing: Listing, file: Remote, path: Path, progress: Progress) -> None:
         part = _part(path, file)
-        if path.is_file() and path.stat().st_size == file.size and _digest(path, file) == file.digest:
-            part.unlink(missing_ok=True)
+        if path.is_file() and path.stat().st_size == file.size:
             progress(file.name, file.size, file.size)
-            return
+            if _digest(path, file) == file.digest:
+                part.unlink(missing_ok=True)
+                return
         url = f"{self.endpoint}/{listing.repository}/resolve/{listing.commit}/{quote(file.name)}"
         with part.open("ab") as out, _alone(out, path):
             failures = 0
@@ -141,7 +143,6 @@ class Hub:
                 try:
                     self._append(url, listing, file, out, have, progress)
                 except _BrokenOffError as error:
-                    out.flush()
                     failures = 0 if _have(part) > have else failures + 1
                     if failures >= _TRIES:
                         raise AispError(
@@ -149,16 +150,15 @@ class Hub:
                             f"({error}); the same command goes on from there"
                         ) from error
                     time.sleep(self.pause * 2**failures)
-            out.flush()
             os.fsync(out.fileno())
-            found = _digest(part, file)
-            if found != file.digest:
-                part.unlink()
-                raise AispError(
-                    f"{file.name} does not match the hub's hash (found {found[:19]}..., expected "
-                    f"{file.digest[:19]}...); it was deleted: pull it again, and if that fails do not trust this hub"
-                )
-            os.replace(part, path)
+        found = _digest(part, file)
+        if found != file.digest:
+            part.unlink()
+            raise AispError(
+                f"{file.name} does not match the hub's hash (found {found[:19]}..., expected "
+                f"{file.digest[:19]}...); it was deleted: pull it again, and if that fails do not trust this hub"
+            )
+        os.replace(part, path)
 
     def _append(self, url: str, listing: Listing, file: Remote, out: IO[bytes], have: int, progress: Progress) -> None:
         """Bytes from ``have`` on. Raises _BrokenOffError if they end too soon."""
@@ -262,10 +262,10 @@ def _token() -> str:
     for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         if os.environ.get(variable, "").strip():
             return os.environ[variable].strip()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    home = Path(os.environ.get("HF_HOME") or cache / "huggingface")
     with suppress(OSError, UnicodeDecodeError):
-        return Path(os.environ.get("HF_TOKEN_PATH") or home / "token").read_text(encoding="ascii").strip()
+        return (
+            Path(os.environ.get("HF_TOKEN_PATH") or hugging_face_home() / "token").read_text(encoding="ascii").strip()
+        )
     return ""
 
 
