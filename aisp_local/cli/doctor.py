@@ -142,7 +142,9 @@ def _machine(report: Report) -> None:
     load_ = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     report.data["load"] = load_
     if load_ > cores / 2:
-        report.add("", f"other programs are using them (load {load_:.1f}): what is measured below is slower for it")
+        report.add(
+            "", f"other programs are using them (load {load_:.1f}): all is slower, and --threads 1 may be faster"
+        )
     found = all_models()
     report.data["models_folder"], report.data["models"] = str(store.folder()), [model.name for model in found]
     report.add("models", f"{len(found)} found; pulled ones lie in {store.folder()}")
