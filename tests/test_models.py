@@ -247,7 +247,11 @@ def test_a_part_that_is_too_long_is_begun_again(fake: FakeHub) -> None:
 
 def test_a_busy_hub_is_asked_again(fake: FakeHub) -> None:
     fake.statuses = [429, 503, 500]
-    pull()
+    said: list[str] = []
+    made = quick()
+    made.notice = said.append
+    assert made.list_files(REPOSITORY).commit == COMMIT
+    assert said == [f"{fake.endpoint}: status {status}; trying again in 0 s" for status in (429, 503, 500)]
     fake.statuses = [503] * 5
     with pytest.raises(AispError, match=r"cannot be reached \(status 503\)"):
         pull()

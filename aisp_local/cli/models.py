@@ -57,6 +57,7 @@ def pull(repository: str, pattern: str | None, revision: str) -> None:
     line = TransferLine()
     try:
         hub = Hub()
+        hub.notice = line.notice
         listing = hub.list_files(name, revision)
         files = choose(listing, tag, pattern or "")
         total = sum(listing.files[file].size for file in files)
@@ -242,6 +243,11 @@ class TransferLine:
             line += f"  {size_text(int(rate))}/s  {duration((total - done) / rate)} left"
         sys.stderr.write("\r\x1b[2K" + line[: shutil.get_terminal_size().columns - 1])
         sys.stderr.flush()
+
+    def notice(self, text: str) -> None:
+        """A sentence on a line of its own."""
+        self.clear()
+        click.echo(f"aisp-local: {text}", err=True)
 
     def clear(self) -> None:
         if self.enabled and self._name:

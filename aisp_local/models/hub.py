@@ -89,6 +89,7 @@ class Hub:
         self._session.headers["User-Agent"] = "aisp-local"
         self._session.headers["Accept-Encoding"] = "identity"  # bytes are counted
         self.pause = 1.0  # seconds before another try, twice as many before each next
+        self.notice: Callable[[str], None] = lambda _: None  # told of each
 
     def list_files(self, repository: str, revision: str = "main") -> Listing:
         """Raises InputError for what does not exist or may not be read, AispError when the hub cannot be used."""
@@ -149,7 +150,7 @@ class Hub:
                             f"the download of {file.name} broke off after {_have(part)} of {file.size} bytes "
                             f"({error}); the same command goes on from there"
                         ) from error
-                    time.sleep(self.pause * 2**failures)
+                    self._wait(failures, error)
             os.fsync(out.fileno())
         found = _digest(part, file)
         if found != file.digest:
@@ -208,13 +209,18 @@ class Hub:
                         f"{self.endpoint} cannot be reached ({reason}); check the connection and try again: "
                         "a download goes on from where it was"
                     ) from error
-                time.sleep(self.pause * 2**failures)
+                self._wait(failures, error)
         with response:
             if response.status_code == 416:  # what is there is not the beginning of it
                 raise AispError(f"the hub has no such part of {url}; delete the .part files in {store.folder()}")
             if response.status_code not in (200, 206):
                 raise self._refused(response, repository, revision)
             yield response
+
+    def _wait(self, failures: int, error: Exception) -> None:
+        seconds = self.pause * 2 ** max(0, failures - 1)
+        self.notice(f"{self.endpoint}: {_reason(error)}; trying again in {seconds:.0f} s")
+        time.sleep(seconds)
 
     def _refused(self, response: requests.Response, repository: str, revision: str) -> AispError:
         status, code = response.status_code, response.headers.get("X-Error-Code", "")
