@@ -25,7 +25,7 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-SOURCES := pyproject.toml $(shell find aisp_local models/storyteller models/talker reward_models/cheer reward_models/story-judge reward_models/story-reward -type f -not -path '*__pycache__*')
+SOURCES := pyproject.toml $(shell find aisp_local models/storyteller models/talker reward_models/cheer reward_models/cheer-judge reward_models/story-judge reward_models/story-reward -type f -not -path '*__pycache__*')
 PATCHES := $(wildcard patches/*.toml patches/*.py patches/aisp_build/*.py patches/series/*.patch)
 
 # Other CMAKE_ARGS than those of the installed binding build another one; none at all keeps it.

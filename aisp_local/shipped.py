@@ -12,6 +12,7 @@ ADAPTER = "models/storyteller/story-reward.lora.gguf"
 JUDGE = "reward_models/story-judge"
 TALKER = "models/talker/talker.gguf"
 TALKER_REWARD = "reward_models/cheer"
+TALKER_JUDGE = "reward_models/cheer-judge"
 
 _PACKAGE = Path(__file__).resolve().parent
 _ROOTS = (_PACKAGE / "_data", _PACKAGE.parent)
@@ -57,6 +58,11 @@ def talker_reward() -> Path:
     return _find(TALKER_REWARD)
 
 
+def talker_judge() -> Path:
+    """Another reward of the same kind, made of other data."""
+    return _find(TALKER_JUDGE)
+
+
 def recipes() -> dict[str, Path]:
     """The shipped recipes (TOML files of composite rewards) by their names."""
     return {path.stem: path for path in sorted((_PACKAGE / "recipes").glob("*.toml"))}
@@ -68,4 +74,6 @@ def reward_by_name(name: str) -> Path | None:
         return reward()
     if name == Path(TALKER_REWARD).name:
         return talker_reward()
+    if name == Path(TALKER_JUDGE).name:
+        return talker_judge()
     return judge() if name in ("judge", Path(JUDGE).name) else None

@@ -203,11 +203,11 @@ def test_list_and_show(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     (own / "broken" / "reward.json").write_text("{")
     done = run("list", folder)
     assert done.exit_code == 0
-    known = ("story-reward  24.0 MB", "story-judge  3.3 MB", "cheer  2.1 MB")
+    known = ("story-reward  24.0 MB", "story-judge  3.3 MB", "cheer  2.1 MB", "cheer-judge  2.1 MB")
     for part in (*known, "mine  ", "licence: MIT", "broken  broken: ", "tiny  "):
         assert part in done.stdout, part
     rows = {row["name"]: row for row in json.loads(run("list", folder, "--json").stdout)}
-    assert set(rows) == {"story-reward", "story-judge", "cheer", "mine", "broken", "tiny"}
+    assert set(rows) == {"story-reward", "story-judge", "cheer", "cheer-judge", "mine", "broken", "tiny"}
     assert rows["mine"]["bytes"] > 0 and "not valid JSON" in rows["broken"]["error"]
     shown = run("show", shipped.reward())
     assert shown.exit_code == 0

@@ -33,8 +33,8 @@ def shipped_pairs() -> list[Pair]:
         Pair(name, model, scored, stories["tuning"], stories["evaluation"], judge=judged)
         for name, (scored, judged) in rewards.items()
     ]
-    talker, cheer = str(shipped.talker()), str(shipped.talker_reward())
-    return [*pairs, Pair("dialogs", talker, cheer, dialogs["tuning"], dialogs["evaluation"])]
+    talker, cheer, cheered = map(str, (shipped.talker(), shipped.talker_reward(), shipped.talker_judge()))
+    return [*pairs, Pair("dialogs", talker, cheer, dialogs["tuning"], dialogs["evaluation"], judge=cheered)]
 
 
 def chosen_pairs(
