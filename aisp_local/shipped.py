@@ -68,6 +68,11 @@ def recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted((_PACKAGE / "recipes").glob("*.toml"))}
 
 
+def personas() -> dict[str, Path]:
+    """The shipped personas of a chat (TOML files) by their names."""
+    return {path.stem: path for path in sorted((_PACKAGE / "personas").glob("*.toml"))}
+
+
 def reward_by_name(name: str) -> Path | None:
     """The folder of a shipped reward: "shipped" and "judge", or by its own name."""
     if name in ("shipped", Path(REWARD).name):

@@ -46,3 +46,8 @@ def one_line(text: str) -> str:
 
 def size_text(n_bytes: int) -> str:
     return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
+
+
+def dim(text: str) -> str:
+    """For what is said beside an answer."""
+    return click.style(text, dim=True)

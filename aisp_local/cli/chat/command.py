@@ -1,0 +1,156 @@
+"""`aisp-local chat`: its options, and the loop that reads and answers."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from aisp_local.api import DEFAULT_EFFORT, EFFORT
+from aisp_local.cli.chat import commands
+from aisp_local.cli.chat.conversation import Conversation, latest, path_of
+from aisp_local.cli.chat.lines import Entry, Lines
+from aisp_local.cli.chat.persona import load_persona
+from aisp_local.cli.chat.session import Session
+from aisp_local.cli.chat.settings import Settings
+from aisp_local.cli.help import ExamplesFirst
+from aisp_local.cli.options import load, method_options, model_options, search_options
+from aisp_local.controllers import options_of
+from aisp_local.errors import AispError, BindingError, InputError
+
+_LATEST = " "
+"""What --resume alone stands for, which no name is."""
+
+
+@click.command(cls=ExamplesFirst)
+@click.argument("question", required=False)
+@click.option("--persona", metavar="NAME|FILE", help="A system prompt, a reward and settings that go together (TOML).")
+@click.option(
+    "--resume",
+    is_flag=False,
+    flag_value=_LATEST,
+    metavar="[NAME|FILE]",
+    help="Go on with a conversation that /save kept: the latest, or this one.",
+)
+@click.option("--system", metavar="TEXT|@FILE", help="The system prompt.")
+@click.option(
+    "--effort",
+    type=click.Choice(list(EFFORT)),
+    default=DEFAULT_EFFORT,
+    show_default=True,
+    help=f"Rollouts an answer: {', '.join(map(str, EFFORT.values()))}.",
+)
+@model_options
+@search_options
+@click.pass_context
+def chat(context: click.Context, /, question: str | None, persona: str | None, resume: str | None, **_: Any) -> None:
+    """Talk with a model whose answers are aligned while it speaks. /help lists the commands.
+
+    With QUESTION and standard input from a file or a pipe, answer that one question about what comes in.
+
+    \b
+    Examples:
+      aisp-local chat
+      aisp-local chat -m model.gguf -r reward_folder --effort medium
+      aisp-local chat --persona storyteller-kind
+      aisp-local chat --resume
+      aisp-local chat "Go on with this story:" < story.txt
+    """
+    conversation = Conversation()
+    if resume is not None:
+        conversation = Conversation.load(latest() if resume == _LATEST else path_of(resume))
+    said = _said(context, conversation.settings, load_persona(persona) if persona is not None else {})
+    if said["system"] is not None:
+        typed = _typed(context, "system")
+        conversation.system = commands.text_or_file(said["system"]) if typed else said["system"]
+    settings = _settings(said)
+    piped = _piped() if question is not None and sys.stdin is not None and not sys.stdin.isatty() else None
+    names = ("model", "lora", "lora_scaled", "reward", "judge")
+    aligner = load(**{name: said[name] for name in (*names, "n_gpu_layers", "threads")})
+    session = Session(aligner, settings, conversation, {name: kept for name in names if (kept := _kept(said[name]))})
+    if question is not None and piped is not None:
+        session.ask(f"{question}\n\n{piped}" if piped else question)
+        return
+    lines = Lines(lambda line: commands.complete(session, line))
+    if lines.terminal:
+        judging = "" if aligner.judge is None else f", judged by {aligner.judge.name}"
+        click.echo(f"{Path(aligner.model_name).name} with {aligner.reward.name}{judging}. /help for help.")
+    if resume is not None:
+        commands.resumed(session)
+    _talk(session, lines, question)
+
+
+def _talk(session: Session, lines: Lines, question: str | None) -> None:
+    """Answer what is entered, ``question`` first, until the user leaves."""
+    entry = None if question is None else Entry(question, command=False)
+    while True:
+        try:
+            entry = entry or lines.read()
+        except EOFError:
+            click.echo()
+            return
+        except KeyboardInterrupt:
+            click.echo("\n(/quit or Ctrl-D leaves)")
+            continue
+        except InputError as error:
+            if not lines.terminal:
+                raise
+            click.echo(f"error: {error}", err=True)
+            continue
+        try:
+            if entry.command:
+                commands.run(session, entry.text)
+            elif entry.text.strip():
+                session.ask(entry.text)
+        except commands.LeaveError:
+            return
+        except KeyboardInterrupt:
+            click.echo("(interrupted)")
+        except BindingError:
+            raise
+        except AispError as error:
+            click.echo(f"error: {error}", err=True)
+        entry = None
+
+
+def _said(context: click.Context, resumed: Mapping[str, Any], persona: Mapping[str, Any]) -> dict[str, Any]:
+    """The options: those of the command line, else those of the persona, else of the conversation, else as always.
+
+    A file's options of the method hold for that method alone.
+    """
+    files = {**resumed, **persona}
+    said = context.params | {name: value for name, value in files.items() if not _typed(context, name)}
+    options = dict(resumed.get("options", {})) | dict(persona.get("options", {}))
+    if "strength" in files:
+        options["strength"] = files["strength"]
+    known = options_of(said["method"])
+    typed_too = method_options(said["method"], context.params["strength"], False, context.params["more"])
+    said["options"] = {name: value for name, value in options.items() if name in known} | typed_too
+    return said
+
+
+def _typed(context: click.Context, name: str) -> bool:
+    return context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+
+
+def _settings(said: Mapping[str, Any]) -> Settings:
+    names = ("method", "effort", "max_tokens", "rows", "seed", "time_limit", "stream", "options")
+    return Settings(**{name: said[name] for name in names})
+
+
+def _kept(value: Any) -> Any:
+    """A file that was named, as JSON that finds it from everywhere; the name of what is no file stays one."""
+    if isinstance(value, Path):
+        return str(value.resolve()) if value.exists() else str(value)
+    return [_kept(one) for one in value] if isinstance(value, tuple) else value
+
+
+def _piped() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise InputError(f"standard input is not valid UTF-8 (byte {error.start}); convert it to UTF-8") from error
