@@ -189,6 +189,7 @@ class Aligner:
         max_tokens: int = DEFAULT_MAX_TOKENS,
         seed: int = DEFAULT_SEED,
         at_once: int | None = None,
+        prompt_indices: Sequence[int] | None = None,
         stop_strings: Sequence[str] = (),
         time_limit: float | None = None,
         kl: bool = False,
@@ -208,7 +209,8 @@ class Aligner:
 
         Each prompt has a search of its own, of ``budget`` rollouts in iterations of ``n``; that of ``prompts[i]`` draws
         the random numbers of ``generate(prompts[i], prompt_index=i)``, whatever the others are, and differs from it by
-        rounding only. ``at_once`` of them share the rows (default: all), and none gets two turns while another waits.
+        rounding only; ``prompt_indices``: others in the place of i. ``at_once`` of them share the rows (default: all),
+        and none gets two turns while another waits.
         ``time_limit`` and ``stop`` are for all together; ``on_progress(i, progress)`` is of ``prompts[i]``.
 
         Gives for each prompt, in their order, its result, or instead the exception that ``generate`` would have raised:
@@ -218,7 +220,7 @@ class Aligner:
         """
         return self._generate(
             prompts,
-            range(len(prompts)),
+            range(len(prompts)) if prompt_indices is None else prompt_indices,
             at_once,
             on_progress,
             method=method,
@@ -269,6 +271,8 @@ class Aligner:
             raise InputError("that is one prompt; give a list of prompts")
         if at_once is not None and at_once < 1:
             raise InputError(f"at_once is {at_once} prompts; it must be at least 1")
+        if len(indices) != len(prompts):
+            raise InputError(f"there are {len(prompts)} prompts and {len(indices)} prompt indices; give one for each")
         if isinstance(stop_strings, str):
             stop_strings = (stop_strings,)
         if budget is None:

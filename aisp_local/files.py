@@ -21,7 +21,10 @@ def write_output(path: Path, content: str | bytes) -> None:
         if target.exists() and not target.is_file():
             target.write_bytes(data)
             return
-        temporary.write_bytes(data)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # or a crash may leave the new name with nothing in it
         os.replace(temporary, target)
     except BaseException as error:
         temporary.unlink(missing_ok=True)

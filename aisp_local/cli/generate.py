@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from aisp_local.api import DEFAULT_EFFORT, EFFORT, check_search
+from aisp_local.cli.batch import DEFAULT_AT_ONCE, Batch, content
 from aisp_local.cli.help import ExamplesFirst
-from aisp_local.cli.live import ProgressLine, Streamed, stop_on_interrupt
+from aisp_local.cli.live import BatchLine, ProgressLine, Streamed, stop_on_interrupt
 from aisp_local.cli.options import load, method_options, model_options, search_options
 from aisp_local.cli.output import print_answer
 from aisp_local.controllers import METHODS
@@ -22,6 +23,7 @@ from aisp_local.steering import Steering
 from aisp_local.types import Limits
 
 if TYPE_CHECKING:
+    from aisp_local.api import Aligner
     from aisp_local.types import Result
 
 
@@ -114,8 +116,41 @@ def as_json(result: Result) -> dict[str, Any]:
     }
 
 
+def answer_all(batch: Batch, aligner: Aligner, output: Path | None) -> None:
+    """Answer a file of prompts; say on standard error what became of it. Exits with 1 or 130 unless all is well."""
+    line = BatchLine()
+    try:
+        with stop_on_interrupt() as stop:
+            outcome = batch.run(aligner, output, as_json, stop, line)
+    finally:
+        line.clear()
+    total = len(batch.questions)
+    place = "" if output is None else f" in {output}"
+    if outcome.failed:
+        lines = ", ".join(map(str, outcome.failed[:8])) + (", ..." if len(outcome.failed) > 8 else "")
+        click.echo(f'{len(outcome.failed)} of {total} prompts failed; see "error" of lines {lines}{place}', err=True)
+    if stop.set:
+        click.echo(f"interrupted: {outcome.answered} of {total} answers are there{place}", err=True)
+        sys.exit(130)
+    if outcome.failed:
+        sys.exit(1)
+    if line.enabled:
+        click.echo(f"{total} answers{place}", err=True)
+
+
 @click.command(cls=ExamplesFirst)
-@click.argument("prompt")
+@click.argument("prompt", required=False)
+@click.option(
+    "-i",
+    "--input",
+    "source",
+    type=click.Path(path_type=Path, allow_dash=True),
+    help="Answer a file of prompts, JSON lines in and out (docs/batch.md). The same command goes on after a kill.",
+)
+@click.option(
+    "--at-once", type=int, help=f"Prompts of --input that are answered together. Without it {DEFAULT_AT_ONCE}."
+)
+@click.option("--strict", is_flag=True, help="With --input: stop at the first line without an answer.")
 @click.option("--budget", type=int, default=EFFORT[DEFAULT_EFFORT], show_default=True, help="Rollouts in all.")
 @click.option("--budget-tokens", type=int, help="Stop after about so many decoded tokens.")
 @click.option("--target-reward", type=float, help="Stop once an answer has this reward.")
@@ -135,7 +170,10 @@ def as_json(result: Result) -> dict[str, Any]:
 @model_options
 @search_options
 def generate(
-    prompt: str,
+    prompt: str | None,
+    source: Path | None,
+    at_once: int | None,
+    strict: bool,
     budget: int,
     budget_tokens: int | None,
     target_reward: float | None,
@@ -164,15 +202,22 @@ def generate(
     stream: bool,
     time_limit: float | None,
 ) -> None:
-    """Answer PROMPT (`-`: standard input) and print the answer.
+    """Answer PROMPT (`-`: standard input) and print the answer, or a file of prompts with --input.
 
     \b
     Examples:
       aisp-local generate "Tell me a story about a fox."
       aisp-local generate "Write a short story that uses the words cat, ball and tree." --budget 128 --json
       cat prompt.txt | aisp-local generate - --method best-of-n -m model.gguf -r my_reward
+      aisp-local generate --input prompts.jsonl -o answers.jsonl
     """
-    text = read_prompt(prompt)
+    if (prompt is None) == (source is None):
+        raise InputError("give either a PROMPT (- for standard input) or --input FILE")
+    if source is not None and (stream or timeline is not None or save_steering is not None):
+        raise InputError("--stream, --timeline and --save-steering are for one prompt; leave out --input")
+    if source is None and (at_once is not None or strict):
+        raise InputError("--at-once and --strict are for --input FILE")
+    text = "" if prompt is None else read_prompt(prompt)
     if output is not None:
         check_output(output)
     elif sys.stdout is None:
@@ -189,28 +234,38 @@ def generate(
     rows = budget if stream else rows
     check_search(method=method, budget=budget, n=rows, max_tokens=max_tokens, seed=seed, **options)
     Limits(target_reward, patience, budget_tokens)
-    aligner = load(model, lora, lora_scaled, reward, judge, n_gpu_layers, threads)
+    search = {
+        "method": method,
+        "budget": budget,
+        "n": rows,
+        "max_tokens": max_tokens,
+        "seed": seed,
+        "time_limit": time_limit,
+        "target_reward": target_reward,
+        "patience": patience,
+        "budget_tokens": budget_tokens,
+        "steering": kept,
+        "kl": kl,
+        **options,
+    }
+    named = (model, lora, lora_scaled, reward, judge, n_gpu_layers, threads)
+    if source is not None:
+        search |= {"baseline": True, "judge_all": judge_all}
+        about = {"raw": raw, "reward": content(reward), "judge": content(judge), "steering": content(steering)}
+        batch = Batch(source, search, about, raw=raw, strict=strict, at_once=at_once)
+        answer_all(batch, load(*named), output)
+        return
+    aligner = load(*named)
     line = Streamed() if stream else ProgressLine()
     with stop_on_interrupt() as stop:
         result = aligner.generate(
             text if raw else [{"role": "user", "content": text}],
-            method=method,
-            budget=budget,
-            n=rows,
-            max_tokens=max_tokens,
-            seed=seed,
-            time_limit=time_limit,
-            target_reward=target_reward,
-            patience=patience,
-            budget_tokens=budget_tokens,
-            steering=kept,
-            kl=kl,
             baseline=json_,
             judge_all=judge_all and json_,
             timeline=timeline,
             stop=stop,
             on_progress=line,
-            **options,
+            **search,
         )
     if isinstance(line, Streamed):
         line.finish(result.answer)

@@ -14,12 +14,36 @@ from aisp_local.cli.output import print_text
 from aisp_local.types import Progress
 
 
-class ProgressLine:
+class StatusLine:
     """One line on stderr, rewritten in place at most ten times a second; nothing without a terminal."""
 
     def __init__(self, enabled: bool | None = None) -> None:
         self.enabled = sys.stderr.isatty() if enabled is None else enabled
         self._shown = 0.0
+
+    def _due(self) -> bool:
+        now = time.monotonic()
+        if not self.enabled or now - self._shown < 0.1:
+            return False
+        self._shown = now
+        return True
+
+    def _show(self, line: str) -> None:
+        width = shutil.get_terminal_size().columns - 1
+        sys.stderr.write("\r\x1b[2K" + line[:width])
+        sys.stderr.flush()
+
+    def clear(self) -> None:
+        if self.enabled:
+            sys.stderr.write("\r\x1b[2K")
+            sys.stderr.flush()
+
+
+class ProgressLine(StatusLine):
+    """Of one search."""
+
+    def __init__(self, enabled: bool | None = None) -> None:
+        super().__init__(enabled)
         self._stats = ""
         self._done, self._done_at = 0, 0.0  # rollouts of whole iterations, and the seconds that they took
 
@@ -33,10 +57,10 @@ class ProgressLine:
                 self._stats += f"  ESS {stats.ess:.1f}"
         if progress.rollouts_done != self._done:
             self._done, self._done_at = progress.rollouts_done, progress.seconds
-        now = time.monotonic()
-        if progress.stats is None and now - self._shown < 0.1:
+        if progress.stats is not None:
+            self._shown = 0.0
+        if not self._due():
             return
-        self._shown = now
         line = f"iteration {progress.iteration}/{progress.iterations}"
         if progress.best is not None:
             line += f"  best {progress.best.reward:.2f}"
@@ -48,15 +72,7 @@ class ProgressLine:
         if self._done:
             end = self._done_at * progress.budget / self._done
             line += f"  {max(0.0, end - progress.seconds):.0f} s left"
-        line += "  (Ctrl-C: best so far)"
-        width = shutil.get_terminal_size().columns - 1
-        sys.stderr.write("\r\x1b[2K" + line[:width])
-        sys.stderr.flush()
-
-    def clear(self) -> None:
-        if self.enabled:
-            sys.stderr.write("\r\x1b[2K")
-            sys.stderr.flush()
+        self._show(line + "  (Ctrl-C: best so far)")
 
 
 class Streamed(ProgressLine):
@@ -86,6 +102,44 @@ class Streamed(ProgressLine):
     def _print(self, text: str) -> None:
         print_text(text)
         self.printed += text
+
+
+class BatchLine(StatusLine):
+    """Of many prompts: how many have answers, and the time that is left for the others."""
+
+    def begin(self, prompts: int, answered: int) -> None:
+        """``answered`` of them were before."""
+        self._prompts, self._before = prompts, answered
+        self._answered = self._failed = 0
+        self._began = time.monotonic()
+        self._parts: dict[int, float] = {}  # of those that are being searched for, what is done
+
+    def ended(self, failed: bool) -> None:
+        """One has its answer, or its error."""
+        self._failed += failed
+        self._answered += not failed
+        self._parts.clear()
+
+    def __call__(self, i: int, progress: Progress) -> None:
+        self._parts[i] = progress.rollouts_done / progress.budget
+        if not self._due():
+            return
+        line = f"{self._before + self._answered}/{self._prompts} prompts"
+        if self._failed:
+            line += f"  {self._failed} failed"
+        done = self._answered + self._failed + sum(self._parts.values())
+        if done > 0:
+            each = (time.monotonic() - self._began) / done
+            line += f"  {each:.1f} s each  {duration(each * (self._prompts - self._before - done))} left"
+        self._show(line + "  (Ctrl-C ends it; the same command goes on)")
+
+
+def duration(seconds: float) -> str:
+    """In the two largest units that it has."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole // 60 % 60} min"
 
 
 class StopFlag:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from aisp_local import shipped
+from aisp_local import folders, shipped
 from aisp_local.errors import InputError, RewardError
 from aisp_local.rewards.graph_file import read_graph
 from aisp_local.rewards.manifest import MANIFEST, Manifest, inside, read_manifest
@@ -44,15 +44,14 @@ def standard_folders() -> list[Path]:
     with suppress(InputError):  # an installation without models
         found.append(shipped.reward().parent)
     own = os.environ.get("AISP_REWARDS")
-    data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
-    found.append(Path(own) if own else Path(data) / "aisp-local" / "rewards")
+    found.append(Path(own) if own else folders.data() / "rewards")
     return found
 
 
-def find_rewards(folders: Iterable[Path]) -> list[Path]:
+def find_rewards(places: Iterable[Path]) -> list[Path]:
     """The reward folders among these and directly inside them, each once."""
     found: dict[Path, Path] = {}
-    for folder in folders:
+    for folder in places:
         candidates: list[Path] = []
         with suppress(PermissionError):  # what may not be looked into is none
             candidates = [folder] if (folder / MANIFEST).is_file() else _inside(folder) if folder.is_dir() else []
