@@ -20,7 +20,8 @@ from onnx_files import write_reward
 
 from aisp_local import Aligner, shipped
 from aisp_local.api import EFFORT
-from aisp_local.cli.chat import chat, told_apart
+from aisp_local.cli.chat import chat, layout
+from aisp_local.cli.chat.layout import told_apart
 from aisp_local.cli.generate import generate
 from aisp_local.cli.live import ProgressLine
 from aisp_local.errors import InputError
@@ -229,9 +230,9 @@ def test_an_interrupt_of_the_baseline_keeps_the_answer(monkeypatch: pytest.Monke
     with Aligner.load() as aligner:
         result = aligner.generate(STORY, budget=2, n=2, max_tokens=4, baseline=True)
     assert result.answer and result.baseline is None
-    done = CliRunner().invoke(chat, ["--max-tokens", "4"], input=f"{STORY}\n/base\n/effort\n")
+    done = CliRunner().invoke(chat, ["--max-tokens", "4", "--method", "best-of-n"], input=f"{STORY}\n/base\n/show\n")
     assert done.exit_code == 0, done.output
-    assert "(interrupted)" in done.output and "effort is low" in done.output.split("(interrupted)")[1]
+    assert "(interrupted)" in done.output and "method       best-of-n" in done.output.split("(interrupted)")[1]
 
 
 def test_a_long_conversation_forgets_its_oldest_turns_before_answers_are_cut() -> None:
@@ -328,18 +329,21 @@ def test_a_conversation(tmp_path: Path) -> None:
     text = out.stdout.decode()
     assert out.returncode == 0, out.stderr.decode()
     for expected in (
-        "nothing to explain yet",
         "32 rollouts",
         "iteration  rollouts",
         "best candidates",
         "[unaligned: reward",
         "effort medium: 128 rollouts",
-        "effort is medium; use /effort low|medium|high",
         "saved to talk.txt",
-        "unknown command /nonsense",
-        "/save FILE",
+        "/save [NAME|FILE]",
     ):
         assert expected in text, expected
+    for expected in (
+        "nothing to explain yet",
+        "effort is medium; use /effort low|medium|high",
+        "unknown command /nonsense",
+    ):
+        assert expected in out.stderr.decode(), expected
     saved = (tmp_path / "talk.txt").read_text()
     assert saved.startswith(f"You: {STORY}\n\nModel: ")
 
@@ -389,7 +393,7 @@ def test_the_commands_have_the_defaults_of_python() -> None:
     python = inspect.signature(Aligner.generate).parameters
     defaults = {name: p.default for name, p in python.items()} | {"rows": python["n"].default}
     for command, extra in ((generate, "budget"), (chat, "effort")):
-        with command.make_context("x", ["prompt"] if command is generate else []) as context:
+        with command.make_context("x", []) as context:
             options = context.params
         for name in ("method", "max_tokens", "rows", "seed"):
             assert options[name] == defaults[name], name
@@ -397,16 +401,14 @@ def test_the_commands_have_the_defaults_of_python() -> None:
 
 
 def test_long_lines_are_broken_between_words_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    from aisp_local.cli import chat
-
     text = "Once upon a time there was a fox.\n\n    indented code stays as it is"
-    assert chat.wrapped(text) == text
+    assert layout.wrapped(text) == text
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", "33")
-    assert chat.wrapped(text) == "Once upon a time there was a fox.\n\n    indented code stays as it is"
+    assert layout.wrapped(text) == "Once upon a time there was a fox.\n\n    indented code stays as it is"
     monkeypatch.setenv("COLUMNS", "20")
-    assert chat.wrapped(text).split("\n")[:2] == ["Once upon a time", "there was a fox."]
-    assert chat.wrapped("x" * 50) == "x" * 50
+    assert layout.wrapped(text).split("\n")[:2] == ["Once upon a time", "there was a fox."]
+    assert layout.wrapped("x" * 50) == "x" * 50
 
 
 def test_candidates_are_shown_from_where_they_differ() -> None:

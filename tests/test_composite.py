@@ -381,11 +381,11 @@ def test_a_judge_on_the_command_line_leaves_the_answer_alone(tmp_path: Path) -> 
 
 @pytest.mark.native
 def test_chat_shows_the_judge_and_the_parts() -> None:
-    lines = "\n".join([STORY, "/why", "/base", "/quit"])
+    lines = "\n".join([STORY, "/why", "/base", "/show", "/quit"])
     options = ["--max-tokens", "16", "-r", "short-and-plain", "--judge", "shipped"]
     out = CliRunner().invoke(chat, options, input=lines)
     assert out.exit_code == 0, out.output
-    assert "with short-and-plain, judged by story-reward" in out.stdout
+    assert "reward       short-and-plain\njudge        story-reward\n" in out.stdout
     assert ", judge " in out.stdout and "words 15-45 " in out.stdout and "[unaligned: reward " in out.stdout
 
 

@@ -92,6 +92,8 @@ class Answers:
         now = keys.get(line, "")
         if key == now:
             return
-        asked = key.split("-")[0] == now.split("-")[0]
-        why = "was searched for with other settings" if asked else f"answers something else than line {line} asks now"
-        raise InputError(f"{path}, line {i} {why} in {self._source}; give another file to -o, or delete {path}")
+        if key.split("-")[0] == now.split("-")[0]:
+            why = f"answers line {line} of {self._source} with other settings or models"
+        else:
+            why = f"answers something else than line {line} of {self._source} asks"
+        raise InputError(f"{path}, line {i} {why}; give another file to -o, or delete {path}")

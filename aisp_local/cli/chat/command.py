@@ -73,7 +73,7 @@ def chat(context: click.Context, /, question: str | None, persona: str | None, r
     aligner = load(**{name: said[name] for name in (*names, "n_gpu_layers", "threads")})
     session = Session(aligner, settings, conversation, {name: kept for name in names if (kept := _kept(said[name]))})
     if question is not None and piped is not None:
-        session.ask(f"{question}\n\n{piped}" if piped else question)
+        session.ask(f"{question}\n\n{piped}" if piped else question, alone=not sys.stdout.isatty())
         return
     lines = Lines(lambda line: commands.complete(session, line))
     if lines.terminal:

@@ -12,7 +12,7 @@ from aisp_local.cli.chat.conversation import Conversation, Turn, messages
 from aisp_local.cli.chat.layout import wrapped
 from aisp_local.cli.chat.settings import Settings
 from aisp_local.cli.live import ProgressLine, Streamed, stop_on_interrupt
-from aisp_local.cli.output import dim
+from aisp_local.cli.output import dim, print_answer
 from aisp_local.errors import CapacityError, InputError
 from aisp_local.types import Baseline, Result
 
@@ -40,9 +40,12 @@ class Session:
     def turns(self) -> list[Turn]:
         return self.conversation.turns
 
-    def ask(self, question: str) -> None:
-        """One more turn. Raises KeyboardInterrupt where there is no answer yet, and nothing is remembered."""
-        self._turn(self.turns, question, self.seed(len(self.turns)))
+    def ask(self, question: str, alone: bool = False) -> None:
+        """One more turn. ``alone``: for a program, which is shown the answer and nothing else.
+
+        Raises KeyboardInterrupt where there is no answer yet, and nothing is remembered.
+        """
+        self._turn(self.turns, question, self.seed(len(self.turns)), alone)
 
     def again(self, question: str, seed: int) -> None:
         """The last turn in another way; it stays where there is no answer."""
@@ -107,7 +110,7 @@ class Session:
         system = self.conversation.system
         return CapacityError(f"{error}, or the system prompt (/system), which is part of it") if system else error
 
-    def _turn(self, before: Sequence[Turn], question: str, seed: int) -> None:
+    def _turn(self, before: Sequence[Turn], question: str, seed: int, alone: bool = False) -> None:
         line = Streamed() if self.settings.stream else ProgressLine()
         result = self.search(before, question, self.settings, seed, line)
         self.conversation.turns = [*before, Turn.of(question, result, self.settings.as_json())]
@@ -115,8 +118,9 @@ class Session:
         if isinstance(line, Streamed):
             line.finish(result.answer.rstrip())
         else:
-            click.echo(wrapped(result.answer.strip()))
-        click.echo(dim(f"[{note(result)}]"))
+            print_answer(wrapped(result.answer.strip()))
+        if not alone:
+            click.echo(dim(f"[{note(result)}]"))
 
 
 def note(result: Result) -> str:
