@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import readline
 import select
 import subprocess
 import sys
@@ -100,6 +101,7 @@ def test_entries_are_lines_blocks_and_lines_that_go_on(monkeypatch: pytest.Monke
         read('"""', "one", monkeypatch=monkeypatch)
 
 
+@pytest.mark.skipif("GNU" not in (readline.__doc__ or ""), reason="needs GNU readline")
 def test_a_terminal_completes_pastes_and_breaks_lines() -> None:
     code = (
         "from aisp_local.cli.chat.lines import Lines\n"
