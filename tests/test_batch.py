@@ -271,12 +271,12 @@ def test_the_line_tells_what_is_left(capsys: pytest.CaptureFixture[str], monkeyp
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setenv("COLUMNS", "200")
     line = BatchLine(enabled=True)
-    line.begin(40, 10)
+    line.begin(40, 10, 6)
     for _ in range(4):
         line.ended(failed=False)
     line.ended(failed=True)
     now[0] += 60
-    line(0, Progress(1, 2, 4, 8, step=1, rows_active=4, n_tokens=10, seconds=1.0))
+    line(0, Progress(1, 2, 0, 8, step=6, rows_active=4, n_tokens=10, seconds=1.0))
     shown = capsys.readouterr().err
     assert re.search(r"14/40 prompts  1 failed  10\.9 s each  4 min 27 s left", shown), shown
     assert [duration(s) for s in (-1, 59.4, 61, 7261)] == ["0 s", "59 s", "1 min 1 s", "2 h 1 min"]

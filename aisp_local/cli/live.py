@@ -107,9 +107,9 @@ class Streamed(ProgressLine):
 class BatchLine(StatusLine):
     """Of many prompts: how many have answers, and the time that is left for the others."""
 
-    def begin(self, prompts: int, answered: int) -> None:
-        """``answered`` of them were before."""
-        self._prompts, self._before = prompts, answered
+    def begin(self, prompts: int, answered: int, max_tokens: int) -> None:
+        """``answered`` of them were before; an answer has at most ``max_tokens``."""
+        self._prompts, self._before, self._max_tokens = prompts, answered, max_tokens
         self._answered = self._failed = 0
         self._began = time.monotonic()
         self._parts: dict[int, float] = {}  # of those that are being searched for, what is done
@@ -121,7 +121,9 @@ class BatchLine(StatusLine):
         self._parts.clear()
 
     def __call__(self, i: int, progress: Progress) -> None:
-        self._parts[i] = progress.rollouts_done / progress.budget
+        within = min(1.0, progress.step / self._max_tokens)  # the iteration
+        done = max(progress.rollouts_done / progress.budget, (progress.iteration - 1 + within) / progress.iterations)
+        self._parts[i] = max(done, self._parts.get(i, 0.0))
         if not self._due():
             return
         line = f"{self._before + self._answered}/{self._prompts} prompts"

@@ -66,7 +66,7 @@ class Batch:
         keys = {question.line: f"{question.hash}-{how}" for question in self.questions}
         answers = Answers(output, self.source, keys)
         pending = [question for question in self.questions if question.line not in answers.done]
-        line.begin(len(self.questions), len(answers.done))
+        line.begin(len(self.questions), len(answers.done), self._search["max_tokens"])
         answered, failed = len(answers.done), list[int]()
         for group in self._groups(pending):
             for question, found in zip(group, self._answers(aligner, group, stop, line), strict=True):
