@@ -68,7 +68,7 @@ def chat(context: click.Context, /, question: str | None, persona: str | None, r
         typed = _typed(context, "system")
         conversation.system = commands.text_or_file(said["system"]) if typed else said["system"]
     settings = _settings(said)
-    piped = _piped() if question is not None and sys.stdin is not None and not sys.stdin.isatty() else None
+    piped = None if question is None or (sys.stdin is not None and sys.stdin.isatty()) else _piped()
     names = ("model", "lora", "lora_scaled", "reward", "judge")
     aligner = load(**{name: said[name] for name in (*names, "n_gpu_layers", "threads")})
     session = Session(aligner, settings, conversation, {name: kept for name in names if (kept := _kept(said[name]))})
@@ -124,12 +124,15 @@ def _said(context: click.Context, resumed: Mapping[str, Any], persona: Mapping[s
     """
     files = {**resumed, **persona}
     said = context.params | {name: value for name, value in files.items() if not _typed(context, name)}
-    options = dict(resumed.get("options", {})) | dict(persona.get("options", {}))
+    strength, more = context.params["strength"], context.params["more"]
+    options = {"strength": strength} | dict(resumed.get("options", {})) | dict(persona.get("options", {}))
     if "strength" in files:
         options["strength"] = files["strength"]
     known = options_of(said["method"])
-    typed_too = method_options(said["method"], context.params["strength"], False, context.params["more"])
-    said["options"] = {name: value for name, value in options.items() if name in known} | typed_too
+    options = {name: value for name, value in options.items() if name in known and value is not None}
+    said["options"] = options | method_options(
+        said["method"], strength if _typed(context, "strength") else None, False, more
+    )
     return said
 
 
@@ -150,6 +153,8 @@ def _kept(value: Any) -> Any:
 
 
 def _piped() -> str:
+    if sys.stdin is None:
+        return ""
     try:
         return sys.stdin.buffer.read().decode("utf-8").strip()
     except UnicodeDecodeError as error:

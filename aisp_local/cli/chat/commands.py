@@ -44,13 +44,13 @@ _ALIASES = {"exit": "quit", "bye": "quit", "?": "help", "retry": "regenerate"}
 
 def run(session: Session, text: str) -> None:
     """Run the command of a line that begins with "/". Raises LeaveError, InputError and its kinds."""
-    name, _, argument = text[1:].partition(" ") if " " in text else text[1:].partition("\n")
-    name = _ALIASES.get(name, name)
+    typed, *rest = text[1:].split(maxsplit=1)
+    name = _ALIASES.get(typed, typed)
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, 1)
         advice = f"did you mean /{near[0]}?" if near else "/help lists the commands"
         raise InputError(f"unknown command /{name}; {advice}")
-    COMMANDS[name].run(session, argument.strip())
+    COMMANDS[name].run(session, "".join(rest).strip())
 
 
 def complete(session: Session, line: str) -> list[str]:
@@ -105,15 +105,15 @@ def _ways(session: Session, _argument: str) -> Sequence[str]:
 
 @_command("help", "this text")
 def _help(_session: Session, _argument: str) -> None:
-    width = max(len(command.usage) for command in COMMANDS.values()) + 3
-    for command in COMMANDS.values():
-        click.echo(f"{'/' + command.usage:<{width}}{command.help}")
-    for key, what in (
+    rows = [(f"/{command.usage}", command.help) for command in COMMANDS.values()]
+    rows += [
         ('"""', "begins and ends a block of lines, which is never a command"),
         ("\\ at the end", "the line goes on (or Alt-Enter); pasted lines stay together"),
         ("Ctrl-C", "while it searches: the best answer so far"),
-    ):
-        click.echo(f"{key:<{width}}{what}")
+    ]
+    formatter = click.HelpFormatter(max_width=120)
+    formatter.write_dl(rows)
+    click.echo(formatter.getvalue(), nl=False)
 
 
 @_command("regenerate [SEED]", "answer the last question again, with another seed")

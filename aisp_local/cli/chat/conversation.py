@@ -123,7 +123,7 @@ class Conversation:
             Turn(question["content"], answer["content"], cast(dict[str, Any], extra) if isinstance(extra, dict) else {})
             for question, answer, extra in zip(found[::2], found[1::2], about, strict=True)
         ]
-        return cls(system, turns, settings, path)
+        return cls(system, turns, settings, path if "format" in content else None)  # /save must not replace another's
 
 
 def folder() -> Path:
