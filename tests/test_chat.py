@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import re
-import readline
 import select
 import subprocess
 import sys
@@ -101,8 +99,10 @@ def test_entries_are_lines_blocks_and_lines_that_go_on(monkeypatch: pytest.Monke
         read('"""', "one", monkeypatch=monkeypatch)
 
 
-@pytest.mark.skipif("GNU" not in (readline.__doc__ or ""), reason="needs GNU readline")
 def test_a_terminal_completes_pastes_and_breaks_lines() -> None:
+    pty = pytest.importorskip("pty")
+    if "GNU" not in (pytest.importorskip("readline").__doc__ or ""):
+        pytest.skip("needs GNU readline")
     code = (
         "from aisp_local.cli.chat.lines import Lines\n"
         "lines = Lines(lambda line: ['/effort '] if line == '/eff' else [])\n"
@@ -436,6 +436,23 @@ def test_a_persona_sets_what_the_command_line_does_not(home: Path) -> None:
     assert kept["settings"]["reward"] == str(home / "tiny") and kept["settings"]["seed"] == 6
 
 
+def test_the_command_line_wins_over_a_persona_and_that_over_a_conversation(home: Path) -> None:
+    (home / "me.toml").write_text("format = 1\nstrength = 0.6\nmax_tokens = 8\n[options]\nblocks = 3\n")
+    settings = {"rows": 7, "max_tokens": 9, "options": {"strength": 0.9, "blocks": 5}}
+    written(home / "kept.json", {"format": 1, "settings": settings, "messages": []})
+    options = ["--persona", "me.toml", "--resume", "kept.json"]
+    for more, expected in (
+        ([], {"rows": "7", "max-tokens": "8", "strength": "0.6", "blocks": "3"}),
+        (["--strength", "0.2", "--option", "blocks=2"], {"strength": "0.2", "blocks": "2"}),
+        (["--method", "best-of-n"], {"method": "best-of-n", "max-tokens": "8"}),
+    ):
+        out = CliRunner().invoke(chat, [*options, *more], input="/show\n")
+        assert out.exit_code == 0, out.output
+        shown = dict(line.split(maxsplit=1) for line in out.stdout.splitlines() if line.strip())
+        assert expected.items() <= shown.items()
+    assert "strength" not in shown, "another method has none"
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -464,12 +481,3 @@ def test_a_question_about_what_is_piped_in(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     bad = aisp("chat", "Tell:", *FAST, stdin=b"caf\xe9")
     assert bad.returncode == 2 and b"not valid UTF-8" in bad.stderr
-
-
-def test_no_colour_where_none_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
-    from aisp_local.cli.output import dim
-
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    assert dim("x") != "x"
-    monkeypatch.setenv("NO_COLOR", "1")
-    assert dim("x") == "x"

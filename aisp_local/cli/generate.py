@@ -202,7 +202,7 @@ def generate(
     stream: bool,
     time_limit: float | None,
 ) -> None:
-    """Answer PROMPT (`-`: standard input) and print the answer, or a file of prompts with --input.
+    """Answer PROMPT (`-`: standard input), or a file of prompts with --input.
 
     \b
     Examples:

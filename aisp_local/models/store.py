@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
+from aisp_local import folders
 from aisp_local.errors import InputError
 from aisp_local.files import write_output
 from aisp_local.models.names import tag_of
@@ -46,8 +47,7 @@ class Pulled:
 def folder() -> Path:
     """Where pulled models lie: AISP_MODELS, by default ~/.local/share/aisp-local/models."""
     own = os.environ.get("AISP_MODELS")
-    data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
-    return Path(own) if own else Path(data) / "aisp-local" / "models"
+    return Path(own) if own else folders.data() / "models"
 
 
 def file_path(repository: str, name: str) -> Path:

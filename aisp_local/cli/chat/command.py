@@ -63,10 +63,9 @@ def chat(context: click.Context, /, question: str | None, persona: str | None, r
     conversation = Conversation()
     if resume is not None:
         conversation = Conversation.load(latest() if resume == _LATEST else path_of(resume))
-    said = _said(context, conversation.settings, load_persona(persona) if persona is not None else {})
-    if said["system"] is not None:
-        typed = _typed(context, "system")
-        conversation.system = commands.text_or_file(said["system"]) if typed else said["system"]
+    resumed = {**conversation.settings, "system": conversation.system} if conversation.system else conversation.settings
+    said = _said(context, resumed, load_persona(persona) if persona is not None else {})
+    conversation.system = said["system"] or ""
     settings = _settings(said)
     piped = None if question is None or (sys.stdin is not None and sys.stdin.isatty()) else _piped()
     names = ("model", "lora", "lora_scaled", "reward", "judge")
@@ -123,7 +122,9 @@ def _said(context: click.Context, resumed: Mapping[str, Any], persona: Mapping[s
     A file's options of the method hold for that method alone.
     """
     files = {**resumed, **persona}
-    said = context.params | {name: value for name, value in files.items() if not _typed(context, name)}
+    system = context.params["system"]
+    params = context.params | {"system": None if system is None else commands.text_or_file(system)}
+    said = params | {name: value for name, value in files.items() if not _typed(context, name)}
     strength, more = context.params["strength"], context.params["more"]
     options = {"strength": strength} | dict(resumed.get("options", {})) | dict(persona.get("options", {}))
     if "strength" in files:
