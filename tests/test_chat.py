@@ -90,10 +90,11 @@ def read(*lines: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]
 def test_entries_are_lines_blocks_and_lines_that_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert read(
         "  hello ", "/undo", "/etc/hosts has", "/* C */", '"""', "/undo", "  two", '"""', '"""one""" ',
-        '/system """Be', 'kind."""', "one \\", "two", "", "/?", monkeypatch=monkeypatch,
+        '/system """Be', 'kind."""', "one \\", "two", "", "/?", "/", "/ or", monkeypatch=monkeypatch,
     ) == [
         ("hello", False), ("/undo", True), ("/etc/hosts has", False), ("/* C */", False), ("/undo\n  two", False),
         ("one", False), ("/system Be\nkind.", True), ("one \ntwo", False), ("", False), ("/?", True),
+        ("/", True), ("/ or", False),
     ]  # fmt: skip
     with pytest.raises(InputError, match="has no end"):
         read('"""', "one", monkeypatch=monkeypatch)
@@ -167,6 +168,8 @@ def test_help_has_every_command(session: Session, capsys: pytest.CaptureFixture[
     assert all(f"/{command.usage} {command.help}" in shown for command in commands.COMMANDS.values())
     with pytest.raises(InputError, match=r"unknown command /regnerate; did you mean /regenerate\?"):
         commands.run(session, "/regnerate")
+    with pytest.raises(InputError, match="unknown command /; /help lists"):
+        commands.run(session, "/")
     with pytest.raises(commands.LeaveError):
         commands.run(session, "/bye")
 

@@ -44,7 +44,7 @@ _ALIASES = {"exit": "quit", "bye": "quit", "?": "help", "retry": "regenerate"}
 
 def run(session: Session, text: str) -> None:
     """Run the command of a line that begins with "/". Raises LeaveError, InputError and its kinds."""
-    typed, *rest = text[1:].split(maxsplit=1)
+    typed, *rest = text[1:].split(maxsplit=1) or [""]
     name = _ALIASES.get(typed, typed)
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, 1)

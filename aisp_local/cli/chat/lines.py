@@ -11,7 +11,7 @@ from aisp_local.errors import InputError
 
 _FENCE = '"""'
 _FENCED = re.compile(rf"(/\w+\s+)?{_FENCE}")
-_COMMAND = re.compile(r"/[\w?]+(\s|$)")  # not a path, and not the beginning of a comment
+_COMMAND = re.compile(r"/([\w?-]+(\s|$)|$)")  # not a path, and not the beginning of a comment
 
 
 @dataclass(frozen=True)
