@@ -20,12 +20,15 @@ from aisp_local.loop import Task, search_many
 from aisp_local.measure import calibrated, calibration_of, judged
 from aisp_local.models import find_model
 from aisp_local.native import Lora, check_model_file, versions
+from aisp_local.origins import SHIPPED, Origins, about
 from aisp_local.rewards import Reward, load_reward
 from aisp_local.rewards.base import Calibrates, call_parts, call_prefixes
+from aisp_local.rewards.identity import Origin
 from aisp_local.rewards.interruption import AbandonedError, Interruption, interruptible
 from aisp_local.seeds import RowSeeds
 from aisp_local.steering import Steering
 from aisp_local.timeline import Timeline, recording
+from aisp_local.trace import Trace
 from aisp_local.types import (
     Baseline,
     Calibration,
@@ -79,6 +82,7 @@ class Aligner:
         self.reward = reward
         self.judge = judge
         self.model_name = model_name
+        self.origins = Origins()
 
     @classmethod
     def load(
@@ -105,7 +109,14 @@ class Aligner:
         scorer = load_reward(shipped.reward() if reward is None else reward)
         judging = getattr(scorer, "judge", None) if judge is None else load_reward(judge)
         engine = LlamaEngine(path, n_gpu_layers=n_gpu_layers, threads=threads, loras=loras)
-        return cls(engine, scorer, judge=judging, model_name=str(path))
+        aligner = cls(engine, scorer, judge=judging, model_name=str(path))
+        aligner.origins = Origins(
+            SHIPPED if model is None else str(path.absolute()),
+            Origin.of(SHIPPED if reward is None else reward),
+            Origin.of(judge),
+            n_gpu_layers,
+        )
+        return aligner
 
     def generate(
         self,
@@ -290,6 +301,23 @@ class Aligner:
         wants: dict[Want, bool] = {"kl": kl, "logprobs": logprobs}
         # No response is longer than the context, so that no control needs to be.
         common: dict[str, Any] = {"d": self.engine.d, "max_tokens": min(max_tokens, self.engine.n_ctx), "seed": seed}
+        asked = {
+            "method": method,
+            "options": controllers.defaults_of(method) | options,
+            "budget": budget,
+            "n": min(n, budget),
+            "max_tokens": max_tokens,
+            "seed": seed,
+            "stop_strings": list(stop_strings),
+            "time_limit": time_limit,
+            "target_reward": limits.target_reward,
+            "patience": limits.patience,
+            "budget_tokens": limits.tokens,
+            "kl": kl,
+            "logprobs": logprobs,
+            "judge_all": judge_all,
+            "beside": len(prompts) - 1,
+        }
         common |= {"head": lambda: self.engine.head, "text": self.engine.text, "unfinished": unfinished} | options
         began = time.perf_counter()
         results: list[Result | BaseException] = []
@@ -349,13 +377,27 @@ class Aligner:
                     for i, (prompt, result) in enumerate(zip(prompts, results, strict=True)):
                         if isinstance(result, Result):
                             results[i] = self._judged(result, self.judge, prompt, judge_all, max_tokens)
-        about: dict[str, Any] = {
+        named: dict[str, Any] = {
             "model": self.model_name,
             "reward_model": self.reward.name,
             "judge_model": "" if self.judge is None else self.judge.name,
             "versions": versions(),
         }
-        return [replace(result, **about) if isinstance(result, Result) else result for result in results]
+        return [
+            replace(result, **named, asked={**asked, "prompt": _kept(prompt), "prompt_index": index})
+            if isinstance(result, Result)
+            else result
+            for prompt, index, result in zip(prompts, indices, results, strict=True)
+        ]
+
+    def trace(self, result: Result, *, paths: bool = True) -> Trace:
+        """A search of this aligner written down: ``trace(result).save("fox.json")``; see docs/traces.md.
+
+        ``paths``: say in which folders model and rewards lie, so that they are found again. Raises InputError for a
+        result of something else, or of a method with an option that is no JSON value.
+        """
+        told = about(result, self.engine, self.reward, self.judge, self.origins, paths=paths)
+        return Trace.of(result, told, paths=paths)
 
     def steering(self, result: Result) -> Steering:
         """What the search of a result learnt, for another one with this model: ``steering(result).save("u.json")``.
@@ -477,6 +519,11 @@ class Aligner:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _kept(prompt: Prompt) -> Prompt:
+    """A copy, since a caller goes on with its list of messages."""
+    return prompt if isinstance(prompt, str) else [message.copy() for message in prompt]
 
 
 def _time_passed(time_limit: float | None) -> InputError:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from aisp_local.host import processors
+from aisp_local.host import processor, processors
 from aisp_local.native import versions
 
 
@@ -56,16 +56,8 @@ def _together(work: Sequence[Callable[[], object]]) -> None:
 
 def describe() -> dict[str, str]:
     """Machine and versions."""
-    model = platform.processor() or platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                model = line.split(":", 1)[1].strip()
-                break
-    except OSError:
-        pass
     return {
-        "processor": model,
+        "processor": processor(),
         "processors": str(len(processors())),
         "system": platform.system(),
         "python": platform.python_version(),

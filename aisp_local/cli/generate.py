@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,11 +19,11 @@ from aisp_local.errors import InputError
 from aisp_local.files import check_output, write_output
 from aisp_local.finite import finite
 from aisp_local.steering import Steering
+from aisp_local.trace import as_json
 from aisp_local.types import Limits
 
 if TYPE_CHECKING:
     from aisp_local.api import Aligner
-    from aisp_local.types import Result
 
 
 def read_prompt(prompt: str) -> str:
@@ -43,77 +42,6 @@ def read_prompt(prompt: str) -> str:
     if not prompt.strip():
         raise InputError("the prompt is empty; give some text")
     return prompt
-
-
-def as_json(result: Result) -> dict[str, Any]:
-    """The documented JSON form of a result."""
-    return {
-        "answer": result.answer,
-        "reward": result.reward,
-        "judge": result.judge,
-        "baseline": None
-        if result.baseline is None
-        else {
-            "text": result.baseline.text,
-            "reward": result.baseline.reward,
-            "parts": dict(result.baseline.parts),
-            "judge": result.baseline.judge,
-        },
-        "method": result.method,
-        "budget": result.budget,
-        "status": result.status,
-        "iterations": [
-            {
-                "iteration": s.iteration,
-                "n": s.n,
-                "best": s.best,
-                "mean": s.mean,
-                "std": s.std,
-                "best_so_far": s.best_so_far,
-                "ess": s.ess,
-                "lambda": s.lambda_,
-                "control_norm": s.control_norm,
-                "kl": s.kl,
-                "n_tokens": s.n_tokens,
-                "n_nonfinite": s.n_nonfinite,
-                "n_scored": s.n_scored,
-                "note": s.note,
-                "seconds": s.seconds,
-                "decode_seconds": s.decode_seconds,
-                "reward_seconds": s.reward_seconds,
-                "update_seconds": s.update_seconds,
-            }
-            for s in result.iterations
-        ],
-        "candidates": [
-            {
-                "text": c.text,
-                "reward": c.reward,
-                "iteration": c.iteration,
-                "row": c.row,
-                "n_tokens": c.n_tokens,
-                "n_given": c.n_given,
-                "finish_reason": c.finish_reason,
-                "kl": c.kl,
-                "parts": dict(c.parts),
-                "judge": c.judge,
-            }
-            for c in result.candidates
-        ],
-        "seed": result.seed,
-        "seconds": result.seconds,
-        "n_tokens": result.n_tokens,
-        "model": result.model,
-        "reward_model": result.reward_model,
-        "judge_model": result.judge_model or None,
-        "calibration": None
-        if result.calibration is None
-        else {
-            "rollouts": result.calibration.rollouts,
-            "parts": {name: {"mean": mean, "std": std} for name, (mean, std) in result.calibration.moments.items()},
-        },
-        "versions": dict(result.versions),
-    }
 
 
 def answer_all(batch: Batch, aligner: Aligner, output: Path | None) -> None:
@@ -158,7 +86,10 @@ def answer_all(batch: Batch, aligner: Aligner, output: Path | None) -> None:
 @click.option("--steering", type=click.Path(path_type=Path), help="Start with what an earlier search learnt: its file.")
 @click.option("--save-steering", type=click.Path(path_type=Path), help="Write what this search learnt to a file.")
 @click.option("--json", "json_", is_flag=True, help="Print a JSON object with every candidate.")
-@click.option("--judge-all", is_flag=True, help="The judge scores every candidate (with --json).")
+@click.option("--judge-all", is_flag=True, help="The judge scores every candidate (with --json or --trace).")
+@click.option(
+    "--trace", type=click.Path(path_type=Path), help="Write all of the search to a file (see replay, explain)."
+)
 @click.option("--kl", is_flag=True, help="Compute the sequence KL (a second output product a step).")
 @click.option("--raw", is_flag=True, help="Continue PROMPT as plain text, without the chat template.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the answer to a file.")
@@ -186,6 +117,7 @@ def generate(
     raw: bool,
     output: Path | None,
     timeline: Path | None,
+    trace: Path | None,
     model: Path | None,
     lora: tuple[Path, ...],
     lora_scaled: tuple[tuple[Path, float], ...],
@@ -213,8 +145,8 @@ def generate(
     """
     if (prompt is None) == (source is None):
         raise InputError("give either a PROMPT (- for standard input) or --input FILE")
-    if source is not None and (stream or timeline is not None or save_steering is not None):
-        raise InputError("--stream, --timeline and --save-steering are for one prompt; leave out --input")
+    if source is not None and (stream or any(one is not None for one in (timeline, save_steering, trace))):
+        raise InputError("--stream, --timeline, --trace and --save-steering are for one prompt; leave out --input")
     if source is None and (at_once is not None or strict):
         raise InputError("--at-once and --strict are for --input FILE")
     text = "" if prompt is None else read_prompt(prompt)
@@ -222,7 +154,7 @@ def generate(
         check_output(output)
     elif sys.stdout is None:
         raise InputError("standard output is closed; use -o FILE")
-    for written in (timeline, save_steering):
+    for written in (timeline, save_steering, trace):
         if written is not None:
             check_output(written)
     if save_steering is not None and not hasattr(METHODS.get(method), "held"):
@@ -260,8 +192,8 @@ def generate(
     with stop_on_interrupt() as stop:
         result = aligner.generate(
             text if raw else [{"role": "user", "content": text}],
-            baseline=json_,
-            judge_all=judge_all and json_,
+            baseline=json_ or trace is not None,
+            judge_all=judge_all and (json_ or trace is not None),
             timeline=timeline,
             stop=stop,
             on_progress=line,
@@ -280,5 +212,7 @@ def generate(
         write_output(output, shown + "\n")
     elif not stream:
         print_answer(shown)
+    if trace is not None:
+        aligner.trace(result).save(trace)
     if save_steering is not None:
         aligner.steering(result).save(save_steering)

@@ -18,7 +18,7 @@ from aisp_local.errors import AispError, InputError
 EXIT_CODES = """\b
 Exit codes:
   0    an answer was given
-  1    something failed while running
+  1    something failed while running; replay: the run was another one
   2    bad input: the message says what, where and what to do
   130  interrupted before there was any answer"""
 
@@ -99,8 +99,10 @@ def _add_commands() -> None:
     from aisp_local.cli.completion import completion
     from aisp_local.cli.config import config
     from aisp_local.cli.doctor import doctor
+    from aisp_local.cli.explain import explain
     from aisp_local.cli.generate import generate
     from aisp_local.cli.models import models
+    from aisp_local.cli.replay import replay
     from aisp_local.cli.reward import reward
     from aisp_local.cli.serve import serve
 
@@ -109,8 +111,10 @@ def _add_commands() -> None:
     main.add_command(completion)
     main.add_command(config)
     main.add_command(doctor)
+    main.add_command(explain)
     main.add_command(generate)
     main.add_command(models)
+    main.add_command(replay)
     main.add_command(reward)
     main.add_command(serve)
     name_variables(main)

@@ -22,7 +22,7 @@ from aisp_local.errors import InputError
 from aisp_local.rewards.section import nearest
 
 FILE = "config.toml"
-_WITHOUT = ("completion", "config")  # commands that settings are not for
+_WITHOUT = ("completion", "config", "explain", "replay")  # commands that settings are not for
 _MAX_BYTES = 1 << 20
 
 

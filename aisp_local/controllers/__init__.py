@@ -46,6 +46,7 @@ __all__ = [
     "Smc",
     "SoftBestOfN",
     "create",
+    "defaults_of",
     "options_of",
 ]
 
@@ -58,6 +59,12 @@ def options_of(method: str) -> set[str]:
     if method not in METHODS:
         raise InputError(f"method {method!r} is unknown; use one of {', '.join(sorted(METHODS))}")
     return set(inspect.signature(METHODS[method]).parameters) - _GIVEN
+
+
+def defaults_of(method: str) -> dict[str, Any]:
+    """A method's options with their values where none is given. Raises InputError for an unknown method."""
+    known = options_of(method)
+    return {name: p.default for name, p in inspect.signature(METHODS[method]).parameters.items() if name in known}
 
 
 def create(

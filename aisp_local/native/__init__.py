@@ -1,6 +1,6 @@
 """llama.cpp through llama-cpp-python: patched, or stock with a callback in its place."""
 
-from aisp_local.native.binding import FallbackWarning, versions
+from aisp_local.native.binding import FallbackWarning, build, versions
 from aisp_local.native.context import MAX_SEQUENCES, MAX_THREADS, Context
 from aisp_local.native.control import ControlKind
 from aisp_local.native.devices import Build, Device, describe_build
@@ -20,6 +20,7 @@ __all__ = [
     "Header",
     "Lora",
     "Model",
+    "build",
     "can_sample_rows",
     "check_model_file",
     "describe_build",

@@ -156,6 +156,13 @@ def ggml_library() -> Any:
     return library
 
 
+def build() -> str:
+    """How llama.cpp was built, as it says itself, and whether controls are inside its graph."""
+    llama = binding()
+    features = str(llama.llama_print_system_info().decode("utf-8", "replace")).strip(" |")
+    return f"{'patched' if is_patched(llama) else 'stock'}; {features}"
+
+
 def versions() -> dict[str, str]:
     """Versions of what decides the numbers."""
     import aisp_local

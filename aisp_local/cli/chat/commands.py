@@ -266,6 +266,17 @@ def _save(session: Session, argument: str) -> None:
     click.echo(f"saved to {path}" + ("" if path.suffix == ".json" else " (text; FILE.json can be gone on with)"))
 
 
+@_command("trace FILE", "write the search for the last answer to a file (see replay and explain)", _files)
+def _trace(session: Session, argument: str) -> None:
+    if session.last is None:
+        raise InputError("nothing to write yet: ask something first, or /regenerate")
+    if not argument:
+        raise InputError("give a file: /trace fox.json")
+    path = Path(argument).expanduser()
+    session.aligner.trace(session.last).save(path)
+    click.echo(f"saved to {path}")
+
+
 @_command("resume [NAME|FILE]", "go on with a conversation that was kept: the latest, or this one", _kept)
 def _resume(session: Session, argument: str) -> None:
     session.conversation = Conversation.load(path_of(argument) if argument else latest())

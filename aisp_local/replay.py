@@ -1,0 +1,246 @@
+"""A search that was written down, run again, and what is the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aisp_local import controllers
+from aisp_local.api import Aligner
+from aisp_local.errors import InputError
+from aisp_local.finite import finite
+from aisp_local.native import Lora, versions
+from aisp_local.origins import SHIPPED, machine
+from aisp_local.steering import Steering
+from aisp_local.trace import Trace, as_json
+from aisp_local.types import Progress, Result
+
+CUT = ("interrupted", "time-limit")
+"""Statuses of a search that a clock or a person ended: where, no second run repeats."""
+
+_SECONDS = {"seconds", "decode_seconds", "reward_seconds", "update_seconds"}
+_COMPARED = ("answer", "reward", "judge", "baseline", "calibration", "status", "n_tokens", "iterations", "candidates")
+_CLOSE = 1e-4
+"""Between rewards of a rollout that were scored in batches with others."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field of a result: how many values in it were compared, and the first that differs, if one does."""
+
+    name: str
+    values: int
+    difference: str | None = None
+
+
+def load(
+    trace: Trace,
+    *,
+    model: Path | None = None,
+    reward: Path | None = None,
+    judge: Path | None = None,
+    threads: int | None = None,
+) -> Aligner:
+    """The aligner that a trace names, or with what is given in its place.
+
+    Raises InputError where the trace does not say where to find it, and what ``Aligner.load`` raises.
+    """
+    wanted, at = trace["model"], trace["machine"]
+    if model is None and wanted["source"] is None:
+        raise InputError(f"the trace does not say where the model {wanted['name']!r} lies; give it with -m")
+    if reward is None and trace["reward"]["source"] is None:
+        name = trace["reward"]["name"]
+        raise InputError(f"the trace does not say where the reward {name!r} lies; give it with -r")
+    named = None if trace["judge"] is None else trace["judge"]["source"]
+    return Aligner.load(
+        model or (None if wanted["source"] == SHIPPED else wanted["source"]),
+        reward or trace["reward"]["source"],
+        judge=judge or named,
+        n_gpu_layers=at["n_gpu_layers"],
+        threads=threads or at["threads"],
+        loras=[Lora(Path(lora["source"]), lora["scale"]) for lora in wanted["loras"]],
+    )
+
+
+def check(trace: Trace, aligner: Aligner) -> None:
+    """Refuse, with an InputError, what no second run could repeat."""
+    wanted = trace["model"]
+    if aligner.engine.fingerprint != wanted["fingerprint"]:
+        raise InputError(
+            f"{aligner.model_name or 'this'} is another model than the trace's ({wanted['name']}): "
+            f"its fingerprint begins with {aligner.engine.fingerprint[:12]}, that of the trace with "
+            f"{wanted['fingerprint'][:12]}; give the trace's model with -m"
+        )
+    ended = [c for c in trace["result"]["candidates"] if c["finish_reason"] != "interrupted"]
+    if trace["result"]["status"] in CUT and not ended:
+        raise InputError("the search was cut short before any of its rollouts ended: there is nothing to compare")
+
+
+def unlike(trace: Trace, aligner: Aligner) -> list[str]:
+    """In what this is not what the trace was made with, and why bits may differ therefore; one sentence each."""
+    told = [
+        f"the {what} was {trace[what]['name']!r} of the fingerprint {str(trace[what]['fingerprint'])[:12]}, and is "
+        f"{there.name!r} of {str(origin.fingerprint)[:12]}"
+        for what, there, origin in (
+            ("reward", aligner.reward, aligner.origins.reward),
+            ("judge", aligner.judge, aligner.origins.judge),
+        )
+        if trace[what] is not None and there is not None and trace[what]["fingerprint"] != origin.fingerprint
+    ]
+    if trace["judge"] is not None and aligner.judge is None:
+        told.append(f"the judge {trace['judge']['name']!r} is not here: its scores are not compared")
+    was = trace["machine"]
+    told += [
+        f"{name.replace('_', ' ')}: {was.get(name)} then, {now} now"
+        for name, now in machine(aligner.engine, aligner.origins).items()
+        if was.get(name) != now
+    ]
+    told += [
+        f"{name} {was['versions'].get(name)} then, {now} now"
+        for name, now in versions().items()
+        if was["versions"].get(name) != now
+    ]
+    if beside := trace["search"]["beside"]:
+        told.append(f"the search ran in one batch with {beside} others, this one runs alone: bits may differ")
+    return told
+
+
+def run(
+    trace: Trace,
+    aligner: Aligner,
+    *,
+    stop: Callable[[], bool] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Result:
+    """The trace's search once more, without its time limit, and no further than the trace's went."""
+    search, found = trace["search"], trace["result"]
+    options: dict[str, Any] = dict(search["options"])
+    unknown = sorted(set(options) - controllers.options_of(search["method"]))
+    if unknown:
+        raise InputError(f"the trace's method {search['method']!r} has no option {unknown[0]!r} in this version")
+    if search["steering"] is not None:
+        u = np.array(search["steering"], np.float32)
+        options["steering"] = Steering(u, aligner.engine.fingerprint)
+    last = len(found["iterations"])
+    over = False
+
+    def progress(now: Progress) -> None:
+        nonlocal over
+        over |= found["status"] in CUT and now.stats is not None and now.iteration >= last
+        if on_progress is not None:
+            on_progress(now)
+
+    # JSON may write a whole number as 5.0.
+    whole = ("budget", "n", "max_tokens", "seed", "prompt_index", "patience", "budget_tokens")
+    asked: dict[str, Any] = {name: None if search[name] is None else int(search[name]) for name in whole}
+    asked |= {name: search[name] for name in ("method", "stop_strings", "kl", "logprobs", "target_reward", "judge_all")}
+    return aligner.generate(
+        trace["prompt"],
+        **asked,
+        baseline=found["baseline"] is not None,
+        stop=lambda: over or (stop is not None and stop()),
+        on_progress=progress,
+        **options,
+    )
+
+
+def compare(trace: Trace, result: Result, *, judge: bool = True) -> list[Field]:
+    """Field by field, to the bit; of a search that was cut short as far as it went. ``judge``: its scores as well."""
+    old = trace["result"]
+    new = json.loads(json.dumps(finite(as_json(result))))
+    if not judge:
+        old, new = _without_judge(old), _without_judge(new)
+    if old["status"] not in CUT:
+        return [_field(name, old[name], new[name]) for name in _COMPARED]
+    sizes = {i["iteration"]: i["n"] for i in new["iterations"]}
+    whole = [i for i in old["iterations"] if sizes.get(i["iteration"]) == i["n"] and _ended(old, i["iteration"])]
+    complete = {i["iteration"] for i in whole}
+    fields = [
+        _field("iterations", whole, [i for i in new["iterations"] if i["iteration"] in complete]),
+        _field(
+            "candidates",
+            *(sorted((c for c in of["candidates"] if c["iteration"] in complete), key=_place) for of in (old, new)),
+        ),
+    ]
+    cut = [c for c in old["candidates"] if c["iteration"] not in complete and c["finish_reason"] != "interrupted"]
+    if cut:
+        fields.append(_found(cut, new["candidates"]))
+    return fields
+
+
+def _ended(of: Mapping[str, Any], iteration: int) -> bool:
+    return all(c["finish_reason"] != "interrupted" for c in of["candidates"] if c["iteration"] == iteration)
+
+
+def _place(candidate: Mapping[str, Any]) -> tuple[int, int]:
+    return candidate["iteration"], candidate["row"]
+
+
+def _found(cut: list[Any], new: list[Any]) -> Field:
+    """Rollouts that ended in an iteration that was cut short, each among those of the whole iteration."""
+    name = "rollouts of the iteration that was cut short"
+    left: dict[tuple[int, str], list[float | None]] = {}
+    for c in new:
+        left.setdefault((c["iteration"], c["text"]), []).append(c["reward"])
+    for c in cut:
+        rewards = left.get((c["iteration"], c["text"]), [])
+        match = next((r for r in rewards if r == c["reward"] or _close(r, c["reward"])), ...)
+        if match is ...:
+            return Field(
+                name, len(cut), f"{_shown(c['text'])} with the reward {_shown(c['reward'])} was not found again"
+            )
+        rewards.remove(match)
+    return Field(name, len(cut))
+
+
+def _close(a: float | None, b: float | None) -> bool:
+    return a is not None and b is not None and abs(a - b) <= _CLOSE * max(1.0, abs(a))
+
+
+def _field(name: str, old: Any, new: Any) -> Field:
+    counted = [0]
+    difference = next(_differences(old, new, name, counted), None)
+    return Field(name, counted[0], difference)
+
+
+def _differences(old: Any, new: Any, where: str, counted: list[int]) -> Iterator[str]:
+    """Where and how; of what the trace has, but for times and for what the judge did not say then."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key, value in old.items():
+            if key in _SECONDS or (key == "judge" and value is None):
+                continue
+            yield from _differences(value, new.get(key), f"{where}.{key}", counted)
+    elif isinstance(old, list) and isinstance(new, list):
+        for i, (a, b) in enumerate(zip(old, new, strict=False)):
+            yield from _differences(a, b, f"{where}[{i}]", counted)
+        if len(old) != len(new):
+            yield f"{where}: {len(old)} then, {len(new)} now"
+    else:
+        counted[0] += 1
+        if old != new and not (where == "judge" and old is None):
+            yield f"{where}: {_shown(old, new)} then, {_shown(new, old)} now"
+
+
+def _shown(value: Any, other: Any = None) -> str:
+    """A value in one line; of a long text what begins to differ from the other."""
+    if isinstance(value, str) and isinstance(other, str):
+        common = next((i for i, (a, b) in enumerate(zip(value, other, strict=False)) if a != b), 0)
+        value = ("..." if common > 20 else "") + value[max(0, common - 20) if common > 20 else 0 :]
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _without_judge(found: Mapping[str, Any]) -> dict[str, Any]:
+    """With no score of a judge."""
+    base = found["baseline"]
+    return {
+        **found,
+        "judge": None,
+        "baseline": base and {**base, "judge": None},
+        "candidates": [{**c, "judge": None} for c in found["candidates"]],
+    }
