@@ -9,8 +9,9 @@ from html import escape
 
 WIDTH, HEIGHT, _TOP, RIGHT, _BOTTOM = 480, 360, 36, 16, 48
 # Colours by class, so that a page in dark colours gets dark plots.
-_STYLE = """<style>
+STYLE = """
   .paper { fill: #fff } text { fill: #1a1a1a } .data { stroke: #2b6cb0 } circle { fill: #2b6cb0 }
+  circle.best { fill: #c05621 }
   polyline { fill: none; stroke-width: 2 }
   .series-0 { stroke: #2b6cb0 }  .series-1 { stroke: #c05621 }  .series-2 { stroke: #2f855a }
   .series-3 { stroke: #b83280 }  .series-4 { stroke: #6b46c1 }  .series-5 { stroke: #718096 }
@@ -21,16 +22,18 @@ _STYLE = """<style>
     .series-0 { stroke: #7fb4ee } .series-1 { stroke: #f6ad55 } .series-2 { stroke: #68d391 }
     .series-3 { stroke: #f687b3 } .series-4 { stroke: #b794f4 } .series-5 { stroke: #a0aec0 }
     .series-6 { stroke: #ecc94b } .series-7 { stroke: #4fd1c5 }
-    .frame { stroke: #777 } .grid { stroke: #3a3d44 } .chance { stroke: #999 }
+    .frame { stroke: #777 } .grid { stroke: #3a3d44 } .chance { stroke: #999 } circle.best { fill: #f6ad55 }
   }
-</style>"""
+"""
 
 
 class Axes:
-    """A frame with two linear axes; methods take data coordinates."""
+    """A frame with two linear axes; methods take data coordinates. ``counts``: x has whole numbers only."""
 
-    def __init__(self, title: str, x: tuple[float, float, str], y: tuple[float, float, str]) -> None:
-        across, up = _ticks(*x[:2]), _ticks(*y[:2])
+    def __init__(
+        self, title: str, x: tuple[float, float, str], y: tuple[float, float, str], *, counts: bool = False
+    ) -> None:
+        across, up = _ticks(*x[:2], least=1.0 if counts else 0.0), _ticks(*y[:2])
         self.x, self.y = (across[0], across[-1]), (up[0], up[-1])
         names = [_number(value, up) for value in up]
         self.left = 40 + max(text_width(name) for name in names)
@@ -58,8 +61,8 @@ class Axes:
     def line(self, a: tuple[float, float], b: tuple[float, float], kind: str) -> None:
         self.parts.append(draw_line(self.at(*a), self.at(*b), kind))
 
-    def dot(self, x: float, y: float, radius: float, opacity: float = 1.0) -> None:
-        self.parts.append(draw_dot(self.at(x, y), radius, opacity))
+    def dot(self, x: float, y: float, radius: float, opacity: float = 1.0, *, best: bool = False) -> None:
+        self.parts.append(draw_dot(self.at(x, y), radius, opacity, best=best))
 
     def curve(self, points: Sequence[tuple[float, float]], series: int) -> None:
         """A line through points; ``series`` names its colour, of eight."""
@@ -78,12 +81,14 @@ class Axes:
         return document(HEIGHT, self.parts)
 
 
-def _ticks(low: float, high: float) -> list[float]:
-    """Four to eight round numbers around the values, also where these are all one."""
-    if not high > low:
-        low, high = low - 0.5, high + 0.5
+def _ticks(low: float, high: float, least: float = 0.0) -> list[float]:
+    """Four to eight round numbers around the values, also where these are all one; ``least`` is between two of them."""
+    size = max(1.0, abs(low), abs(high))
+    if not high - low > 1e-9 * size:
+        low, high = low - 0.5 * size, high + 0.5 * size
     step = 10.0 ** math.floor(math.log10((high - low) / 4))
-    step *= next(factor for factor in (1, 2, 2.5, 5, 10) if (high - low) / (factor * step) <= 6)
+    factors = (1, 2, 5, 10) if least else (1, 2, 2.5, 5, 10)
+    step = max(least, step * next(factor for factor in factors if (high - low) / (factor * step) <= 6))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [i * step for i in range(first, last + 1)]
 
@@ -121,8 +126,8 @@ def draw_line(a: tuple[float, float], b: tuple[float, float], kind: str) -> str:
     return f'<line class="{kind}" x1="{a[0]:.1f}" y1="{a[1]:.1f}" x2="{b[0]:.1f}" y2="{b[1]:.1f}"/>'
 
 
-def draw_dot(at: tuple[float, float], radius: float, opacity: float = 1.0) -> str:
-    faint = f' fill-opacity="{opacity:g}"' if opacity < 1 else ""
+def draw_dot(at: tuple[float, float], radius: float, opacity: float = 1.0, *, best: bool = False) -> str:
+    faint = (f' fill-opacity="{opacity:g}"' if opacity < 1 else "") + (' class="best"' if best else "")
     return f'<circle cx="{at[0]:.1f}" cy="{at[1]:.1f}" r="{radius:g}"{faint}/>'
 
 
@@ -140,7 +145,8 @@ def _escape(text: str) -> str:
 def document(height: float, parts: Sequence[str]) -> str:
     size = f'width="{WIDTH}" height="{height:g}" viewBox="0 0 {WIDTH} {height:g}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="system-ui, sans-serif">'
-    return "\n".join([head, _STYLE, '<rect class="paper" width="100%" height="100%"/>', *parts, "</svg>"]) + "\n"
+    paper = '<rect class="paper" width="100%" height="100%"/>'
+    return "\n".join([head, f"<style>{STYLE}</style>", paper, *parts, "</svg>"]) + "\n"
 
 
 def heat_map(

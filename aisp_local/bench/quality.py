@@ -19,6 +19,7 @@ from aisp_local.bench.contest_report import BASE, best_at, diversity, interval, 
 from aisp_local.bench.tables import Table
 from aisp_local.errors import InputError
 from aisp_local.files import write_output
+from aisp_local.webpage import html_document, html_table
 
 Array = npt.NDArray[np.float64]
 Played = Mapping[str, Sequence[Run]]
@@ -227,46 +228,22 @@ def _answers(pair: Pair, played: Played) -> list[tuple[str, list[tuple[str, floa
     return answers
 
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto; }
-th, td { border: 1px solid #9995; padding: .25rem .5rem; text-align: left; white-space: nowrap; }
-tbody tr:nth-child(even) { background: #9991; }
-blockquote { margin: .3rem 0 1rem; padding-left: .8rem; border-left: 3px solid #9998; white-space: pre-wrap; }
-svg { max-width: 100%; height: auto; }
-@media (prefers-color-scheme: dark) { body { background: #16181c; color: #e4e6ea; } }
-"""
-
-
 def page(title: str, about: str, reports: Sequence[Report]) -> str:
     """A web page that needs nothing else. Texts of models are escaped."""
-    parts = [
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
-        f"<style>{_STYLE}</style></head><body><h1>{html.escape(title)}</h1><p>{html.escape(about)}</p>",
-    ]
+    parts = [f"<p>{html.escape(about)}</p>"]
     for each in reports:
         pair = each.pair
         judge = "" if pair.judge is None else f", judged by {Path(pair.judge).name}"
         about_pair = f"{Path(pair.model).name} rewarded by {Path(pair.reward).name}{judge}"
         parts.append(f"<h2>{html.escape(pair.name)}</h2><p>{html.escape(about_pair)}</p>{each.plot}")
-        parts += [_html_table(table) for table in each.tables]
+        for each_table in each.tables:
+            parts += [f"<h3>{html.escape(each_table.title)}</h3>", html_table(each_table.columns, each_table.rows)]
         for prompt, told in each.answers:
             parts.append(f"<h3>{html.escape(prompt)}</h3>")
             for label, reward, judged, text in told:
                 said = f"{label}: reward {reward:.2f}" + ("" if judged is None else f", judge {judged:.2f}")
                 parts.append(f"<p>{html.escape(said)}</p><blockquote>{html.escape(text)}</blockquote>")
-    return "\n".join([*parts, "</body></html>"]) + "\n"
-
-
-def _html_table(table: Table) -> str:
-    def row(cells: Sequence[Any], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
-
-    body = "".join(row(cells, "td") for cells in table.rows)
-    head = f"<thead>{row(table.columns, 'th')}</thead>"
-    return f"<h3>{html.escape(table.title)}</h3><table>{head}<tbody>{body}</tbody></table>"
+    return html_document(title, parts)
 
 
 def write(out: Path, machine: Mapping[str, Any], reports: Sequence[Report]) -> str:
