@@ -181,6 +181,8 @@ def search_many(
             if not any(one.found for one in searches):
                 raise
             feed.why = "interrupted"
+            for one in searches:
+                one.step = None
     outcomes = (one.outcome(feed.why, time_limit, method=method, budget=budget, seed=seed) for one in searches)
     return [next(outcomes) if error is None else error for error in refused]
 
@@ -428,6 +430,7 @@ class _Search:
         self.blocks = _Blocks()  # of the iteration that runs
         self.before: Candidate | None = None  # the best when it began
         self.paused = 0  # rollouts that wait to be gone on with
+        self.step: int | None = 0  # decode steps of this iteration; None: KeyboardInterrupt lost them
 
     @property
     def more(self) -> bool:
@@ -604,6 +607,9 @@ class _Search:
         self.report(0, 0, 0, stats)
 
     def report(self, step: int, rows: int, tokens: int, stats: IterationStats | None = None) -> None:
+        step += self.blocks.position
+        if stats is None:
+            self.step = step
         if self.on_progress is None or self.error is not None:
             return
         progress = Progress(
@@ -611,7 +617,7 @@ class _Search:
             iterations=self.iterations,
             rollouts_done=len(self.candidates),
             budget=self.budget,
-            step=self.blocks.position + step,
+            step=step,
             rows_active=rows,
             n_tokens=self.n_tokens + tokens,
             seconds=self.clock() - self.start,
@@ -634,6 +640,9 @@ class _Search:
         """The result, or the error that stands for it. ``why``: what ended the run, None if nothing did."""
         if self.error is not None:
             return self.error
+        ended_at = None if self.step is None else (self.iteration, self.step)
+        if self.step is None and not (self.blocks.n_tokens and self.iteration > len(self.stats)):
+            ended_at = len(self.stats) + 1, 0  # what was decoded since is lost
         if not self.candidates:
             for candidate in self.blocks.unfinished:
                 self._add(candidate)
@@ -667,6 +676,7 @@ class _Search:
             candidates=tuple(ranked),
             iterations=tuple(self.stats),
             status="complete" if complete else self.why or why or "interrupted",
+            ended_at=None if complete or self.why is not None else ended_at,
             seconds=self.seconds,
             n_tokens=self.n_tokens,
             control=self.task.controller.held if isinstance(self.task.controller, Steers) else None,

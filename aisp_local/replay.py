@@ -20,13 +20,8 @@ from aisp_local.steering import Steering
 from aisp_local.trace import Trace, as_json
 from aisp_local.types import Progress, Result
 
-CUT = ("interrupted", "time-limit")
-"""Statuses of a search that a clock or a person ended: where, no second run repeats."""
-
 _SECONDS = {"seconds", "decode_seconds", "reward_seconds", "update_seconds"}
 _COMPARED = ("answer", "reward", "judge", "baseline", "calibration", "status", "n_tokens", "iterations", "candidates")
-_CLOSE = 1e-4
-"""Between rewards of a rollout that were scored in batches with others."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +63,7 @@ def load(
 
 
 def check(trace: Trace, aligner: Aligner) -> None:
-    """Refuse, with an InputError, what no second run could repeat."""
+    """Refuse, with an InputError, another model than the trace's, and what nothing can repeat."""
     wanted = trace["model"]
     if aligner.engine.fingerprint != wanted["fingerprint"]:
         raise InputError(
@@ -76,9 +71,10 @@ def check(trace: Trace, aligner: Aligner) -> None:
             f"its fingerprint begins with {aligner.engine.fingerprint[:12]}, that of the trace with "
             f"{wanted['fingerprint'][:12]}; give the trace's model with -m"
         )
-    ended = [c for c in trace["result"]["candidates"] if c["finish_reason"] != "interrupted"]
-    if trace["result"]["status"] in CUT and not ended:
-        raise InputError("the search was cut short before any of its rollouts ended: there is nothing to compare")
+    if trace["result"]["status"] in ("interrupted", "time-limit") and trace["result"]["ended_at"] is None:
+        raise InputError(
+            "the search was broken off within an iteration, nobody knows where: no second run can repeat it"
+        )
 
 
 def unlike(trace: Trace, aligner: Aligner) -> list[str]:
@@ -117,7 +113,7 @@ def run(
     stop: Callable[[], bool] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Result:
-    """The trace's search once more, without its time limit, and no further than the trace's went."""
+    """The trace's search once more, and no further: without its time limit, to the decode step at which it ended."""
     search, found = trace["search"], trace["result"]
     options: dict[str, Any] = dict(search["options"])
     unknown = sorted(set(options) - controllers.options_of(search["method"]))
@@ -126,12 +122,12 @@ def run(
     if search["steering"] is not None:
         u = np.array(search["steering"], np.float32)
         options["steering"] = Steering(u, aligner.engine.fingerprint)
-    last = len(found["iterations"])
+    end = found["ended_at"]
     over = False
 
     def progress(now: Progress) -> None:
         nonlocal over
-        over |= found["status"] in CUT and now.stats is not None and now.iteration >= last
+        over |= end is not None and (now.iteration, now.step) >= (end["iteration"], end["step"])
         if on_progress is not None:
             on_progress(now)
 
@@ -150,56 +146,13 @@ def run(
 
 
 def compare(trace: Trace, result: Result, *, judge: bool = True) -> list[Field]:
-    """Field by field, to the bit; of a search that was cut short as far as it went. ``judge``: its scores as well."""
+    """Field by field, to the bit, but for seconds. ``judge``: its scores as well."""
     old = trace["result"]
     new = json.loads(json.dumps(finite(as_json(result))))
     if not judge:
         old, new = _without_judge(old), _without_judge(new)
-    if old["status"] not in CUT:
-        return [_field(name, old[name], new[name]) for name in _COMPARED]
-    sizes = {i["iteration"]: i["n"] for i in new["iterations"]}
-    whole = [i for i in old["iterations"] if sizes.get(i["iteration"]) == i["n"] and _ended(old, i["iteration"])]
-    complete = {i["iteration"] for i in whole}
-    fields = [
-        _field("iterations", whole, [i for i in new["iterations"] if i["iteration"] in complete]),
-        _field(
-            "candidates",
-            *(sorted((c for c in of["candidates"] if c["iteration"] in complete), key=_place) for of in (old, new)),
-        ),
-    ]
-    cut = [c for c in old["candidates"] if c["iteration"] not in complete and c["finish_reason"] != "interrupted"]
-    if cut:
-        fields.append(_found(cut, new["candidates"]))
-    return fields
-
-
-def _ended(of: Mapping[str, Any], iteration: int) -> bool:
-    return all(c["finish_reason"] != "interrupted" for c in of["candidates"] if c["iteration"] == iteration)
-
-
-def _place(candidate: Mapping[str, Any]) -> tuple[int, int]:
-    return candidate["iteration"], candidate["row"]
-
-
-def _found(cut: list[Any], new: list[Any]) -> Field:
-    """Rollouts that ended in an iteration that was cut short, each among those of the whole iteration."""
-    name = "rollouts of the iteration that was cut short"
-    left: dict[tuple[int, str], list[float | None]] = {}
-    for c in new:
-        left.setdefault((c["iteration"], c["text"]), []).append(c["reward"])
-    for c in cut:
-        rewards = left.get((c["iteration"], c["text"]), [])
-        match = next((r for r in rewards if r == c["reward"] or _close(r, c["reward"])), ...)
-        if match is ...:
-            return Field(
-                name, len(cut), f"{_shown(c['text'])} with the reward {_shown(c['reward'])} was not found again"
-            )
-        rewards.remove(match)
-    return Field(name, len(cut))
-
-
-def _close(a: float | None, b: float | None) -> bool:
-    return a is not None and b is not None and abs(a - b) <= _CLOSE * max(1.0, abs(a))
+    compared = [name for name in _COMPARED if name != "status" or old["ended_at"] is None]
+    return [_field(name, old[name], new[name]) for name in compared]
 
 
 def _field(name: str, old: Any, new: Any) -> Field:

@@ -23,7 +23,7 @@ def replay(file: Path, model: Path | None, reward: Path | None, judge: Path | No
 
     Exit code 0: all is equal. 1: something differs; the first difference of each field is shown. Another machine, build
     or number of threads may round otherwise; what is not as it was is said first. A search that a time limit or Ctrl-C
-    ended is compared as far as it went.
+    ended runs as far as it went.
 
     \b
     Examples:
@@ -52,8 +52,8 @@ def replay(file: Path, model: Path | None, reward: Path | None, judge: Path | No
         f"{search['method']}, seed {search['seed']}: {candidates} of {search['budget']} rollouts in {iterations} "
         f"iteration{'s' if iterations > 1 else ''}, {found['status']}"
     )
-    if found["status"] in again.CUT:
-        print_answer("the search was cut short: it is compared as far as it went")
+    if (end := found["ended_at"]) is not None:
+        print_answer(f"cut short in iteration {end['iteration']} after {end['step']} steps, and so was this one")
     for field in fields:
         said = (
             f"equal      {field.name} ({field.values})"
