@@ -384,11 +384,19 @@ class Aligner:
             "versions": versions(),
         }
         return [
-            replace(result, **named, asked={**asked, "prompt": _kept(prompt), "prompt_index": index})
+            replace(result, **named, asked={**asked, **self._asked(prompt), "prompt_index": index})
             if isinstance(result, Result)
             else result
             for prompt, index, result in zip(prompts, indices, results, strict=True)
         ]
+
+    def _asked(self, prompt: Prompt) -> dict[str, Any]:
+        """The prompt, in a copy, since a caller goes on with its list of messages; and how it was read."""
+        parts = self.engine.parts(prompt) if isinstance(self.engine, LlamaEngine) else []
+        return {
+            "prompt": prompt if isinstance(prompt, str) else [message.copy() for message in prompt],
+            "prompt_parts": parts,
+        }
 
     def trace(self, result: Result, *, paths: bool = True) -> Trace:
         """A search of this aligner written down: ``trace(result).save("fox.json")``; see docs/traces.md.
@@ -519,11 +527,6 @@ class Aligner:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _kept(prompt: Prompt) -> Prompt:
-    """A copy, since a caller goes on with its list of messages."""
-    return prompt if isinstance(prompt, str) else [message.copy() for message in prompt]
 
 
 def _time_passed(time_limit: float | None) -> InputError:

@@ -12,6 +12,7 @@ import numpy as np
 
 from aisp_local import controllers
 from aisp_local.api import Aligner
+from aisp_local.engine import LlamaEngine
 from aisp_local.errors import InputError
 from aisp_local.finite import finite
 from aisp_local.native import Lora, versions
@@ -122,6 +123,8 @@ def run(
     if search["steering"] is not None:
         u = np.array(search["steering"], np.float32)
         options["steering"] = Steering(u, aligner.engine.fingerprint)
+    if isinstance(aligner.engine, LlamaEngine):
+        aligner.engine.read_in_parts(trace["prompt"], [int(part) for part in search["prompt_parts"]])
     end = found["ended_at"]
     over = False
 

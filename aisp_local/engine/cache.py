@@ -24,6 +24,7 @@ class PromptCache:
     def __init__(self, context: Context, slots: int, n_swa: int) -> None:
         self._context, self._n_swa = context, n_swa
         self.tokens: list[Tokens] = [np.zeros(0, np.int32) for _ in range(slots)]
+        self.parts: list[tuple[int, ...]] = [()] * slots  # how many tokens each held whenever some were decoded
         self._users = [0] * slots
         self._used = [0] * slots  # when, counted in calls
         self._calls = 0
@@ -77,6 +78,8 @@ class PromptCache:
             self.tokens[slot] = wanted[:0]
         decode(slot, wanted[keep:], keep)
         self.tokens[slot] = wanted
+        if len(wanted) > keep:
+            self.parts[slot] += (len(wanted),)
         self._users[slot] += 1
         self._used[slot] = self._calls
         return slot
@@ -87,6 +90,7 @@ class PromptCache:
     def _start(self, slot: int, source: int, keep: int) -> int:
         """Bring the slot to the first tokens of the source, ``keep`` of them if the cache can do it; how many."""
         context, beginning = self._context, self.tokens[source][:keep]
+        parts = (*(part for part in self.parts[source] if part < keep), keep)
         held = len(self.tokens[source])
         # Of a window's layers only the end is sure to be there: others may have taken the cells before it.
         if keep < held and self._n_swa and context.first_position(source) > max(0, keep - self._n_swa):
@@ -101,11 +105,11 @@ class PromptCache:
             self._forget(slot)
             keep = 0
         if keep:
-            self.tokens[slot] = beginning
+            self.tokens[slot], self.parts[slot] = beginning, parts
         return keep
 
     def _forget(self, slot: int) -> None:
-        self.tokens[slot] = self.tokens[slot][:0]
+        self.tokens[slot], self.parts[slot] = self.tokens[slot][:0], ()
         self._context.remove(slot)
 
 

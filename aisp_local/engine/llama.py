@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -93,6 +94,7 @@ class LlamaEngine:
         self._slots = 1  # prompts that the context can hold; its other sequences are rows
         self._encoded: tuple[npt.NDArray[np.int32], int] | None = None  # what the encoder read, for how many rows
         self._head: OutputHead | None = None
+        self._parts: dict[bytes, Sequence[int]] = {}  # how prompts are to be read, by their tokens
         self._long = False  # whether the context takes the long rope factors, where there are two sets
         self._lock = threading.Lock()
         self._run: object | None = None  # names the run that has the lock
@@ -340,11 +342,26 @@ class LlamaEngine:
             f"{limit / 2**20:.0f} MiB are available; {advice}"
         )
 
+    def parts(self, prompt: Prompt) -> list[int]:
+        """How many of the prompt's tokens the cache held whenever some were read into it: of a turn of a conversation
+        those of earlier turns are there already. What is read together decides how logits are rounded."""
+        with self._lock:
+            wanted, cache = self.tokens(prompt)[:-1], self._cache
+            found = () if cache is None else zip(cache.tokens, cache.parts, strict=True)
+            return next((list(parts) for held, parts in found if np.array_equal(held, wanted)), [])
+
+    def read_in_parts(self, prompt: Prompt, parts: Sequence[int]) -> None:
+        """Read this prompt as ``parts`` says of another run, unless some of it is in the cache by then."""
+        with self._lock:
+            self._parts[self.tokens(prompt)[:-1].tobytes()] = parts
+
     def _prefill(self, context: Context, sequence: int, tokens: npt.NDArray[np.int32], position: int) -> None:
-        for start in range(0, len(tokens), context.n_batch):
-            part = tokens[start : start + context.n_batch]
-            positions = np.arange(position + start, position + start + len(part))
-            context.decode(part, positions, np.full(len(part), sequence), outputs=False)
+        ends = [] if position else [end for end in self._parts.get(tokens.tobytes(), ()) if 0 < end < len(tokens)]
+        for begin, end in pairwise(sorted({0, *ends, len(tokens)})):
+            for start in range(begin, end, context.n_batch):
+                part = tokens[start : min(end, start + context.n_batch)]
+                positions = np.arange(position + start, position + start + len(part))
+                context.decode(part, positions, np.full(len(part), sequence), outputs=False)
 
     def _encode(self, context: Context, tokens: npt.NDArray[np.int32], rows: int, idle: bool) -> bool:
         """Let the encoder read the prompt for all rows, unless it has; False while rows need another prompt."""
