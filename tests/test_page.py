@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from test_server import Server, serving
 
-from aisp_local import Aligner
+from aisp_local import Aligner, shipped
 from aisp_local.server import Settings
+from aisp_local.trace import Trace
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
@@ -83,20 +84,91 @@ def test_a_conversation_and_its_search(page: Any, tmp_path: Path) -> None:
     page.check("#blocks")
     say(page, "Tell me another one.")
     assert page.locator("#turns li").count() == 4 and page.locator("#past li").count() == 2
-    # An exported search opens again, also after all was forgotten.
-    with page.expect_download() as download:
-        page.click("#export")
-    download.value.save_as(tmp_path / "search.json")
-    kept = json.loads((tmp_path / "search.json").read_text(encoding="utf-8"))
-    assert kept["prompt"] == "Tell me another one." and kept["result"]["rollouts"] == 32
+    # What the judge thinks of all candidates.
+    assert re.search(r"rank correlation -?\d\.\d\d over 32 candidates", page.inner_text("#agreement"))
+    assert page.locator("#judged circle").count() == 32
+    assert "judge" in page.inner_text("#candidates li:nth-child(2) b")
+    # What is exported is a trace; it opens again, also after all was forgotten.
+    exported(page, tmp_path / "trace.json")
+    trace = Trace.load(tmp_path / "trace.json")
+    assert [m["content"] for m in trace["prompt"]][-1] == "Tell me another one." and len(trace["prompt"]) == 3
+    assert len(trace["result"]["candidates"]) == 32
+    assert trace["result"]["answer"] in page.locator("#turns li:last-child").text_content()
+    assert str(shipped.model().parent) not in (tmp_path / "trace.json").read_text(encoding="utf-8")
     page.click("#forget")
     assert page.locator("#past li").count() == 0
     page.click("#new")
-    page.set_input_files("#open", tmp_path / "search.json")
+    page.set_input_files("#open", tmp_path / "trace.json")
     page.locator("#status", has_text="another one").wait_for()
-    (tmp_path / "other.json").write_text("[1]", encoding="utf-8")
-    page.set_input_files("#open", tmp_path / "other.json")
-    page.locator("#error", has_text="holds no search").wait_for()
+    assert page.locator("#past li").count() == 1
+    page.reload()
+    page.click("#past button")
+    page.locator("#status", has_text="another one").wait_for()
+
+
+def exported(page: Any, path: Path) -> None:
+    with page.expect_download() as download:
+        page.click("#export")
+    download.value.save_as(path)
+
+
+BROKEN = {
+    "[1]": "holds no trace",
+    "{": "it is no JSON",
+    '{"format": "aisp-local-trace", "version": 7}': "of version 7",
+    '{"format": "aisp-local-trace", "version": 1, "created": "", "prompt": ""}': "broken at search",
+}
+
+
+def test_files_that_are_no_traces(page: Any, tmp_path: Path) -> None:
+    for i, (text, said) in enumerate(BROKEN.items()):
+        (tmp_path / f"{i}.json").write_text(text, encoding="utf-8")
+        page.set_input_files("#open", tmp_path / f"{i}.json")
+        page.locator("#error", has_text=said).wait_for()
+    assert page.locator("#past li").count() == 0
+
+
+def test_traces_are_dropped_and_compared(page: Any, server: Server, tmp_path: Path) -> None:
+    hostile = "<img src=x onerror=alert(1)> fox"
+    for name, text in (("a", "Tell me a story."), ("b", hostile)):
+        result = server.aligner.generate(
+            text, budget=8, n=4 if name == "a" else 8, max_tokens=12, seed=1, judge_all=True, baseline=True
+        )
+        server.aligner.trace(result).save(tmp_path / f"{name}.json")
+        # As a browser has it when a file is dropped.
+        page.evaluate(
+            """text => {
+                const moved = new DataTransfer();
+                moved.items.add(new File([text], "trace.json", { type: "application/json" }));
+                const drop = new DragEvent("drop", { dataTransfer: moved, bubbles: true, cancelable: true });
+                document.body.dispatchEvent(drop);
+            }""",
+            (tmp_path / f"{name}.json").read_text(encoding="utf-8"),
+        )
+        page.locator("#past li:first-child", has_text=text).wait_for()
+    page.focus("#compare")
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.id") == "compared"
+    results = [Trace.load(tmp_path / f"{name}.json")["result"] for name in ("b", "a")]  # the newest is A
+    assert [page.locator(f"#answer-{side}").text_content() for side in "ab"] == [found["answer"] for found in results]
+    assert page.locator("#sides tbody tr:first-child td").all_inner_texts() == [
+        f"{found['reward']:.2f}" for found in results
+    ]
+    assert (
+        page.locator("#curves polyline").count() == 2
+        and "run A ends at" in page.locator("#curves title").text_content()
+    )
+    differ = page.locator("#differ tbody tr")
+    assert differ.locator("th").all_inner_texts() == ["prompt", "n", "prompt_parts"]
+    assert differ.nth(1).locator("td").all_inner_texts() == ["8", "4"] and hostile in differ.nth(0).inner_text()
+    assert page.locator("#search img").count() == 0
+    marks = page.locator("#answer-a mark").all_inner_texts()
+    assert marks == [] if results[0]["answer"] == results[1]["answer"] else marks
+    # The same run twice: nothing differs.
+    page.select_option("#first", "1")
+    page.select_option("#second", "1")
+    page.click("#compare")
+    assert page.inner_text("#alike") == "Their settings are the same." and page.locator("#compared mark").count() == 0
 
 
 def test_text_of_models_is_never_markup(page: Any) -> None:

@@ -27,7 +27,9 @@ from aisp_local.server.desk import Desk, Event, Job, as_error, distinct
 from aisp_local.server.request import KEY, ApiError, Ask, parse
 from aisp_local.types import Candidate, Result
 
-_PAGE = {"index.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
+_PAGE = {"index.html": "text/html", "page.css": "text/css"} | {
+    f"{name}.js": "text/javascript" for name in ("page", "draw", "runs", "compare")
+}
 _PAGE_HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
@@ -265,13 +267,20 @@ class _Server:
                     yield _event({**head, "choices": [], "usage": self._usage(ask, value)})
                 if ask.events:
                     yield _event(_search(value), name=f"{KEY}.result")
+                if ask.trace:
+                    yield _event(self._trace(value), name=f"{KEY}.trace")
                 yield "data: [DONE]\n\n"
 
     # Answers.
 
     def _whole(self, ask: Ask, head: Mapping[str, Any], result: Result) -> dict[str, Any]:
         choices = [self._choice(ask, index, candidate) for index, candidate in enumerate(distinct(result, ask.n))]
-        return {**head, "choices": choices, "usage": self._usage(ask, result), KEY: _search(result)}
+        search = _search(result) | ({"trace": self._trace(result)} if ask.trace else {})
+        return {**head, "choices": choices, "usage": self._usage(ask, result), KEY: search}
+
+    def _trace(self, result: Result) -> dict[str, Any]:
+        """Without this machine's folders, which are no client's business."""
+        return dict(self.aligner.trace(result, paths=False).content)
 
     def _choice(self, ask: Ask, index: int, candidate: Candidate) -> dict[str, Any]:
         said: dict[str, Any] = {"text": candidate.text}

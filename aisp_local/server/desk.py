@@ -156,6 +156,7 @@ class Desk:
             target_reward=ask.target_reward,
             patience=ask.patience,
             baseline=ask.baseline,
+            judge_all=ask.judge_all,
             stop=lambda: job.cancelled.is_set() or self._closing.is_set(),
             on_progress=progress,
             **options,

@@ -51,7 +51,8 @@ class ApiError(Exception):
 @dataclass(frozen=True)
 class Ask:
     """A request, checked. ``options``: of the method. ``events``: the client wants to see the search, with
-    ``candidates`` all of it. ``baseline``: the unaligned answer as well. ``settle``: may be chosen block by block."""
+    ``candidates`` all of it. ``baseline``: the unaligned answer as well; ``judge_all``: the judge's score of every
+    candidate; ``trace``: all of the search, in the form of a trace. ``settle``: may be chosen block by block."""
 
     prompt: Prompt
     chat: bool
@@ -71,6 +72,8 @@ class Ask:
     events: bool = False
     candidates: bool = False
     baseline: bool = False
+    judge_all: bool = False
+    trace: bool = False
     settle: bool = True
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -102,7 +105,9 @@ def parse(data: bytes, *, chat: bool, limit: int) -> Ask:
         known = options_of(method)
     except InputError as error:
         raise ApiError(400, str(error), param=f"{KEY}.method") from error
-    unknown = sorted(set(more) - _SEARCH - {"events", "candidates", "baseline", "settle", "options"})
+    unknown = sorted(
+        set(more) - _SEARCH - {"events", "candidates", "baseline", "judge_all", "trace", "settle", "options"}
+    )
     if unknown:
         raise ApiError(400, f"{KEY}.{unknown[0]} is unknown", param=f"{KEY}.{unknown[0]}")
     options = dict(_object(more, "options"))
@@ -139,6 +144,8 @@ def parse(data: bytes, *, chat: bool, limit: int) -> Ask:
         events=_flag(more, "events"),
         candidates=_flag(more, "candidates"),
         baseline=_flag(more, "baseline"),
+        judge_all=_flag(more, "judge_all"),
+        trace=_flag(more, "trace"),
         settle=_flag(more, "settle") if "settle" in more else True,
         options=options,
     )

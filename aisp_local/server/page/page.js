@@ -1,43 +1,14 @@
 // The page: a conversation, and beside it the search for the answer. Text of models is only ever set as text.
 
-const $ = (id) => document.getElementById(id);
-const KEPT = "aisp-local.searches";
-const MOST_KEPT = 30;
+import { compare, offer } from "./compare.js";
+import { $, element, judgePlot, marked, number, rewardPlot, rowOf } from "./draw.js";
+import { forget, judgement, keep, open, past, viewOf } from "./runs.js";
+
 const MOST_SHOWN = 12;
 
 let messages = [];
 let running = null; // an AbortController
 let shown = null; // the search that the right side shows
-
-function element(name, text, properties = {}) {
-  const made = document.createElement(name);
-  if (text !== undefined) made.textContent = text;
-  return Object.assign(made, properties);
-}
-
-function number(value, digits = 2) {
-  return typeof value === "number" && Number.isFinite(value) ? value.toFixed(digits) : "-";
-}
-
-// Past searches: in this browser, nowhere else.
-
-function past() {
-  try {
-    const found = JSON.parse(localStorage.getItem(KEPT) ?? "[]");
-    return Array.isArray(found) ? found : [];
-  } catch {
-    return [];
-  }
-}
-
-function keep(search) {
-  try {
-    localStorage.setItem(KEPT, JSON.stringify([search, ...past()].slice(0, MOST_KEPT)));
-  } catch {
-    // Full, or not allowed: then it is not kept.
-  }
-  listPast();
-}
 
 function listPast() {
   $("past").replaceChildren(
@@ -48,63 +19,15 @@ function listPast() {
       return item;
     }),
   );
-  $("export").disabled = shown === null;
+  offer(past());
 }
 
 // The right side.
 
-const NAMESPACE = "http://www.w3.org/2000/svg";
-
-function draw(name, attributes, text) {
-  const made = document.createElementNS(NAMESPACE, name);
-  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
-  if (text !== undefined) made.textContent = text;
-  return made;
-}
-
-function plot(iterations) {
-  const rewards = iterations.flatMap((i) => (i.candidates ?? []).map((c) => c.reward)).concat(
-    iterations.flatMap((i) => [i.best_so_far, i.mean]),
-  ).filter(Number.isFinite);
-  if (!rewards.length) return $("plot").replaceChildren();
-  const [low, high] = [Math.min(...rewards), Math.max(...rewards)];
-  const [width, height, left, bottom] = [480, 200, 44, 26];
-  const x = (i) => left + ((i - 0.5) / iterations.length) * (width - left - 8);
-  const y = (r) => 8 + (1 - (r - low) / (high - low || 1)) * (height - bottom - 8);
-  const svg = draw("svg", { viewBox: `0 0 ${width} ${height}`, role: "img" });
-  svg.append(draw("title", {}, `Rewards of ${rewards.length} candidates in ${iterations.length} iterations, best ${number(high)}`));
-  for (const value of [low, high]) {
-    svg.append(draw("line", { class: "axis", x1: left, x2: width - 8, y1: y(value), y2: y(value) }));
-    svg.append(draw("text", { x: left - 6, y: y(value) + 4, "text-anchor": "end" }, number(value)));
-  }
-  svg.append(draw("text", { x: width / 2, y: height - 6, "text-anchor": "middle" }, "iterations: dots are candidates, line the best so far, dashes the mean"));
-  for (const i of iterations) {
-    for (const c of i.candidates ?? []) {
-      if (Number.isFinite(c.reward)) svg.append(draw("circle", { cx: x(i.iteration) + ((c.row * 7) % 13) - 6, cy: y(c.reward), r: 3 }));
-    }
-  }
-  for (const [kind, key] of [["best", "best_so_far"], ["mean", "mean"]]) {
-    const points = iterations.filter((i) => Number.isFinite(i[key])).map((i) => `${x(i.iteration)},${y(i[key])}`);
-    svg.append(draw("polyline", { class: kind, points: points.join(" ") }));
-  }
-  $("plot").replaceChildren(svg);
-}
-
 function figures(iterations) {
   $("figures").querySelector("tbody").replaceChildren(
-    ...iterations.map((i) => {
-      const row = element("tr");
-      const values = [i.iteration, number(i.best), number(i.mean), number(i.kl, 1), number(i.ess, 1), number(i.seconds, 1)];
-      row.append(...values.map((value) => element("td", String(value))));
-      return row;
-    }),
+    ...iterations.map((i) => rowOf([i.iteration, number(i.best), number(i.mean), number(i.kl, 1), number(i.ess, 1), number(i.seconds, 1)])),
   );
-}
-
-// Words that a candidate does not share with the best one are marked.
-function told(text, best) {
-  const known = new Set(best.split(/\s+/));
-  return text.split(/(\s+)/).map((part) => (part.trim() && !known.has(part) ? element("mark", part) : document.createTextNode(part)));
 }
 
 function candidates(iterations) {
@@ -115,15 +38,22 @@ function candidates(iterations) {
     ...distinct.slice(0, MOST_SHOWN).map((c, i) => {
       const item = element("li");
       const judged = Number.isFinite(c.judge) ? `, judge ${number(c.judge)}` : "";
-      const [first, ...rest] = i ? told(c.text, distinct[0].text) : [document.createTextNode(c.text)];
       const fold = element("details", undefined, { open: i === 0 });
       const summary = element("summary");
       summary.append(element("b", `${number(c.reward)}${judged}`), c.text.slice(0, 70));
-      fold.append(summary, first, ...rest);
+      fold.append(summary, ...(i ? marked(c.text, distinct[0].text) : [c.text]));
       item.append(fold);
       return item;
     }),
   );
+}
+
+function judged(search) {
+  const found = judgement(search);
+  $("judge").hidden = found === null;
+  if (!found) return;
+  $("agreement").textContent = found.said;
+  $("judged").replaceChildren(judgePlot(found.judged, found.judged.find((c) => c.text === search.answer)));
 }
 
 // What an iteration that runs has so far.
@@ -145,12 +75,14 @@ function show(search) {
   } else {
     $("status").textContent = "Searching…";
   }
-  plot(search.iterations);
+  const plot = rewardPlot(search.iterations);
+  $("plot").replaceChildren(...(plot ? [plot] : []));
   figures(search.iterations);
   candidates(search.iterations);
+  judged(search);
   const base = result?.baseline;
-  $("baseline").textContent = base ? `${base.text}\n(reward ${number(base.reward)})` : "-";
-  $("export").disabled = false;
+  $("baseline").textContent = base ? `${base.text}\n(reward ${number(base.reward)}${Number.isFinite(base.judge) ? `, judge ${number(base.judge)}` : ""})` : "-";
+  $("export").disabled = !search.trace;
 }
 
 // The conversation.
@@ -189,7 +121,7 @@ async function ask(text) {
   messages.push({ role: "user", content: text });
   turn("user", text);
   const item = turn("assistant", "…");
-  const search = { prompt: text, at: new Date().toISOString(), iterations: [], result: null, answer: "" };
+  let search = { prompt: text, at: new Date().toISOString(), iterations: [], result: null, answer: "" };
   running = new AbortController();
   busy(true);
   show(search);
@@ -200,7 +132,7 @@ async function ask(text) {
       stream: true,
       aisp: {
         effort: $("effort").value, strength: Number($("strength").value), seed: messages.length,
-        events: true, candidates: true, baseline: true, settle: settles,
+        events: true, candidates: true, baseline: true, judge_all: true, trace: true, settle: settles,
       },
     };
     const headers = { "Content-Type": "application/json" };
@@ -221,6 +153,7 @@ async function ask(text) {
       }
       if (name === "aisp.iteration") search.iterations.push(event);
       else if (name === "aisp.result") search.result = event;
+      else if (name === "aisp.trace") search = viewOf(event);
       else {
         search.answer += event.choices[0]?.delta.content ?? "";
         if (search.answer) item.firstChild.textContent = search.answer;
@@ -250,6 +183,7 @@ async function ask(text) {
   if (search.result) item.append(element("small", `reward ${number(search.result.reward)}, ${search.result.rollouts} rollouts, ${search.result.status}`));
   show(search);
   keep(search);
+  listPast();
 }
 
 function busy(is) {
@@ -280,24 +214,42 @@ $("new").addEventListener("click", () => {
 });
 $("strength").addEventListener("input", () => ($("strong").textContent = $("strength").value));
 $("forget").addEventListener("click", () => {
-  localStorage.removeItem(KEPT);
+  forget();
   listPast();
 });
 $("export").addEventListener("click", () => {
-  if (!shown) return;
-  const url = URL.createObjectURL(new Blob([JSON.stringify(shown, null, 1)], { type: "application/json" }));
-  element("a", "", { href: url, download: "aisp-search.json" }).click();
+  if (!shown?.trace) return;
+  const url = URL.createObjectURL(new Blob([JSON.stringify(shown.trace, null, 1)], { type: "application/json" }));
+  element("a", "", { href: url, download: "trace.json" }).click();
   URL.revokeObjectURL(url);
 });
-$("open").addEventListener("change", async () => {
+// A file that was chosen or dropped: a past run.
+async function opened(file) {
+  if (!file) return;
+  $("error").textContent = "";
   try {
-    const search = JSON.parse(await $("open").files[0].text());
-    if (!Array.isArray(search.iterations) || typeof search.prompt !== "string") throw new Error();
-    show(search);
-    $("error").textContent = "";
-  } catch {
-    $("error").textContent = "that file holds no search of this page";
+    const run = await open(file);
+    keep(run);
+    listPast();
+    if (!running) show(run);
+  } catch (error) {
+    $("error").textContent = error.message;
   }
+}
+$("open").addEventListener("change", async () => {
+  await opened($("open").files[0]);
+  $("open").value = ""; // so that the same file can be chosen again
+});
+for (const kind of ["dragover", "drop"]) {
+  document.addEventListener(kind, (event) => {
+    if (!event.dataTransfer?.types.includes("Files")) return;
+    event.preventDefault();
+    if (kind === "drop") opened(event.dataTransfer.files[0]);
+  });
+}
+$("versus").addEventListener("submit", (event) => {
+  event.preventDefault();
+  compare();
 });
 
 listPast();
