@@ -182,7 +182,7 @@ def search_many(
                 raise
             feed.why = "interrupted"
             for one in searches:
-                one.step = None
+                one.broken = True
     outcomes = (one.outcome(feed.why, time_limit, method=method, budget=budget, seed=seed) for one in searches)
     return [next(outcomes) if error is None else error for error in refused]
 
@@ -430,7 +430,9 @@ class _Search:
         self.blocks = _Blocks()  # of the iteration that runs
         self.before: Candidate | None = None  # the best when it began
         self.paused = 0  # rollouts that wait to be gone on with
-        self.step: int | None = 0  # decode steps of this iteration; None: KeyboardInterrupt lost them
+        self.steps = 0  # of decoding, and beginnings of iterations and blocks, each as one: what on_progress was told
+        self.began_at = 0  # of them, when the iteration that runs had begun
+        self.broken = False  # KeyboardInterrupt ended it within a step
 
     @property
     def more(self) -> bool:
@@ -607,9 +609,10 @@ class _Search:
         self.report(0, 0, 0, stats)
 
     def report(self, step: int, rows: int, tokens: int, stats: IterationStats | None = None) -> None:
-        step += self.blocks.position
         if stats is None:
-            self.step = step
+            self.steps += 1
+            if not self.blocks.n_tokens and step == 0:
+                self.began_at = self.steps
         if self.on_progress is None or self.error is not None:
             return
         progress = Progress(
@@ -617,7 +620,7 @@ class _Search:
             iterations=self.iterations,
             rollouts_done=len(self.candidates),
             budget=self.budget,
-            step=step,
+            step=self.blocks.position + step,
             rows_active=rows,
             n_tokens=self.n_tokens + tokens,
             seconds=self.clock() - self.start,
@@ -640,9 +643,9 @@ class _Search:
         """The result, or the error that stands for it. ``why``: what ended the run, None if nothing did."""
         if self.error is not None:
             return self.error
-        ended_at = None if self.step is None else (self.iteration, self.step)
-        if self.step is None and not (self.blocks.n_tokens and self.iteration > len(self.stats)):
-            ended_at = len(self.stats) + 1, 0  # what was decoded since is lost
+        ended_at: int | None = self.steps
+        if self.broken:  # what was decoded of its iteration is lost: a search that can but begin it is the same
+            ended_at = None if self.blocks.n_tokens and self.iteration > len(self.stats) else self.began_at
         if not self.candidates:
             for candidate in self.blocks.unfinished:
                 self._add(candidate)

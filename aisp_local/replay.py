@@ -126,11 +126,11 @@ def run(
     if isinstance(aligner.engine, LlamaEngine):
         aligner.engine.read_in_parts(trace["prompt"], [int(part) for part in search["prompt_parts"]])
     end = found["ended_at"]
-    over = False
+    steps = 0
 
     def progress(now: Progress) -> None:
-        nonlocal over
-        over |= end is not None and (now.iteration, now.step) >= (end["iteration"], end["step"])
+        nonlocal steps
+        steps += now.stats is None
         if on_progress is not None:
             on_progress(now)
 
@@ -142,7 +142,7 @@ def run(
         trace["prompt"],
         **asked,
         baseline=found["baseline"] is not None,
-        stop=lambda: over or (stop is not None and stop()),
+        stop=lambda: (end is not None and steps >= end) or (stop is not None and stop()),
         on_progress=progress,
         **options,
     )

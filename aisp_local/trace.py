@@ -38,7 +38,7 @@ def as_json(result: Result) -> dict[str, Any]:
         "method": result.method,
         "budget": result.budget,
         "status": result.status,
-        "ended_at": None if result.ended_at is None else {"iteration": result.ended_at[0], "step": result.ended_at[1]},
+        "ended_at": result.ended_at,
         "iterations": [
             {
                 "iteration": s.iteration,

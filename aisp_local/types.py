@@ -328,7 +328,7 @@ class Result:
     calibration: Calibration | None = None  # of a composite reward, if it was measured for this search
     control: FloatArray | None = field(default=None, compare=False)  # [d], held at all steps in the end, if one is
     versions: Mapping[str, str] = field(default_factory=dict)
-    ended_at: tuple[int, int] | None = None  # iteration, and decode steps of it, if cut short and known
+    ended_at: int | None = None  # reports to on_progress without ``stats`` until then, if cut short and known
     asked: Mapping[str, Any] = field(default_factory=dict, compare=False)  # prompt and options, for Aligner.trace
     extra: Mapping[str, Any] = field(default_factory=dict)
 

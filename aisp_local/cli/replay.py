@@ -53,7 +53,7 @@ def replay(file: Path, model: Path | None, reward: Path | None, judge: Path | No
         f"iteration{'s' if iterations > 1 else ''}, {found['status']}"
     )
     if (end := found["ended_at"]) is not None:
-        print_answer(f"cut short in iteration {end['iteration']} after {end['step']} steps, and so was this one")
+        print_answer(f"cut short after {end} steps, and so was this one")
     for field in fields:
         said = (
             f"equal      {field.name} ({field.values})"
