@@ -17,6 +17,7 @@ from aisp_local.errors import (
 )
 from aisp_local.native import Lora
 from aisp_local.steering import Steering
+from aisp_local.trace import Trace
 from aisp_local.types import (
     Baseline,
     Candidate,
@@ -52,5 +53,6 @@ __all__ = [
     "Sampling",
     "ScoreError",
     "Steering",
+    "Trace",
     "__version__",
 ]

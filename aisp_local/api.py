@@ -112,7 +112,7 @@ class Aligner:
         aligner = cls(engine, scorer, judge=judging, model_name=str(path))
         aligner.origins = Origins(
             SHIPPED if model is None else str(path.absolute()),
-            Origin.of(SHIPPED if reward is None else reward),
+            replace(Origin.of(shipped.reward()), source=SHIPPED) if reward is None else Origin.of(reward),
             Origin.of(judge),
             n_gpu_layers,
         )

@@ -54,13 +54,18 @@ def load(
         raise InputError(f"the trace does not say where the reward {name!r} lies; give it with -r")
     named = None if trace["judge"] is None else trace["judge"]["source"]
     return Aligner.load(
-        model or (None if wanted["source"] == SHIPPED else wanted["source"]),
-        reward or trace["reward"]["source"],
+        model or _named(wanted["source"]),
+        reward or _named(trace["reward"]["source"]),
         judge=judge or named,
         n_gpu_layers=at["n_gpu_layers"],
-        threads=threads or at["threads"],
+        threads=at["threads"] if threads is None else threads,
         loras=[Lora(Path(lora["source"]), lora["scale"]) for lora in wanted["loras"]],
     )
+
+
+def _named(source: str | None) -> str | None:
+    """What is shipped is what is loaded where nothing is named."""
+    return None if source == SHIPPED else source
 
 
 def check(trace: Trace, aligner: Aligner) -> None:

@@ -1,4 +1,4 @@
-"""Pictures of the page for docs/server.md: a search under way, its end in light and dark, and a phone.
+"""Pictures of the page for docs/server.md: a search under way, its end in light and dark, two compared, a phone.
 
     pip install playwright        (and a Chromium: apt install chromium)
     python benchmarks/screenshots.py [--out docs] [--threads 1]
@@ -59,6 +59,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 page.screenshot(path=asked.out / "page-light.png")
                 page.emulate_media(color_scheme="dark")
                 page.screenshot(path=asked.out / "page-dark.png")
+                page.emulate_media(color_scheme="light")
+                page.select_option("#effort", "low")
+                page.fill("#text", "Tell me another one.")
+                page.keyboard.press("Enter")
+                page.locator("#turns li.assistant").nth(1).locator("small").wait_for(timeout=300_000)
+                page.click("#compare")
+                page.screenshot(path=asked.out / "page-compare.png")
+                page.emulate_media(color_scheme="dark")
                 page.set_viewport_size({"width": 390, "height": 844})
                 page.evaluate("window.scrollTo(0, 0)")
                 page.screenshot(path=asked.out / "page-phone.png")

@@ -19,11 +19,12 @@ import openai
 import pytest
 import uvicorn
 
-from aisp_local import Aligner
+from aisp_local import Aligner, shipped
 from aisp_local.errors import ScoreError
 from aisp_local.server import Settings, make_app
 from aisp_local.server.request import ApiError, parse
 from aisp_local.testing import FakeEngine, FakeReward
+from aisp_local.trace import schema
 
 STORY = [{"role": "user", "content": "Tell me a story about a fox."}]
 QUICK = {"aisp": {"budget": 4, "rows": 4}}
@@ -405,6 +406,22 @@ def test_a_page_that_watches_gets_candidates_and_the_unaligned_answer() -> None:
         assert [len(rows) for rows in shown] == [4, 4] and set(shown[0][0]) == {"row", "reward", "text"}
         (result,) = [body for name, body in seen if name == "aisp.result"]
         assert set(result["baseline"]) == {"text", "reward"}
+
+
+@pytest.mark.native
+def test_a_client_gets_the_trace(server: Server) -> None:
+    more = QUICK["aisp"] | {"trace": True, "judge_all": True}
+    whole = server.chat(aisp=more, max_tokens=8, seed=5)[2]["aisp"]["trace"]
+    (streamed,) = [
+        body for name, body in events(server.chat(aisp=more, max_tokens=8, stream=True)[2]) if name == "aisp.trace"
+    ]
+    for trace in (whole, streamed):
+        schema().validate(trace)
+        assert trace["prompt"] == STORY and len(trace["result"]["candidates"]) == 4
+        assert trace["search"]["judge_all"] and trace["reward"]["source"] == "shipped"
+        # Where this machine keeps its models is no client's business.
+        assert trace["result"]["model"] == "storyteller.gguf" and str(shipped.model().parent) not in json.dumps(trace)
+    assert whole["search"]["seed"] == 5 and streamed["search"]["options"]["commit"] is True
 
 
 def test_what_is_no_number_is_null() -> None:
