@@ -169,6 +169,12 @@ def test_traces_are_dropped_and_compared(page: Any, server: Server, tmp_path: Pa
     page.select_option("#second", "1")
     page.click("#compare")
     assert page.inner_text("#alike") == "Their settings are the same." and page.locator("#compared mark").count() == 0
+    page.set_viewport_size({"width": 360, "height": 740})
+    assert page.evaluate("document.documentElement.scrollWidth <= 360")
+    # One that is opened again is no other run.
+    page.set_input_files("#open", tmp_path / "a.json")
+    page.locator("#past li:first-child", has_text="Tell me a story.").wait_for()
+    assert page.locator("#past li").count() == 2
 
 
 def test_text_of_models_is_never_markup(page: Any) -> None:

@@ -15,7 +15,8 @@ function stored() {
 }
 
 export function keep(run) {
-  runs = [run, ...runs].slice(0, MOST_KEPT);
+  const others = runs.filter((one) => one.at !== run.at || one.answer !== run.answer); // a trace that is opened again
+  runs = [run, ...others].slice(0, MOST_KEPT);
   // Where there is no room, the oldest are kept until the page is closed only.
   for (let n = runs.length; n > 0; n--) {
     try {
