@@ -57,8 +57,8 @@ def load(
         model or _named(wanted["source"]),
         reward or _named(trace["reward"]["source"]),
         judge=judge or named,
-        n_gpu_layers=at["n_gpu_layers"],
-        threads=at["threads"] if threads is None else threads,
+        n_gpu_layers=_whole(at["n_gpu_layers"]),
+        threads=_whole(at["threads"]) if threads is None else threads,
         loras=[Lora(Path(lora["source"]), lora["scale"]) for lora in wanted["loras"]],
     )
 
@@ -66,6 +66,11 @@ def load(
 def _named(source: str | None) -> str | None:
     """What is shipped is what is loaded where nothing is named."""
     return None if source == SHIPPED else source
+
+
+def _whole(number: float | None) -> int | None:
+    """JSON may write a whole number as 5.0."""
+    return None if number is None else int(number)
 
 
 def check(trace: Trace, aligner: Aligner) -> None:
@@ -139,9 +144,8 @@ def run(
         if on_progress is not None:
             on_progress(now)
 
-    # JSON may write a whole number as 5.0.
     whole = ("budget", "n", "max_tokens", "seed", "prompt_index", "patience", "budget_tokens")
-    asked: dict[str, Any] = {name: None if search[name] is None else int(search[name]) for name in whole}
+    asked: dict[str, Any] = {name: _whole(search[name]) for name in whole}
     asked |= {name: search[name] for name in ("method", "stop_strings", "kl", "logprobs", "target_reward", "judge_all")}
     return aligner.generate(
         trace["prompt"],
