@@ -6,12 +6,13 @@ from pathlib import Path
 
 import click
 
+from aisp_local.cli.help import ExamplesFirst
 from aisp_local.errors import InputError
 from aisp_local.files import check_output, write_output
 from aisp_local.trace import Trace
 
 
-@click.command()
+@click.command(cls=ExamplesFirst)
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="The report. Default: FILE with the ending .html."

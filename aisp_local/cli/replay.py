@@ -7,16 +7,18 @@ from pathlib import Path
 
 import click
 
+from aisp_local.cli.help import ExamplesFirst
 from aisp_local.cli.live import ProgressLine, stop_on_interrupt
+from aisp_local.cli.names import MODEL, REWARD
 from aisp_local.cli.output import print_answer
 from aisp_local.trace import Trace
 
 
-@click.command()
+@click.command(cls=ExamplesFirst)
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("-m", "--model", type=click.Path(path_type=Path), help="The model, where it is not where the trace says.")
-@click.option("-r", "--reward", type=click.Path(path_type=Path), help="The reward, as for generate.")
-@click.option("--judge", type=click.Path(path_type=Path), help="The judge, as for generate.")
+@click.option("-m", "--model", type=MODEL, help="The model, where it is not where the trace says.")
+@click.option("-r", "--reward", type=REWARD, help="The reward, as for generate.")
+@click.option("--judge", type=REWARD, help="The judge, as for generate.")
 @click.option("--threads", type=int, help="CPU threads for decoding. Default: the trace's.")
 def replay(file: Path, model: Path | None, reward: Path | None, judge: Path | None, threads: int | None) -> None:
     """Run the search of a trace FILE again and compare: texts, rewards and statistics, to the bit.

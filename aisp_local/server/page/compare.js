@@ -29,6 +29,11 @@ function settings(run) {
   return flat;
 }
 
+// A long value: its end, in which prompts of one conversation differ.
+function short(text = "-") {
+  return text.length > 160 ? `…${text.slice(-160)}` : text;
+}
+
 function figures(run) {
   const last = run.iterations.at(-1);
   return {
@@ -47,7 +52,7 @@ export function compare() {
   $("curves").replaceChildren(...(plot ? [plot] : []));
   const [sa, sb] = [settings(a), settings(b)];
   const differ = [...new Set([...Object.keys(sa), ...Object.keys(sb)])].filter((name) => sa[name] !== sb[name]);
-  $("differ").querySelector("tbody").replaceChildren(...differ.map((name) => rowOf([name, sa[name] ?? "-", sb[name] ?? "-"], true)));
+  $("differ").querySelector("tbody").replaceChildren(...differ.map((name) => rowOf([name, short(sa[name]), short(sb[name])], true)));
   $("differ").hidden = differ.length === 0;
   const known = a.trace && b.trace;
   $("alike").textContent = !known ? "A run that was stopped does not say what it was asked for." : differ.length ? `${differ.length} settings differ:` : "Their settings are the same.";
