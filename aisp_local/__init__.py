@@ -15,6 +15,7 @@ from aisp_local.errors import (
     RewardError,
     ScoreError,
 )
+from aisp_local.grammar import Grammar
 from aisp_local.native import Lora
 from aisp_local.steering import Steering
 from aisp_local.types import (
@@ -39,6 +40,7 @@ __all__ = [
     "CapacityError",
     "Controls",
     "DecodeError",
+    "Grammar",
     "InputError",
     "IterationStats",
     "Lora",

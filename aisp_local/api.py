@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -16,6 +16,7 @@ from aisp_local import controllers, shipped
 from aisp_local.engine import Engine, LlamaEngine
 from aisp_local.errors import AispError, DecodeError, InputError
 from aisp_local.files import check_output
+from aisp_local.grammar import Grammar
 from aisp_local.loop import Task, search_many
 from aisp_local.measure import calibrated, calibration_of, judged
 from aisp_local.models import find_model
@@ -119,6 +120,7 @@ class Aligner:
         seed: int = DEFAULT_SEED,
         prompt_index: int = 0,
         stop_strings: Sequence[str] = (),
+        grammar: Grammar | str | Mapping[str, Any] | None = None,
         time_limit: float | None = None,
         kl: bool = False,
         logprobs: bool = False,
@@ -143,6 +145,8 @@ class Aligner:
         ``logprobs`` need a second output product a step; ``baseline`` adds the unaligned greedy answer, which does not
         count (None if it was interrupted); ``judge_all``: the judge scores every candidate, not the answer alone.
         ``steering``: what an earlier search with this model learnt (see ``steering``), or its file, to start with.
+        ``grammar``: what the answer must be, in llama.cpp's notation (GBNF) or a JSON schema as a mapping; an answer
+        that is not complete under it is given only if none was (then ``Result.status`` is "incomplete").
         ``timeline``: a file for where the time went, which Chrome and Perfetto draw. ``stop()`` true, or Ctrl-C, ends
         the search with the best answer so far. ``options`` go to the method (strength, sigma, temperature, ...; see its
         docstring).
@@ -163,6 +167,7 @@ class Aligner:
             max_tokens=max_tokens,
             seed=seed,
             stop_strings=stop_strings,
+            grammar=grammar,
             time_limit=time_limit,
             kl=kl,
             logprobs=logprobs,
@@ -191,6 +196,7 @@ class Aligner:
         at_once: int | None = None,
         prompt_indices: Sequence[int] | None = None,
         stop_strings: Sequence[str] = (),
+        grammar: Grammar | str | Mapping[str, Any] | None = None,
         time_limit: float | None = None,
         kl: bool = False,
         logprobs: bool = False,
@@ -230,6 +236,7 @@ class Aligner:
             max_tokens=max_tokens,
             seed=seed,
             stop_strings=stop_strings,
+            grammar=grammar,
             time_limit=time_limit,
             kl=kl,
             logprobs=logprobs,
@@ -256,6 +263,7 @@ class Aligner:
         max_tokens: int,
         seed: int,
         stop_strings: Sequence[str],
+        grammar: Grammar | str | Mapping[str, Any] | None,
         time_limit: float | None,
         kl: bool,
         logprobs: bool,
@@ -275,6 +283,9 @@ class Aligner:
             raise InputError(f"there are {len(prompts)} prompts and {len(indices)} prompt indices; give one for each")
         if isinstance(stop_strings, str):
             stop_strings = (stop_strings,)
+        if grammar is not None:
+            grammar = Grammar.of(grammar)
+            self.engine.check_grammar(grammar)
         if budget is None:
             if effort not in EFFORT:
                 raise InputError(f"effort {effort!r} is unknown; use one of {', '.join(EFFORT)}")
@@ -298,7 +309,9 @@ class Aligner:
             errors: dict[int, BaseException] = {}
             tasks: list[Task] = []
             for i, (prompt, index) in enumerate(zip(prompts, indices, strict=True)):
-                reward = self._calibrated(prompt, index, seed, max_tokens, stop_strings, stop, began, time_limit)
+                reward = self._calibrated(
+                    prompt, index, seed, max_tokens, stop_strings, grammar, stop, began, time_limit
+                )
                 if isinstance(reward, BaseException):
                     errors[i] = reward
                 else:
@@ -322,6 +335,7 @@ class Aligner:
                 seed=seed,
                 at_once=at_once,
                 stop_strings=stop_strings,
+                grammar=grammar,
                 time_limit=left,
                 limits=limits,
                 stop=stop,
@@ -342,7 +356,11 @@ class Aligner:
                 for i, (prompt, result) in enumerate(zip(prompts, results, strict=True)):
                     if baseline and isinstance(result, Result):
                         unaligned = self.baseline(
-                            prompt, max_tokens=max_tokens, stop_strings=stop_strings, calibration=result.calibration
+                            prompt,
+                            max_tokens=max_tokens,
+                            stop_strings=stop_strings,
+                            grammar=grammar,
+                            calibration=result.calibration,
                         )
                         results[i] = replace(result, baseline=unaligned)
                 if self.judge is not None:
@@ -380,6 +398,7 @@ class Aligner:
         seed: int,
         max_tokens: int,
         stop_strings: Sequence[str],
+        grammar: Grammar | None,
         stop: Callable[[], bool] | None,
         began: float,
         time_limit: float | None,
@@ -398,6 +417,7 @@ class Aligner:
                 seed=seed,
                 prompt_index=index,
                 stop_strings=stop_strings,
+                grammar=grammar,
                 stop=lambda: late() or (stop is not None and stop()),
             )
         except DecodeError:
@@ -441,17 +461,25 @@ class Aligner:
         *,
         max_tokens: int = DEFAULT_MAX_TOKENS,
         stop_strings: Sequence[str] = (),
+        grammar: Grammar | str | Mapping[str, Any] | None = None,
         calibration: Calibration | None = None,
     ) -> Baseline:
-        """The unaligned greedy answer and its reward.
+        """The unaligned greedy answer and its reward, under the same grammar if there is one.
 
         ``calibration``: that of the result that it is compared with; else a reward that needs one is calibrated here.
         """
         reward = self.reward
         if isinstance(reward, Calibrates) and reward.uncalibrated and calibration is not None:
             reward = reward.with_calibration(calibration)
+        grammar = None if grammar is None else Grammar.of(grammar)
         reward = calibrated(
-            self.engine, reward, prompt, max_tokens=max_tokens, seed=DEFAULT_SEED, stop_strings=stop_strings
+            self.engine,
+            reward,
+            prompt,
+            max_tokens=max_tokens,
+            seed=DEFAULT_SEED,
+            stop_strings=stop_strings,
+            grammar=grammar,
         )
         rollouts = self.engine.rollout(
             prompt,
@@ -459,6 +487,7 @@ class Aligner:
             max_tokens=max_tokens,
             seeds=RowSeeds(seed=0),
             stop_strings=stop_strings,
+            grammar=grammar,
         )
         text = rollouts.texts[0]
         scores, parts = call_parts(reward, prompt, [text])

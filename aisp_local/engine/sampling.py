@@ -112,11 +112,11 @@ def sparse_law(
     x = logits[rows, tokens]
     weights = np.exp((x - least[rows]) / temperature)
     if shift is None:
-        p = _shares(weights, rows, k)
+        p = shares(weights, rows, k)
         return rows, tokens, p, p
     others = (base[rows, tokens] - top[rows]) / temperature
     weights[x < least[rows]] = 0.0
-    return rows, tokens, _shares(weights, rows, k), _shares(np.exp(others), rows, k)
+    return rows, tokens, shares(weights, rows, k), shares(np.exp(others), rows, k)
 
 
 def _likely(logits: FloatArray, least: FloatArray) -> npt.NDArray[np.bool_]:
@@ -127,7 +127,7 @@ def _likely(logits: FloatArray, least: FloatArray) -> npt.NDArray[np.bool_]:
     return kept
 
 
-def _shares(weights: FloatArray, rows: npt.NDArray[np.intp], k: int) -> FloatArray:
+def shares(weights: FloatArray, rows: npt.NDArray[np.intp], k: int) -> FloatArray:
     """Weights divided by their sum over each row."""
     return np.asarray(weights / np.bincount(rows, weights, k)[rows], np.float32)
 
