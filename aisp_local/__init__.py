@@ -29,6 +29,7 @@ from aisp_local.types import (
     Result,
     Rollouts,
     Sampling,
+    TokenLogprob,
 )
 
 __all__ = [
@@ -54,5 +55,6 @@ __all__ = [
     "Sampling",
     "ScoreError",
     "Steering",
+    "TokenLogprob",
     "__version__",
 ]

@@ -17,6 +17,7 @@ from aisp_local.engine import Engine, LlamaEngine
 from aisp_local.errors import AispError, DecodeError, InputError
 from aisp_local.files import check_output
 from aisp_local.grammar import Grammar
+from aisp_local.likelihood import token_logprobs
 from aisp_local.loop import Task, search_many
 from aisp_local.measure import calibrated, calibration_of, judged
 from aisp_local.models import find_model
@@ -30,6 +31,7 @@ from aisp_local.timeline import Timeline, recording
 from aisp_local.types import (
     Baseline,
     Calibration,
+    Candidate,
     Controls,
     FloatArray,
     Limits,
@@ -37,6 +39,7 @@ from aisp_local.types import (
     Progress,
     Prompt,
     Result,
+    TokenLogprob,
     Want,
 )
 
@@ -450,6 +453,13 @@ class Aligner:
             yield
         if any(isinstance(result, Result) for result in results):
             timeline.write(path)
+
+    def token_logprobs(self, prompt: Prompt, candidate: Candidate, top: int = 0) -> list[TokenLogprob]:
+        """Of each token of a result's candidate (``result.candidates[0]`` is the answer) under the base model, in nats.
+
+        ``top``: the likeliest tokens at each place as well. See likelihood.token_logprobs.
+        """
+        return token_logprobs(self.engine, prompt, candidate, top)
 
     def chat(self, messages: Sequence[Message], **options: Any) -> Result:
         """``generate`` for a conversation: the aligned next turn of the assistant."""

@@ -569,6 +569,7 @@ class _Search:
                 if rollouts.base_logprobs is None
                 else float(rollouts.base_logprobs[i].sum(dtype=np.float64)),
                 parts=self.scorer.parts(i),
+                tokens=rollouts.tokens[i],
             )
             if paused:
                 unfinished.append(candidate)

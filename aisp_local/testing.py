@@ -81,6 +81,9 @@ class FakeEngine:
     def text(self, tokens: npt.NDArray[np.int32]) -> str:
         return _text(tokens.tolist())
 
+    def piece(self, token: int) -> bytes:
+        return _text([token]).encode()
+
     def check_grammar(self, grammar: Grammar) -> None:
         raise InputError("the bigram model follows no grammar")
 

@@ -228,6 +228,16 @@ class Candidate:
     logprob: float | None = None  # sum of base_logprobs, None if not computed
     parts: Mapping[str, float] = field(default_factory=dict)  # raw scores of a composite reward's parts
     judge: float | None = None  # what the judge gave, None if it was not asked
+    tokens: npt.NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32), compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token of an answer: its bytes, its log-probability in nats, and both of the likeliest tokens at its place."""
+
+    piece: bytes
+    logprob: float
+    top: tuple[tuple[bytes, float], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,9 @@ class Engine(Protocol):
     def check_grammar(self, grammar: Grammar) -> None:
         """Raises InputError for one that rollouts cannot follow."""
 
+    def piece(self, token: int) -> bytes:
+        """The bytes of a token; empty if it says nothing."""
+
     def run(
         self, feed: Feed, *, prompts: Sequence[Prompt], n: int, max_tokens: int, at_once: int | None = None
     ) -> None:

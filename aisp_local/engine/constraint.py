@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from aisp_local.engine.sampling import log_law, pick, shares, sparse_law
+from aisp_local.engine.sampling import kept, pick, shares, sparse_law
 from aisp_local.errors import InputError
 from aisp_local.native import Matcher
 from aisp_local.types import FloatArray, Sampling
@@ -29,6 +29,7 @@ class Constraint:
 
     def __init__(self, matcher: Matcher, uniforms: npt.NDArray[np.float64]) -> None:
         self._matcher, self._uniforms = matcher, uniforms
+        self._mask: npt.NDArray[np.bool_] | None = None  # of the whole vocabulary, if it was asked for here
 
     @property
     def complete(self) -> bool:
@@ -41,25 +42,27 @@ class Constraint:
 
     def masked(self, logits: FloatArray) -> FloatArray | None:
         """Logits [V] with -inf for what is not allowed; None if nothing that could be drawn is."""
-        found = np.where(self.allowed(np.arange(len(logits))), logits, np.float32(-np.inf))
+        if self._mask is None:
+            self._mask = self.allowed(np.arange(len(logits)))
+        found = np.where(self._mask, logits, np.float32(-np.inf))
         return found if np.isfinite(found.max()) else None
 
     def law(self, logits: FloatArray, sampling: Sampling) -> FloatArray | None:
         """Logits [V] with -inf for what cannot be drawn, by the cuts or by the grammar; None if nothing can."""
-        kept = np.flatnonzero(np.isfinite(log_law(logits[None], sampling)[0]))
-        kept = kept[self.allowed(kept)]
-        if len(kept):
+        tokens = np.flatnonzero(kept(logits[None], sampling)[0])
+        tokens = tokens[self.allowed(tokens)]
+        if len(tokens):
             result = np.full(logits.shape, -np.inf, np.float32)
-            result[kept] = logits[kept]
+            result[tokens] = logits[tokens]
             return result
         masked = self.masked(logits)
         if masked is None:
             return None
-        return np.where(np.isfinite(log_law(masked[None], sampling)[0]), masked, np.float32(-np.inf))
+        return np.where(kept(masked[None], sampling)[0], masked, np.float32(-np.inf))
 
     def choose(self, logits: FloatArray, sampling: Sampling, drawn: int, step: int) -> int | None:
         """The token that comes next, ``drawn`` if it may; None if none can."""
-        if self.allowed(np.array([drawn]))[0]:
+        if self._matcher.allows(drawn):
             return drawn
         law = self.law(logits, sampling)
         if law is None:
@@ -69,10 +72,11 @@ class Constraint:
     def accept(self, token: int) -> None:
         """Go on with a token that ``choose`` gave or ``check`` let pass."""
         self._matcher.accept(token)
+        self._mask = None
 
     def check(self, token: int) -> None:
         """Raises InputError if a token that is given may not come next."""
-        if not self.allowed(np.array([token]))[0]:
+        if not self._matcher.allows(token):
             raise InputError("a response was to begin with tokens that its grammar does not allow")
 
     def follow(self, tokens: npt.NDArray[np.int32]) -> None:
@@ -98,8 +102,8 @@ def constrained_law(
     parts: list[SparseLaw] = []
     for i, constraint in enumerate(constraints):
         mine = slice(starts[i], starts[i + 1])
-        kept = constraint.allowed(tokens[mine])
-        row = rows[mine][kept], tokens[mine][kept], p[mine][kept], base[mine][kept]
+        left = constraint.allowed(tokens[mine])
+        row = rows[mine][left], tokens[mine][left], p[mine][left], base[mine][left]
         if not row[2].any():
             masked = constraint.masked(logits[i])
             if masked is None:

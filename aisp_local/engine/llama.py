@@ -170,6 +170,10 @@ class LlamaEngine:
         """What tokens of a response say; a character that their end cuts in two is left out."""
         return response_text(self.model, tokens)
 
+    def piece(self, token: int) -> bytes:
+        """The bytes of a token; empty if it says nothing."""
+        return self.model.piece(token)
+
     def check_grammar(self, grammar: Grammar) -> None:
         """Raises InputError for a grammar that llama.cpp refuses."""
         Matcher(self.model, grammar).close()

@@ -29,6 +29,7 @@ class Matcher:
         self._llama, self._model, self._sampler = binding(), model, None
         if not model.eog.any():
             raise InputError(f"{model.path} has no end-of-generation token, with which a grammar could end")
+        self._end = int(model.eog.argmax())
         self._silent = None if names_tokens(grammar.gbnf) else model.silent
         clear_log()
         sampler = self._llama.llama_sampler_init_grammar(model.vocab, grammar.gbnf.encode("utf-8", "replace"), b"root")
@@ -42,7 +43,8 @@ class Matcher:
     def clone(self) -> Matcher:
         """One of its own at the same place."""
         other = Matcher.__new__(Matcher)
-        other._llama, other._model, other._silent = self._llama, self._model, self._silent
+        other._llama, other._model = self._llama, self._model
+        other._end, other._silent = self._end, self._silent
         other._sampler = self._llama.llama_sampler_clone(self._sampler)
         return other
 
@@ -50,20 +52,26 @@ class Matcher:
         """Which of these tokens [k] the response may go on with."""
         candidates = np.zeros(len(tokens), _CANDIDATE)
         candidates["id"] = tokens
-        array = self._llama.llama_token_data_array(
-            data=ctypes.cast(candidates.ctypes.data, ctypes.POINTER(self._llama.llama_token_data)),
-            size=len(tokens),
-            selected=-1,
-            sorted=False,
-        )
-        self._llama.llama_sampler_apply(self._sampler, ctypes.byref(array))
+        first = self._llama.llama_token_data.from_address(candidates.ctypes.data)
+        self._apply(ctypes.pointer(first), len(tokens))
         found = np.asarray(candidates["logit"] == 0.0)
         return found if self._silent is None else found & ~self._silent[tokens]
+
+    def allows(self, token: int) -> bool:
+        """Whether the response may go on with the token."""
+        candidate = self._llama.llama_token_data(id=token)
+        self._apply(ctypes.pointer(candidate), 1)
+        return candidate.logit == 0.0 and (self._silent is None or not self._silent[token])
+
+    def _apply(self, data: Any, size: int) -> None:
+        """Give what is not allowed the logit -inf."""
+        array = self._llama.llama_token_data_array(data=data, size=size, selected=-1, sorted=False)
+        self._llama.llama_sampler_apply(self._sampler, ctypes.byref(array))
 
     @property
     def complete(self) -> bool:
         """Whether the response may end here."""
-        return bool(self.allowed(np.array([self._model.eog.argmax()])).all())
+        return self.allows(self._end)
 
     def accept(self, token: int) -> None:
         """Go on with a token that is allowed: over another one llama.cpp would end the process."""
