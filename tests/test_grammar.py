@@ -299,6 +299,16 @@ def test_every_method_gives_a_valid_answer(aligner: Aligner, method: str) -> Non
 
 
 @pytest.mark.native
+def test_without_the_patch_the_same_answer(engine: LlamaEngine) -> None:
+    options: dict[str, Any] = {"max_tokens": 40, "seeds": RowSeeds(0), "grammar": Grammar.of(PERSON)}
+    controls = Controls(2, np.ones((2, 1, engine.d), np.float32), held=True, sampling=Sampling(1.0, min_p=0.02))
+    with LlamaEngine(shipped.model(), control="callback", threads=1) as other:
+        assert list(other.rollout(CHAT, controls, **options).texts) == list(
+            engine.rollout(CHAT, controls, **options).texts
+        )
+
+
+@pytest.mark.native
 def test_args_asks_about_what_is_allowed_only(aligner: Aligner) -> None:
     result = aligner.generate(CHAT, method="args", budget=2, n=2, max_tokens=40, grammar='root ::= ("a" | "bc")+ "."?')
     assert set(result.answer.replace("bc", "a").rstrip(".")) == {"a"}
