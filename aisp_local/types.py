@@ -277,7 +277,7 @@ class IterationStats:
     control_norm: float | None = None  # |U|_2 after the update
     lambda_: float | None = None
     kl: float | None = None  # mean over the rollouts, and of choosing among unfinished ones, nats
-    n_nonfinite: int = 0
+    n_nonfinite: int = 0  # and those that are not complete under a grammar
     note: str | None = None  # what a guard against too much steering did
     n_scored: int = 0  # texts that the reward read, unfinished ones among them
 

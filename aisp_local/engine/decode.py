@@ -267,6 +267,7 @@ class Decoder:
         if not job.controls.sampling.greedy:
             numbers = job.seeds.generator(index, "sampling").random(owner.max_tokens)
             self._uniforms[row, : owner.max_tokens] = numbers
+        self._constraints.pop(row, None)
         if owner.matcher is not None:
             numbers = job.seeds.generator(index, "grammar").random(owner.max_tokens)
             self._constraints[row] = Constraint(owner.matcher.clone(), numbers)

@@ -94,7 +94,7 @@ def kept(logits: FloatArray, sampling: Sampling) -> npt.NDArray[np.bool_]:
     mask = np.zeros(logits.shape, np.bool_)
     np.put_along_axis(mask, order, keep, axis=1)
     mask[~whole] = _nucleus(logits[~whole], sampling)
-    return mask
+    return np.asarray(mask & (logits > -np.inf))
 
 
 def sparse_law(
