@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jsonschema_rs
@@ -11,6 +14,7 @@ import numpy as np
 import pytest
 
 from aisp_local import Aligner, Grammar, InputError, Sampling, shipped
+from aisp_local.cli.options import read_grammar
 from aisp_local.controllers import METHODS
 from aisp_local.engine import LlamaEngine
 from aisp_local.engine.constraint import Constraint, constrained_law
@@ -440,3 +444,39 @@ def test_logprobs_leave_out_what_ended_the_answer(aligner: Aligner) -> None:
     assert aligner.engine.piece(int(result.candidates[0].tokens[-1])) == b""  # the end
     told = aligner.token_logprobs("Say:", result.candidates[0])
     assert b"".join(one.piece for one in told) == b"one two" and all(one.logprob < 0 and not one.top for one in told)
+
+
+def test_what_commands_refuse(tmp_path: Path) -> None:
+    (tmp_path / "broken.json").write_text('{"type": ')
+    (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "bytes.gbnf").write_bytes(b"\xff")
+    (tmp_path / "good.gbnf").write_text('root ::= "a"')
+    for grammar_file, schema, message in (
+        ("good.gbnf", "{}", "give one of them"),
+        ("missing.gbnf", None, "missing.gbnf cannot be read (No such file"),
+        ("bytes.gbnf", None, "bytes.gbnf is not valid UTF-8"),
+        (None, "{", "--json-schema is not valid JSON"),
+        (None, "broken.json", "broken.json is not valid JSON"),
+        (None, "missing.json", "missing.json cannot be read"),
+        (None, "list.json", "holds no JSON object"),
+        (None, '{"not": {}}', "the schema at #"),
+    ):
+        where = None if schema is None or schema.startswith("{") else str(tmp_path / schema)
+        with pytest.raises(InputError) as caught:
+            read_grammar(None if grammar_file is None else tmp_path / grammar_file, where or schema)
+        assert message in str(caught.value)
+    assert read_grammar(tmp_path / "good.gbnf", None) == Grammar('root ::= "a"')
+    assert read_grammar(None, json.dumps(PERSON)) == Grammar.of(PERSON) and read_grammar(None, None) is None
+
+
+@pytest.mark.native
+def test_the_command_gives_a_valid_answer_or_says_that_it_could_not() -> None:
+    command = [sys.executable, "-m", "aisp_local", "generate", "Is it?", "--budget", "4", "--threads", "1"]
+    for tokens, status in (
+        ("60", ""),
+        ("2", "no answer was complete under the grammar; allow more with --max-tokens\n"),
+    ):
+        options = ["--max-tokens", tokens, "--json-schema", json.dumps(PERSON)]
+        done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=120)
+        assert (done.returncode, done.stderr) == (0, status)
+        assert jsonschema_rs.is_valid(PERSON, json.loads(done.stdout)) if not status else done.stdout.startswith("{")

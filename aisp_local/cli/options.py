@@ -88,12 +88,12 @@ def search_options(command: F) -> F:
         click.option(
             "--json-schema",
             metavar="SCHEMA",
-            help="Answers are JSON of this schema: the schema itself, or its file. As --grammar-file.",
+            help="Answers are JSON of this schema: the schema itself, or its file.",
         ),
         click.option(
             "--grammar-file",
             type=click.Path(path_type=Path),
-            help="Answers are texts of this grammar, in llama.cpp's notation (GBNF). Allow for them by --max-tokens.",
+            help="Answers are texts of this grammar, in llama.cpp's notation (GBNF).",
         ),
         click.option("--time-limit", type=float, help="Seconds; then the best answer so far."),
         click.option(
