@@ -15,6 +15,7 @@ from aisp_local.errors import (
     RewardError,
     ScoreError,
 )
+from aisp_local.grammar import Grammar
 from aisp_local.native import Lora
 from aisp_local.steering import Steering
 from aisp_local.trace import Trace
@@ -29,6 +30,7 @@ from aisp_local.types import (
     Result,
     Rollouts,
     Sampling,
+    TokenLogprob,
 )
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "CapacityError",
     "Controls",
     "DecodeError",
+    "Grammar",
     "InputError",
     "IterationStats",
     "Lora",
@@ -53,6 +56,7 @@ __all__ = [
     "Sampling",
     "ScoreError",
     "Steering",
+    "TokenLogprob",
     "Trace",
     "__version__",
 ]

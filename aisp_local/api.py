@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -16,6 +16,8 @@ from aisp_local import controllers, shipped
 from aisp_local.engine import Engine, LlamaEngine
 from aisp_local.errors import AispError, DecodeError, InputError
 from aisp_local.files import check_output
+from aisp_local.grammar import Grammar
+from aisp_local.likelihood import token_logprobs
 from aisp_local.loop import Task, search_many
 from aisp_local.measure import calibrated, calibration_of, judged
 from aisp_local.models import find_model
@@ -32,6 +34,7 @@ from aisp_local.trace import Trace
 from aisp_local.types import (
     Baseline,
     Calibration,
+    Candidate,
     Controls,
     FloatArray,
     Limits,
@@ -39,6 +42,7 @@ from aisp_local.types import (
     Progress,
     Prompt,
     Result,
+    TokenLogprob,
     Want,
 )
 
@@ -130,6 +134,7 @@ class Aligner:
         seed: int = DEFAULT_SEED,
         prompt_index: int = 0,
         stop_strings: Sequence[str] = (),
+        grammar: Grammar | str | Mapping[str, Any] | None = None,
         time_limit: float | None = None,
         kl: bool = False,
         logprobs: bool = False,
@@ -154,6 +159,8 @@ class Aligner:
         ``logprobs`` need a second output product a step; ``baseline`` adds the unaligned greedy answer, which does not
         count (None if it was interrupted); ``judge_all``: the judge scores every candidate, not the answer alone.
         ``steering``: what an earlier search with this model learnt (see ``steering``), or its file, to start with.
+        ``grammar``: what the answer must be, in llama.cpp's notation (GBNF) or a JSON schema as a mapping; an answer
+        that is not complete under it is given only if none was (then ``Result.status`` is "incomplete").
         ``timeline``: a file for where the time went, which Chrome and Perfetto draw. ``stop()`` true, or Ctrl-C, ends
         the search with the best answer so far. ``options`` go to the method (strength, sigma, temperature, ...; see its
         docstring).
@@ -174,6 +181,7 @@ class Aligner:
             max_tokens=max_tokens,
             seed=seed,
             stop_strings=stop_strings,
+            grammar=grammar,
             time_limit=time_limit,
             kl=kl,
             logprobs=logprobs,
@@ -202,6 +210,7 @@ class Aligner:
         at_once: int | None = None,
         prompt_indices: Sequence[int] | None = None,
         stop_strings: Sequence[str] = (),
+        grammar: Grammar | str | Mapping[str, Any] | None = None,
         time_limit: float | None = None,
         kl: bool = False,
         logprobs: bool = False,
@@ -241,6 +250,7 @@ class Aligner:
             max_tokens=max_tokens,
             seed=seed,
             stop_strings=stop_strings,
+            grammar=grammar,
             time_limit=time_limit,
             kl=kl,
             logprobs=logprobs,
@@ -267,6 +277,7 @@ class Aligner:
         max_tokens: int,
         seed: int,
         stop_strings: Sequence[str],
+        grammar: Grammar | str | Mapping[str, Any] | None,
         time_limit: float | None,
         kl: bool,
         logprobs: bool,
@@ -286,6 +297,9 @@ class Aligner:
             raise InputError(f"there are {len(prompts)} prompts and {len(indices)} prompt indices; give one for each")
         if isinstance(stop_strings, str):
             stop_strings = (stop_strings,)
+        if grammar is not None:
+            grammar = Grammar.of(grammar)
+            self.engine.check_grammar(grammar)
         if budget is None:
             if effort not in EFFORT:
                 raise InputError(f"effort {effort!r} is unknown; use one of {', '.join(EFFORT)}")
@@ -309,6 +323,7 @@ class Aligner:
             "max_tokens": max_tokens,
             "seed": seed,
             "stop_strings": list(stop_strings),
+            "grammar": None if grammar is None else grammar.gbnf,
             "time_limit": time_limit,
             "target_reward": limits.target_reward,
             "patience": limits.patience,
@@ -326,7 +341,9 @@ class Aligner:
             errors: dict[int, BaseException] = {}
             tasks: list[Task] = []
             for i, (prompt, index) in enumerate(zip(prompts, indices, strict=True)):
-                reward = self._calibrated(prompt, index, seed, max_tokens, stop_strings, stop, began, time_limit)
+                reward = self._calibrated(
+                    prompt, index, seed, max_tokens, stop_strings, grammar, stop, began, time_limit
+                )
                 if isinstance(reward, BaseException):
                     errors[i] = reward
                 else:
@@ -350,6 +367,7 @@ class Aligner:
                 seed=seed,
                 at_once=at_once,
                 stop_strings=stop_strings,
+                grammar=grammar,
                 time_limit=left,
                 limits=limits,
                 stop=stop,
@@ -370,7 +388,11 @@ class Aligner:
                 for i, (prompt, result) in enumerate(zip(prompts, results, strict=True)):
                     if baseline and isinstance(result, Result):
                         unaligned = self.baseline(
-                            prompt, max_tokens=max_tokens, stop_strings=stop_strings, calibration=result.calibration
+                            prompt,
+                            max_tokens=max_tokens,
+                            stop_strings=stop_strings,
+                            grammar=grammar,
+                            calibration=result.calibration,
                         )
                         results[i] = replace(result, baseline=unaligned)
                 if self.judge is not None:
@@ -430,6 +452,7 @@ class Aligner:
         seed: int,
         max_tokens: int,
         stop_strings: Sequence[str],
+        grammar: Grammar | None,
         stop: Callable[[], bool] | None,
         began: float,
         time_limit: float | None,
@@ -448,6 +471,7 @@ class Aligner:
                 seed=seed,
                 prompt_index=index,
                 stop_strings=stop_strings,
+                grammar=grammar,
                 stop=lambda: late() or (stop is not None and stop()),
             )
         except DecodeError:
@@ -481,6 +505,13 @@ class Aligner:
         if any(isinstance(result, Result) for result in results):
             timeline.write(path)
 
+    def token_logprobs(self, prompt: Prompt, candidate: Candidate, top: int = 0) -> list[TokenLogprob]:
+        """Of each token of a result's candidate (``result.candidates[0]`` is the answer) under the base model, in nats.
+
+        ``top``: the likeliest tokens at each place as well. See likelihood.token_logprobs.
+        """
+        return token_logprobs(self.engine, prompt, candidate, top)
+
     def chat(self, messages: Sequence[Message], **options: Any) -> Result:
         """``generate`` for a conversation: the aligned next turn of the assistant."""
         return self.generate(messages, **options)
@@ -491,17 +522,25 @@ class Aligner:
         *,
         max_tokens: int = DEFAULT_MAX_TOKENS,
         stop_strings: Sequence[str] = (),
+        grammar: Grammar | str | Mapping[str, Any] | None = None,
         calibration: Calibration | None = None,
     ) -> Baseline:
-        """The unaligned greedy answer and its reward.
+        """The unaligned greedy answer and its reward, under the same grammar if there is one.
 
         ``calibration``: that of the result that it is compared with; else a reward that needs one is calibrated here.
         """
         reward = self.reward
         if isinstance(reward, Calibrates) and reward.uncalibrated and calibration is not None:
             reward = reward.with_calibration(calibration)
+        grammar = None if grammar is None else Grammar.of(grammar)
         reward = calibrated(
-            self.engine, reward, prompt, max_tokens=max_tokens, seed=DEFAULT_SEED, stop_strings=stop_strings
+            self.engine,
+            reward,
+            prompt,
+            max_tokens=max_tokens,
+            seed=DEFAULT_SEED,
+            stop_strings=stop_strings,
+            grammar=grammar,
         )
         rollouts = self.engine.rollout(
             prompt,
@@ -509,6 +548,7 @@ class Aligner:
             max_tokens=max_tokens,
             seeds=RowSeeds(seed=0),
             stop_strings=stop_strings,
+            grammar=grammar,
         )
         text = rollouts.texts[0]
         scores, parts = call_parts(reward, prompt, [text])

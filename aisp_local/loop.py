@@ -15,6 +15,7 @@ import numpy.typing as npt
 from aisp_local.controllers.base import Chooses, Controller, Prepares, Steers
 from aisp_local.engine.base import Engine, Job
 from aisp_local.errors import CapacityError, InputError, ScoreError
+from aisp_local.grammar import Grammar
 from aisp_local.rewards.base import Reward
 from aisp_local.scoring import Scorer, Worker
 from aisp_local.seeds import RowSeeds
@@ -67,6 +68,7 @@ def search(
     seed: int,
     prompt_index: int = 0,
     stop_strings: Sequence[str] = (),
+    grammar: Grammar | None = None,
     time_limit: float | None = None,
     limits: Limits = NO_LIMITS,
     stop: Callable[[], bool] | None = None,
@@ -93,6 +95,7 @@ def search(
         max_tokens=max_tokens,
         seed=seed,
         stop_strings=stop_strings,
+        grammar=grammar,
         time_limit=time_limit,
         limits=limits,
         stop=stop,
@@ -117,6 +120,7 @@ def search_many(
     seed: int,
     at_once: int | None = None,
     stop_strings: Sequence[str] = (),
+    grammar: Grammar | None = None,
     time_limit: float | None = None,
     limits: Limits = NO_LIMITS,
     stop: Callable[[], bool] | None = None,
@@ -155,6 +159,7 @@ def search_many(
                 max_tokens=max_tokens,
                 seed=seed,
                 stop_strings=stop_strings,
+                grammar=grammar,
                 limits=limits,
                 want=want,
                 clock=clock,
@@ -360,6 +365,16 @@ class _Blocks:
             self.notes.append(info.note)
 
 
+def _counts(candidate: Candidate) -> bool:
+    """Whether it is a text of the grammar, if there is one; else it is the answer only if there is no other."""
+    return candidate.finish_reason != "incomplete"
+
+
+def _order(candidate: Candidate) -> tuple[bool, float]:
+    """The least is the best."""
+    return not _counts(candidate), -candidate.reward if np.isfinite(candidate.reward) else float("inf")
+
+
 class _Guarded:
     """A logits processor: what it raises ends its own search alone."""
 
@@ -400,6 +415,7 @@ class _Search:
         max_tokens: int,
         seed: int,
         stop_strings: Sequence[str],
+        grammar: Grammar | None,
         limits: Limits,
         want: frozenset[Want],
         clock: Callable[[], float],
@@ -410,7 +426,7 @@ class _Search:
     ) -> None:
         self.task, self.scorer = task, scorer
         self.budget, self.n, self.max_tokens, self.seed = budget, n, max_tokens, seed
-        self.stop_strings, self.limits, self.want = stop_strings, limits, want
+        self.stop_strings, self.grammar, self.limits, self.want = stop_strings, grammar, limits, want
         self.iterations = -(-budget // n)
         self.iteration = 0  # the one that runs, from 1
         self.clock, self.start, self.timeline, self.on_progress = clock, start, timeline, on_progress
@@ -476,7 +492,7 @@ class _Search:
         if controls.processor is not None:
             controls = replace(controls, processor=_Guarded(controls.processor, self._fail))
         seeds = RowSeeds(self.seed, self.task.index, self.iteration)
-        self.job = Job(self.task.prompt, controls, self.max_tokens, seeds, self.stop_strings, self.want)
+        self.job = Job(self.task.prompt, controls, self.max_tokens, seeds, self.stop_strings, self.want, self.grammar)
         if self.pool is not None and self.more:
             self.prepared = self.pool.submit(self._prepare, self._size())
         self.scorer.begin(size)
@@ -498,7 +514,7 @@ class _Search:
         """Which of its own limits ends the search, if one does."""
         self.idle = 0 if better else self.idle + 1
         target, patience = self.limits.target_reward, self.limits.patience
-        if target is not None and self.best is not None and self.best.reward >= target:
+        if target is not None and self.best is not None and _counts(self.best) and self.best.reward >= target:
             return "target"
         if self.limits.tokens is not None and self._size() == 0:
             return "token-limit"
@@ -540,6 +556,8 @@ class _Search:
             return
         assert self.job is not None
         whole, blocks = whole and len(rows) == len(rollouts), self.blocks
+        # What is no text of the grammar has no weight for a method.
+        told = [np.nan if rollouts.finish_reasons[i] == "incomplete" else r for i, r in zip(rows, rewards, strict=True)]
         unfinished: list[Candidate] = []
         for given, kl, i, value in zip(*blocks.origins(self.job, rollouts, rows), rows, rewards, strict=True):
             paused = rollouts.finish_reasons[i] == "paused"
@@ -556,15 +574,16 @@ class _Search:
                 if rollouts.base_logprobs is None
                 else float(rollouts.base_logprobs[i].sum(dtype=np.float64)),
                 parts=self.scorer.parts(i),
+                tokens=rollouts.tokens[i],
             )
             if paused:
                 unfinished.append(candidate)
             else:
                 self._add(candidate)
-                blocks.rewards.append(float(value))
+                blocks.rewards.append(float(value) if _counts(candidate) else np.nan)
         began = self.clock()
         with self.timeline.span("update"):
-            info = self.task.controller.tell(rollouts, rewards) if whole else ControllerInfo()
+            info = self.task.controller.tell(rollouts, np.array(told)) if whole else ControllerInfo()
         now = self.clock()
         blocks.count(rollouts, self.scorer, now, now - began, info)
         blocks.unfinished = unfinished
@@ -577,7 +596,7 @@ class _Search:
 
     def _add(self, candidate: Candidate) -> None:
         self.candidates.append(candidate)
-        if np.isfinite(candidate.reward) and (self.best is None or candidate.reward > self.best.reward):
+        if np.isfinite(candidate.reward) and (self.best is None or _order(candidate) < _order(self.best)):
             self.best = candidate
 
     def _end_iteration(self, now: float, info: ControllerInfo) -> None:
@@ -663,12 +682,10 @@ class _Search:
             return ScoreError(f"the reward {name!r} gave no finite score in {n} rollouts")
         answer = self.best
         if isinstance(self.task.controller, Chooses):
-            answer = self.candidates[self.task.controller.choose(np.array([c.reward for c in self.candidates]))]
-        # The answer, then finite first, best first, earlier first on ties.
-        ranked = sorted(
-            self.candidates,
-            key=lambda c: (c is not answer, -c.reward if np.isfinite(c.reward) else float("inf")),
-        )
+            usable = [c.reward if _counts(c) == _counts(answer) else np.nan for c in self.candidates]
+            answer = self.candidates[self.task.controller.choose(np.array(usable))]
+        # The answer, then whole ones first, finite first, best first, earlier first on ties.
+        ranked = sorted(self.candidates, key=lambda c: (c is not answer, _order(c)))
         complete = sum(c.finish_reason != "interrupted" for c in self.candidates) == self.budget
         return Result(
             answer=answer.text,
@@ -678,7 +695,7 @@ class _Search:
             seed=seed,
             candidates=tuple(ranked),
             iterations=tuple(self.stats),
-            status="complete" if complete else self.why or why or "interrupted",
+            status=("complete" if _counts(answer) else "incomplete") if complete else self.why or why or "interrupted",
             ended_at=None if complete or self.why is not None else ended_at,
             seconds=self.seconds,
             n_tokens=self.n_tokens,

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from aisp_local.engine import Engine
 from aisp_local.errors import AispError
+from aisp_local.grammar import Grammar
 from aisp_local.rewards import Reward
 from aisp_local.rewards.base import Calibrates, call
 from aisp_local.rewards.interruption import AbandonedError, Interruption, interruptible
@@ -26,6 +27,7 @@ def calibrated(
     seed: int,
     prompt_index: int = 0,
     stop_strings: Sequence[str] = (),
+    grammar: Grammar | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> Reward:
     """The reward, calibrated on responses of the base model to the prompt if it has to be.
@@ -42,6 +44,7 @@ def calibrated(
         seeds=RowSeeds(seed, prompt_index, iteration=0),
         stop_strings=stop_strings,
         should_stop=stop,
+        grammar=grammar,
     )
     if "interrupted" in rollouts.finish_reasons:
         raise KeyboardInterrupt

@@ -146,7 +146,8 @@ def run(
 
     whole = ("budget", "n", "max_tokens", "seed", "prompt_index", "patience", "budget_tokens")
     asked: dict[str, Any] = {name: _whole(search[name]) for name in whole}
-    asked |= {name: search[name] for name in ("method", "stop_strings", "kl", "logprobs", "target_reward", "judge_all")}
+    same = ("method", "stop_strings", "grammar", "kl", "logprobs", "target_reward", "judge_all")
+    asked |= {name: search[name] for name in same}
     return aligner.generate(
         trace["prompt"],
         **asked,

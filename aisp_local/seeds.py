@@ -15,8 +15,8 @@ import numpy as np
 
 from aisp_local.errors import InputError
 
-Stream = Literal["noise", "sampling"]
-_STREAMS: dict[Stream, int] = {"noise": 0, "sampling": 1}
+Stream = Literal["noise", "sampling", "grammar"]
+_STREAMS: dict[Stream, int] = {"noise": 0, "sampling": 1, "grammar": 2}
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from aisp_local.controllers.re_control import Value
 from aisp_local.engine.base import Feed, Job
 from aisp_local.engine.law import HeadLaw
 from aisp_local.engine.sampling import log_law, log_softmax, pick, sparse_law
+from aisp_local.errors import InputError
+from aisp_local.grammar import Grammar
 from aisp_local.rewards.function import CallableReward
 from aisp_local.seeds import RowSeeds
 from aisp_local.types import Controls, FinishReason, FloatArray, Laws, Prompt, Rollouts, Step, Want
@@ -79,6 +81,12 @@ class FakeEngine:
     def text(self, tokens: npt.NDArray[np.int32]) -> str:
         return _text(tokens.tolist())
 
+    def piece(self, token: int) -> bytes:
+        return _text([token]).encode()
+
+    def check_grammar(self, grammar: Grammar) -> None:
+        raise InputError("the bigram model follows no grammar")
+
     def run(
         self, feed: Feed, *, prompts: Sequence[Prompt], n: int, max_tokens: int, at_once: int | None = None
     ) -> None:
@@ -92,6 +100,7 @@ class FakeEngine:
                 stop_strings=job.stop_strings,
                 want=job.want,
                 should_stop=feed.stop,
+                grammar=job.grammar,
                 on_step=partial(feed.stepped, job),
             )
             for row, reason in enumerate(out.finish_reasons):
@@ -110,9 +119,12 @@ class FakeEngine:
         want: frozenset[Want] = frozenset(),
         should_stop: Callable[[], bool] | None = None,
         on_step: Callable[[int, int, int], None] | None = None,
+        grammar: Grammar | None = None,
     ) -> Rollouts:
         """See engine.base.Engine. Raises InputError for what no engine can do."""
-        job = Job(prompt, controls, max_tokens, seeds, stop_strings, want)
+        job = Job(prompt, controls, max_tokens, seeds, stop_strings, want, grammar)
+        if grammar is not None:
+            self.check_grammar(grammar)
         job.check(self.d)
         n, want = controls.n, job.want
         tokens: list[list[int]] = [[] for _ in range(n)]

@@ -32,9 +32,10 @@ Prompt = str | Sequence[Message]
 Want = Literal["kl", "laws", "logprobs", "prelogits"]
 """What a rollout reports only when asked, because it costs: see Rollouts."""
 
-FinishReason = Literal["stop", "length", "paused", "interrupted"]
+FinishReason = Literal["stop", "length", "incomplete", "paused", "interrupted"]
 """``stop``: end-of-generation token or stop string; ``length``: token limit; ``paused``: see ``Controls.pause``;
-``interrupted``: cut short."""
+``interrupted``: cut short. Under a grammar ``stop`` and ``length`` are of texts of the grammar; ``incomplete``: the
+token limit, a stop string, or a place where nothing is allowed came before it was complete."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ class Laws:
     A token could be drawn if its probability at temperature 1 is at least ``min_p`` of the likeliest one's (0.001 where
     there is no ``min_p``: what is below is left out, as are all but the 256 likeliest). With ``Controls.shift`` there
     are also the tokens that the base model could draw. Entries of a step lie together; both probabilities sum to 1 over
-    a step of a row.
+    a step of a row. Under a grammar both laws are of the tokens that it allows.
     """
 
     row: npt.NDArray[np.int32]  # of the rollout
@@ -160,7 +161,8 @@ class Rollouts:
     ``base_logprobs[i]`` has the shape ``[len(tokens[i])]``: log-probability (nats) of each token under the
     base model at temperature 1, without truncation; None when it was not asked for, as is ``kl``:
     sum over the tokens of KL(law sampled from || base law at the same temperature) in nats, for greedy decoding
-    under control KL(softmax(W(z + v)) || softmax(W z)). The base law is not truncated, else it could be infinite.
+    under control KL(softmax(W(z + v)) || softmax(W z)). The base law is not truncated, else it could be infinite. A
+    grammar belongs to the law sampled from and not to the base model's: what it rules out is counted.
     ``prelogits[i]`` has the shape ``[len(tokens[i]), d]`` (before the control). None when not asked for, as ``laws``.
     """
 
@@ -226,6 +228,16 @@ class Candidate:
     logprob: float | None = None  # sum of base_logprobs, None if not computed
     parts: Mapping[str, float] = field(default_factory=dict)  # raw scores of a composite reward's parts
     judge: float | None = None  # what the judge gave, None if it was not asked
+    tokens: npt.NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32), compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token of an answer: its bytes, its log-probability in nats, and both of the likeliest tokens at its place."""
+
+    piece: bytes
+    logprob: float
+    top: tuple[tuple[bytes, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -265,7 +277,7 @@ class IterationStats:
     control_norm: float | None = None  # |U|_2 after the update
     lambda_: float | None = None
     kl: float | None = None  # mean over the rollouts, and of choosing among unfinished ones, nats
-    n_nonfinite: int = 0
+    n_nonfinite: int = 0  # and those that are not complete under a grammar
     note: str | None = None  # what a guard against too much steering did
     n_scored: int = 0  # texts that the reward read, unfinished ones among them
 
@@ -361,6 +373,7 @@ class Limits:
 
 RESULT_STATUS = {
     "complete": "The whole budget was spent.",
+    "incomplete": "No answer was complete under the grammar within the limit of tokens: this one breaks off.",
     "target": "The target reward was reached.",
     "patience": "No better answer was found in as many iterations as were allowed.",
     "token-limit": "The budget of tokens was spent.",

@@ -139,6 +139,7 @@ def test_the_command_says_what_is_another(file: Path, tmp_path: Path) -> None:
         {"method": "best-of-n", "n": 3, "stop_strings": ["."], "logprobs": True},
         {"target_reward": -100.0},
         {"budget_tokens": 40},
+        {"grammar": 'root ::= " upon" [a-z ]+ "."'},
         {"commit": True, "strength": 0.8, "seed": 7},
     ],
     ids=str,

@@ -13,9 +13,10 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
 import openai
+import pydantic
 import pytest
 import uvicorn
 
@@ -147,6 +148,71 @@ def test_the_asynchronous_client_and_stop_strings(server: Server) -> None:
     assert text and "." not in text
 
 
+class Fox(pydantic.BaseModel):
+    name: Annotated[str, pydantic.Field(max_length=8)]
+    age: Annotated[int, pydantic.Field(ge=1, le=20)]
+    friend: Fox | None = None
+
+
+@pytest.mark.native
+def test_answers_in_json(server: Server) -> None:
+    client = server.client()
+    ask: dict[str, Any] = {"model": "m", "messages": STORY, "max_tokens": 100, "extra_body": {"aisp": {"budget": 12}}}
+    parsed = client.chat.completions.parse(response_format=Fox, **ask)
+    assert parsed.choices[0].finish_reason == "stop" and isinstance(parsed.choices[0].message.parsed, Fox)
+    schema = {"type": "object", "properties": {"sly": {"type": "boolean"}}, "required": ["sly"]}
+    form: Any = {"type": "json_schema", "json_schema": {"name": "fox", "schema": schema}}
+    with client.chat.completions.create(response_format=form, stream=True, **ask) as stream:
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+    assert set(json.loads(text)) == {"sly"}
+    ask["max_tokens"] = 3
+    cut = client.chat.completions.create(response_format={"type": "json_object"}, **ask)
+    assert cut.choices[0].finish_reason == "length" and cut.choices[0].message.content.startswith("{")  # type: ignore
+    with pytest.raises(openai.LengthFinishReasonError):
+        client.chat.completions.parse(response_format=Fox, **ask)
+
+
+@pytest.mark.native
+def test_answers_of_a_grammar(server: Server) -> None:
+    client = server.client()
+    extra = QUICK | {"grammar": 'root ::= "yes" | "no"'}
+    answer = client.completions.create(model="m", prompt="A fox is red:", max_tokens=8, extra_body=extra)
+    assert answer.choices[0].text in ("yes", "no") and answer.choices[0].finish_reason == "stop"
+    with pytest.raises(openai.BadRequestError, match="a rule begins with itself"):
+        client.completions.create(model="m", prompt="A", extra_body={"grammar": 'root ::= root "a" | "b"'})
+    assert client.completions.create(model="m", prompt="A", max_tokens=2, extra_body=QUICK).choices[0].text
+
+
+@pytest.mark.native
+def test_log_probabilities_of_the_answer(server: Server) -> None:
+    client = server.client()
+    ask: dict[str, Any] = {"model": "m", "max_tokens": 10, "extra_body": QUICK}
+    answer = client.chat.completions.create(messages=STORY, logprobs=True, top_logprobs=3, **ask)
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None and logprobs.content is not None and answer.usage is not None
+    assert "".join(one.token for one in logprobs.content) == answer.choices[0].message.content
+    assert len(logprobs.content) == answer.usage.completion_tokens
+    result = server.aligner.generate(STORY, budget=4, n=4, max_tokens=10)
+    alone = server.aligner.token_logprobs(STORY, result.candidates[0], top=3)
+    for one, expected in zip(logprobs.content, alone, strict=True):
+        assert one.logprob == pytest.approx(expected.logprob, abs=1e-3) and bytes(one.bytes or []) == expected.piece
+        assert [top.logprob for top in one.top_logprobs] == pytest.approx([p for _, p in expected.top], abs=1e-3)
+    chunks = list(client.chat.completions.create(messages=STORY, logprobs=True, stream=True, **ask))
+    told = [c.choices[0].logprobs for c in chunks if c.choices and c.choices[0].logprobs]
+    assert len(told) == 1 and [one.token for one in told[0].content or []] == [one.token for one in logprobs.content]
+    assert not any(one.top_logprobs for one in told[0].content or [])
+    plain = client.completions.create(prompt="Once upon a time", logprobs=2, n=2, **ask)
+    for choice in plain.choices:
+        found = choice.logprobs
+        assert found is not None and found.tokens and found.text_offset and found.top_logprobs and found.token_logprobs
+        assert "".join(found.tokens) == choice.text
+        for token, offset in zip(found.tokens, found.text_offset, strict=True):
+            assert choice.text[offset:].startswith(token)
+        for token, logprob, top in zip(found.tokens, found.token_logprobs, found.top_logprobs, strict=True):
+            assert top[token] == logprob and 2 <= len(top) <= 3
+    assert client.completions.create(prompt="Once", **ask).choices[0].logprobs is None
+
+
 def events(data: str) -> list[tuple[str, Any]]:
     found = []
     for block in data.strip().split("\n\n"):
@@ -191,7 +257,19 @@ RUBBISH: list[tuple[bytes, str]] = [
             ({"temperature": "hot"}, "temperature must be"),
             ({"seed": -1}, "seed must be"),
             ({"tools": [{}]}, "tools are not supported"),
-            ({"response_format": {"type": "json_object"}}, "response_format"),
+            ({"response_format": {"type": "xml"}}, "response_format.type must be"),
+            ({"response_format": "json"}, "response_format must be an object"),
+            ({"response_format": {"type": "json_schema"}}, "json_schema.schema must be an object"),
+            (
+                {"response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}},
+                "a grammar cannot hold a response to 'not'",
+            ),
+            ({"grammar": "root ::= ("}, "line 1, column 10: this parenthesis is never closed"),
+            ({"grammar": 3}, "grammar must be a string"),
+            ({"grammar": 'root ::= "a"', "response_format": {"type": "json_object"}}, "two ways to say the same"),
+            ({"top_logprobs": 2}, "top_logprobs needs logprobs"),
+            ({"logprobs": True, "top_logprobs": 21}, "top_logprobs must be"),
+            ({"logprobs": 1}, "logprobs must be true or false"),
             ({"aisp": 3}, "aisp must be an object"),
             ({"aisp": {"effort": "huge"}}, "the effort 'huge' is unknown"),
             ({"aisp": {"budget": 10**6}}, "budget must be a whole number from 1 to 512"),

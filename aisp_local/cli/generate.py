@@ -13,7 +13,7 @@ from aisp_local.api import DEFAULT_EFFORT, EFFORT, check_search
 from aisp_local.cli.batch import DEFAULT_AT_ONCE, Batch, content
 from aisp_local.cli.help import ExamplesFirst
 from aisp_local.cli.live import BatchLine, ProgressLine, Streamed, stop_on_interrupt
-from aisp_local.cli.options import load, method_options, model_options, search_options
+from aisp_local.cli.options import load, method_options, model_options, read_grammar, search_options
 from aisp_local.cli.output import print_answer
 from aisp_local.controllers import METHODS
 from aisp_local.errors import InputError
@@ -134,6 +134,8 @@ def generate(
     seed: int,
     stream: bool,
     time_limit: float | None,
+    grammar_file: Path | None,
+    json_schema: str | None,
 ) -> None:
     """Answer PROMPT (`-`: standard input), or a file of prompts with --input.
 
@@ -165,6 +167,7 @@ def generate(
         raise InputError("--stream prints the answer as it settles; leave out --json, -o and --budget-tokens")
     options = method_options(method, strength, stream, more)
     rows = budget if stream else rows
+    grammar = read_grammar(grammar_file, json_schema)
     check_search(method=method, budget=budget, n=rows, max_tokens=max_tokens, seed=seed, **options)
     Limits(target_reward, patience, budget_tokens)
     search = {
@@ -173,6 +176,7 @@ def generate(
         "n": rows,
         "max_tokens": max_tokens,
         "seed": seed,
+        "grammar": grammar,
         "time_limit": time_limit,
         "target_reward": target_reward,
         "patience": patience,
@@ -205,6 +209,8 @@ def generate(
     line.clear()
     if result.status == "interrupted":
         click.echo("interrupted: this is the best answer so far", err=True)
+    elif result.status == "incomplete":
+        click.echo("no answer was complete under the grammar; allow more with --max-tokens", err=True)
     if aligner.judge is not None and not json_:
         said = "failed" if result.judge is None else f"{result.judge:.2f}"
         click.echo(f"[reward {result.reward:.2f}, judge {said}]", err=True)

@@ -14,6 +14,7 @@ from aisp_local.api import DEFAULT_MAX_TOKENS, DEFAULT_METHOD, DEFAULT_N, DEFAUL
 from aisp_local.cli.names import MODEL, REWARD
 from aisp_local.controllers import METHODS, options_of
 from aisp_local.errors import InputError
+from aisp_local.grammar import Grammar
 
 if TYPE_CHECKING:
     from aisp_local.api import Aligner
@@ -82,8 +83,18 @@ def model_options(command: F) -> F:
 
 
 def search_options(command: F) -> F:
-    """--method, --strength, --option, --max-tokens, --seed, --rows, --stream, --time-limit"""
+    """--method, --strength, --option, --max-tokens, --seed, --rows, --stream, --time-limit, and what answers must be"""
     for option in (
+        click.option(
+            "--json-schema",
+            metavar="SCHEMA",
+            help="Answers are JSON of this schema: the schema itself, or its file.",
+        ),
+        click.option(
+            "--grammar-file",
+            type=click.Path(path_type=Path),
+            help="Answers are texts of this grammar, in llama.cpp's notation (GBNF).",
+        ),
         click.option("--time-limit", type=float, help="Seconds; then the best answer so far."),
         click.option(
             "--option",
@@ -147,6 +158,35 @@ def method_options(method: str, strength: float | None, stream: bool, more: Sequ
             raise InputError(f"--stream needs the method {' or '.join(STREAMED)}; {method!r} chooses at the end")
         options |= STREAMED[method]
     return options
+
+
+def read_grammar(grammar_file: Path | None, json_schema: str | None) -> Grammar | None:
+    """What --grammar-file or --json-schema says. Raises InputError."""
+    if grammar_file is not None and json_schema is not None:
+        raise InputError("--grammar-file and --json-schema are two ways to say the same; give one of them")
+    if grammar_file is not None:
+        return Grammar.of(_read(grammar_file))
+    if json_schema is None:
+        return None
+    inline = json_schema.lstrip().startswith("{")
+    where = "--json-schema" if inline else json_schema
+    text = json_schema if inline else _read(Path(json_schema))
+    try:
+        schema = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where} is not valid JSON ({error})") from error
+    if not isinstance(schema, dict):
+        raise InputError(f"{where} holds no JSON object; a schema is one")
+    return Grammar.of(schema)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not valid UTF-8 (byte {error.start}); convert it") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})") from error
 
 
 def load(

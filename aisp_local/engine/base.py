@@ -10,13 +10,14 @@ import numpy as np
 import numpy.typing as npt
 
 from aisp_local.errors import InputError
+from aisp_local.grammar import Grammar
 from aisp_local.seeds import RowSeeds
 from aisp_local.types import Controls, Head, Prompt, Rollouts, Want
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """``controls.n`` rollouts of one prompt: one iteration of one search."""
+    """``controls.n`` rollouts of one prompt: one iteration of one search. ``grammar``: what they have to be."""
 
     prompt: Prompt
     controls: Controls
@@ -24,6 +25,7 @@ class Job:
     seeds: RowSeeds
     stop_strings: Sequence[str] = ()
     want: frozenset[Want] = frozenset()
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "want", self.want | self.controls.want)
@@ -86,6 +88,12 @@ class Engine(Protocol):
     def text(self, tokens: npt.NDArray[np.int32]) -> str:
         """What tokens of a response say; a character that their end cuts in two is left out."""
 
+    def check_grammar(self, grammar: Grammar) -> None:
+        """Raises InputError for one that rollouts cannot follow."""
+
+    def piece(self, token: int) -> bytes:
+        """The bytes of a token; empty if it says nothing."""
+
     def run(
         self, feed: Feed, *, prompts: Sequence[Prompt], n: int, max_tokens: int, at_once: int | None = None
     ) -> None:
@@ -106,6 +114,7 @@ class Engine(Protocol):
         want: frozenset[Want] = frozenset(),
         should_stop: Callable[[], bool] | None = None,
         on_step: Callable[[int, int, int], None] | None = None,
+        grammar: Grammar | None = None,
     ) -> Rollouts:
         """``run`` with one job.
 

@@ -12,10 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from aisp_local.engine.base import Feed, Job
+from aisp_local.engine.constraint import Constraint, constrained_law
 from aisp_local.engine.head import OutputHead
 from aisp_local.engine.sampling import log_law, log_softmax, picker, sparse_law
 from aisp_local.errors import DecodeError
-from aisp_local.native import Context, Model
+from aisp_local.native import Context, Matcher, Model
 from aisp_local.timeline import Timeline
 from aisp_local.types import FinishReason, FloatArray, Laws, Prompt, Rollouts, Sampling, Step, Want
 
@@ -61,6 +62,7 @@ class _Open:
     start: Start
     began: float = field(default_factory=time.perf_counter)
     stops: list[bytes] = field(default_factory=list)
+    matcher: Matcher | None = None  # at the begin of its grammar
     waiting: list[int] = field(default_factory=list)  # its rollouts that have no row yet, the next one last
     on: dict[int, int] = field(default_factory=dict)  # the row that such a one had when it paused: its rollout
     steps: int = 0
@@ -92,6 +94,7 @@ class _Column:
     stopping: list[int]  # of the k rows, those with stop strings
     processed: list[tuple[_Open, Ints]]  # of ``jobs`` those with a logits processor
     needs_prelogits: bool  # for one of them
+    constrained: list[int]  # of the k rows, those with a grammar
 
 
 class Decoder:
@@ -140,6 +143,7 @@ class Decoder:
         self._forced = np.zeros(rows, np.int64)  # how many tokens of it are given
         self._logprobs = np.zeros((rows, max_tokens), np.float32)
         self._kl = np.zeros(rows)
+        self._constraints: dict[int, Constraint] = {}  # by row
         self._prelogits: FloatArray | None = None
 
     def run(self) -> None:
@@ -175,6 +179,7 @@ class Decoder:
             [i for i, owner in enumerate(owners) if owner.stops],
             [(job, mine) for job, mine in jobs if job.job.controls.processor is not None],
             any(p is not None and p.needs_prelogits for p in (job.job.controls.processor for job, _ in jobs)),
+            [i for i, owner in enumerate(owners) if owner.matcher is not None],
         )
 
     def _fill(self) -> None:
@@ -216,6 +221,7 @@ class Decoder:
             new.check(self._model.d)
             self._waiting.append(new)
         job = self._waiting[0]
+        matcher = None if job.grammar is None else Matcher(self._model, job.grammar)
         with self._timeline.span("prefill"):
             opened = self._open_prompt(job, idle)
         if opened is None:
@@ -224,7 +230,8 @@ class Decoder:
         start, max_tokens = opened
         stops = [stop.encode() for stop in job.stop_strings]
         waiting = list(range(job.controls.n - 1, -1, -1))
-        self._jobs.append(_Open(job, max_tokens, start, stops=stops, waiting=waiting, on=self._go_on(job, max_tokens)))
+        on = self._go_on(job, max_tokens)
+        self._jobs.append(_Open(job, max_tokens, start, stops=stops, matcher=matcher, waiting=waiting, on=on))
         return self._jobs[-1]
 
     def _go_on(self, job: Job, max_tokens: int) -> dict[int, int]:
@@ -260,6 +267,10 @@ class Decoder:
         if not job.controls.sampling.greedy:
             numbers = job.seeds.generator(index, "sampling").random(owner.max_tokens)
             self._uniforms[row, : owner.max_tokens] = numbers
+        self._constraints.pop(row, None)
+        if owner.matcher is not None:
+            numbers = job.seeds.generator(index, "grammar").random(owner.max_tokens)
+            self._constraints[row] = Constraint(owner.matcher.clone(), numbers)
         sequence = self._first + row
         self._forced[row] = 0
         prefix = np.zeros(0, np.int32)
@@ -306,6 +317,8 @@ class Decoder:
         elif size:
             read.append((self._first + row, np.array([start.token, *prefix[:-1]], np.int32), start.position))
             self._step[row], self._position[row], self._current[row] = size, start.position + size, prefix[-1]
+            if row in self._constraints:
+                self._constraints[row].follow(prefix)
             if owner.stops:
                 self._bytes[row] += b"".join(self._model.piece(int(token)) for token in prefix)
 
@@ -321,33 +334,45 @@ class Decoder:
             if column.processed:
                 logits = self._process(base, column)
             current = self._sample(logits, column, self._uniforms[rows, step])
-            lawful = np.isfinite(logits[np.arange(len(rows)), current]).all()
-            given = step < self._forced[rows]
-            if given.any():
-                current = np.where(given, self._tokens[rows, step], current)
-            if not lawful:
+            if not np.isfinite(logits[np.arange(len(rows)), current]).all():
                 raise DecodeError(
                     f"the model gave logits that are not finite at step {int(step.max()) + 1}; "
                     "the file may be damaged, or the control far too strong"
                 )
+            given = step < self._forced[rows]
+            if given.any():
+                current = np.where(given, self._tokens[rows, step], current)
+            stuck = np.zeros(len(rows), np.bool_)  # nothing is allowed
+            if column.constrained:
+                current, stuck = self._constrain(column, logits, current, given)
             if want:
-                self._record(column, base, logits, current)
+                self._record(column, base, logits, current, stuck)
+            for i in column.constrained:
+                if not stuck[i]:
+                    self._constraints[int(rows[i])].accept(int(current[i]))
             self._tokens[rows, step] = current
             self._current[rows] = current
-            self._step[rows] = step + 1
+            self._step[rows] = step + ~stuck
             self._position[rows] += 1
-            stopped = self._model.eog[current]
+            over = self._model.eog[current] & ~stuck
+            stopped = over.copy()
             for i in column.stopping:
                 stopped[i] |= self._found_stop(owners[i].stops, int(rows[i]), int(current[i]))
-        ended = stopped | (step + 1 >= self._limit[rows])
+        ended = stopped | stuck | (step + 1 >= self._limit[rows])
         # The job that steps is told of it before it is told that it ended.
         for owner, mine in column.jobs:
             owner.steps += 1
             owner.n_tokens += len(mine)
             self._feed.stepped(owner.job, owner.steps, len(mine) - int(np.count_nonzero(ended[mine])), owner.n_tokens)
         for i in np.flatnonzero(ended).tolist():
-            whole = self._step[rows[i]] >= owners[i].max_tokens
-            self._end(int(rows[i]), "stop" if stopped[i] else "length" if whole else "paused")
+            row = int(rows[i])
+            whole = self._step[row] >= owners[i].max_tokens
+            reason: FinishReason = "stop" if stopped[i] else "length" if whole else "paused"
+            constraint = self._constraints.get(row)
+            if constraint is not None and not over[i] and reason != "paused":
+                # What a stop string leaves is no longer what the grammar has seen.
+                reason = "length" if whole and not stopped[i] and constraint.complete else "incomplete"
+            self._end(row, "incomplete" if stuck[i] else reason)
 
     def _sample(self, logits: FloatArray, column: _Column, uniforms: npt.NDArray[np.float64]) -> Tokens:
         if len(column.samplings) == 1:
@@ -357,15 +382,37 @@ class Decoder:
             tokens[mine] = self._pick(logits[mine], sampling, uniforms[mine])
         return tokens
 
+    def _constrain(
+        self, column: _Column, logits: FloatArray, current: Tokens, given: npt.NDArray[np.bool_]
+    ) -> tuple[Tokens, npt.NDArray[np.bool_]]:
+        """Tokens [k] that the rows' grammars allow, and for which rows there is none."""
+        current, stuck = current.copy(), np.zeros(len(current), np.bool_)
+        for i in column.constrained:
+            row, sampling = int(column.rows[i]), column.owners[i].job.controls.sampling
+            constraint = self._constraints[row]
+            if given[i]:
+                constraint.check(int(current[i]))
+                continue
+            token = constraint.choose(logits[i], sampling, int(current[i]), int(self._step[row]))
+            if token is None:
+                stuck[i] = True
+            else:
+                current[i] = token
+        return current, stuck
+
     def _process(self, base: FloatArray, column: _Column) -> FloatArray:
         """The logits to sample from: a copy, with those of jobs that have a processor as it gives them."""
         logits, z = base.copy(), self._context.prelogits() if column.needs_prelogits else None
         for owner, mine in column.processed:
             processor = owner.job.controls.processor
             assert processor is not None
-            rows = column.rows[mine]
+            rows, shown = column.rows[mine], base[mine]
+            if owner.matcher is not None:  # what is not allowed is no candidate
+                for i, row in enumerate(rows.tolist()):
+                    masked = self._constraints[row].masked(shown[i])
+                    shown[i] = shown[i] if masked is None else masked
             so_far = [self._tokens[row, : self._step[row]].copy() for row in rows]
-            logits[mine] = processor(Step(self._index[rows], so_far, base[mine], None if z is None else z[mine]))
+            logits[mine] = processor(Step(self._index[rows], so_far, shown, None if z is None else z[mine]))
         return logits
 
     def _found_stop(self, stops: list[bytes], row: int, token: int) -> bool:
@@ -374,24 +421,31 @@ class Decoder:
         text += piece
         return any(text.find(stop, max(0, len(text) - len(piece) - len(stop))) >= 0 for stop in stops)
 
-    def _record(self, column: _Column, base: FloatArray, logits: FloatArray, current: Tokens) -> None:
+    def _record(
+        self, column: _Column, base: FloatArray, logits: FloatArray, current: Tokens, stuck: npt.NDArray[np.bool_]
+    ) -> None:
         """What the rows' jobs want to know of this step; rows of other jobs come along.
 
-        ``base`` [k, V]: before a processor, ``logits`` after it.
+        ``base`` [k, V]: before a processor, ``logits`` after it; for rows that are ``stuck`` [k] there is nothing.
         """
         active, want, needs_head = column.rows, column.want, column.needs_head
         step = self._step[active]
         z = self._context.prelogits() if needs_head or "prelogits" in want else None
         if self._prelogits is not None and z is not None:
             self._prelogits[active, step] = z
-        free = step >= self._forced[active]
+        free = (step >= self._forced[active]) & ~stuck
         if "laws" in want:
             for owner, theirs in column.jobs:
                 mine = theirs[free[theirs]]
                 if "laws" in owner.job.want and len(mine):
                     controls = owner.job.controls
                     rows = logits if len(mine) == len(logits) else logits[mine]
-                    drawn, tokens, law, base_law = sparse_law(rows, controls.sampling, controls.shift)
+                    if owner.matcher is None:
+                        drawn, tokens, law, base_law = sparse_law(rows, controls.sampling, controls.shift)
+                    else:
+                        constraints = [self._constraints[row] for row in active[mine].tolist()]
+                        found = constrained_law(rows, constraints, controls.sampling, controls.shift)
+                        drawn, tokens, law, base_law = found
                     row = mine[drawn]
                     owner.laws.append((self._index[active[row]], step[row], tokens, law, base_law))
         if not want & {"kl", "logprobs"}:
@@ -401,6 +455,7 @@ class Decoder:
             base = np.where(controlled[:, None], self._head().project(z), base)
         for _, mine in column.processed:
             controlled = controlled | np.isin(np.arange(len(active)), mine)
+        controlled = controlled | np.isin(np.arange(len(active)), column.constrained)
         if "logprobs" in want:
             logprobs = log_softmax(base.astype(np.float64))
             self._logprobs[active, step] = logprobs[np.arange(len(active)), current]
@@ -409,6 +464,11 @@ class Decoder:
                 moved = mine[controlled[mine] & free[mine]]
                 if len(moved):
                     p = log_law(logits[moved], sampling)
+                    for j, i in enumerate(moved.tolist()):
+                        constraint = self._constraints.get(int(active[i]))
+                        left = None if constraint is None else constraint.law(logits[i], sampling)
+                        if left is not None:
+                            p[j] = log_softmax(left.astype(np.float64) / (sampling.temperature or 1.0))
                     q = log_softmax(base[moved].astype(np.float64) / (sampling.temperature or 1.0))
                     self._kl[active[moved]] += (np.exp(p) * np.where(np.isneginf(p), 0.0, p - q)).sum(axis=1)
 
@@ -429,6 +489,8 @@ class Decoder:
         self._owner[row] = None
         self._free += 1
         self._column = None
+        if row in self._constraints:
+            self._constraints.pop(row).close()
         if reason == "paused":
             self._held[row] = _Held(owner.job.prompt, tokens.tobytes())
         else:

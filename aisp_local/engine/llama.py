@@ -30,8 +30,9 @@ from aisp_local.engine.decode import Decoder, Start, response_text
 from aisp_local.engine.head import OutputHead, adapts_head, fingerprint, has_tensor
 from aisp_local.engine.prompts import prompt_tokens
 from aisp_local.errors import CapacityError, InputError, ModelError
+from aisp_local.grammar import Grammar
 from aisp_local.host import available_cores, available_memory
-from aisp_local.native import MAX_SEQUENCES, MAX_THREADS, Context, ControlKind, Lora, Model
+from aisp_local.native import MAX_SEQUENCES, MAX_THREADS, Context, ControlKind, Lora, Matcher, Model
 from aisp_local.seeds import RowSeeds
 from aisp_local.timeline import OFF, Timeline, recorded
 from aisp_local.types import Controls, Prompt, Rollouts, Want
@@ -171,6 +172,14 @@ class LlamaEngine:
         """What tokens of a response say; a character that their end cuts in two is left out."""
         return response_text(self.model, tokens)
 
+    def piece(self, token: int) -> bytes:
+        """The bytes of a token; empty if it says nothing."""
+        return self.model.piece(token)
+
+    def check_grammar(self, grammar: Grammar) -> None:
+        """Raises InputError for a grammar that llama.cpp refuses."""
+        Matcher(self.model, grammar).close()
+
     def rollout(
         self,
         prompt: Prompt,
@@ -182,12 +191,13 @@ class LlamaEngine:
         want: frozenset[Want] = frozenset(),
         should_stop: Callable[[], bool] | None = None,
         on_step: Callable[[int, int, int], None] | None = None,
+        grammar: Grammar | None = None,
     ) -> Rollouts:
         """Decode ``controls.n`` responses of at most ``max_tokens`` tokens; see types.Rollouts.
 
         Raises CapacityError when prompt or rows do not fit, DecodeError when llama.cpp fails.
         """
-        job = Job(prompt, controls, max_tokens, seeds, stop_strings, want)
+        job = Job(prompt, controls, max_tokens, seeds, stop_strings, want, grammar)
         job.check(self.d)
         feed = OneJob(job, should_stop, on_step)
         self.run(feed, prompts=[prompt], n=controls.n, max_tokens=max_tokens)

@@ -81,14 +81,20 @@ def log_law(logits: FloatArray, sampling: Sampling) -> npt.NDArray[np.float64]:
     """
     x = logits.astype(np.float64)
     if not sampling.greedy:
-        if sampling.top_k or sampling.top_p < 1.0 or sampling.min_p:
-            order, keep, whole = _candidates(logits, sampling)
-            mask = np.zeros(x.shape, np.bool_)
-            np.put_along_axis(mask, order, keep, axis=1)
-            mask[~whole] = _nucleus(logits[~whole], sampling)
-            x = np.where(mask, x, -np.inf)
-        x /= sampling.temperature
+        x = np.where(kept(logits, sampling), x, -np.inf) / sampling.temperature
     return log_softmax(x)
+
+
+def kept(logits: FloatArray, sampling: Sampling) -> npt.NDArray[np.bool_]:
+    """Which tokens [k, V] top-k, top-p and min-p leave."""
+    if sampling.greedy or not (sampling.top_k or sampling.top_p < 1.0):
+        depth = np.float32(np.log(sampling.min_p) if sampling.min_p else -np.inf)
+        return np.asarray((logits >= logits.max(axis=1, keepdims=True) + depth) & (logits > -np.inf))
+    order, keep, whole = _candidates(logits, sampling)
+    mask = np.zeros(logits.shape, np.bool_)
+    np.put_along_axis(mask, order, keep, axis=1)
+    mask[~whole] = _nucleus(logits[~whole], sampling)
+    return np.asarray(mask & (logits > -np.inf))
 
 
 def sparse_law(
@@ -112,11 +118,11 @@ def sparse_law(
     x = logits[rows, tokens]
     weights = np.exp((x - least[rows]) / temperature)
     if shift is None:
-        p = _shares(weights, rows, k)
+        p = shares(weights, rows, k)
         return rows, tokens, p, p
     others = (base[rows, tokens] - top[rows]) / temperature
     weights[x < least[rows]] = 0.0
-    return rows, tokens, _shares(weights, rows, k), _shares(np.exp(others), rows, k)
+    return rows, tokens, shares(weights, rows, k), shares(np.exp(others), rows, k)
 
 
 def _likely(logits: FloatArray, least: FloatArray) -> npt.NDArray[np.bool_]:
@@ -127,7 +133,7 @@ def _likely(logits: FloatArray, least: FloatArray) -> npt.NDArray[np.bool_]:
     return kept
 
 
-def _shares(weights: FloatArray, rows: npt.NDArray[np.intp], k: int) -> FloatArray:
+def shares(weights: FloatArray, rows: npt.NDArray[np.intp], k: int) -> FloatArray:
     """Weights divided by their sum over each row."""
     return np.asarray(weights / np.bincount(rows, weights, k)[rows], np.float32)
 

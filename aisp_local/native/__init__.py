@@ -4,6 +4,7 @@ from aisp_local.native.binding import FallbackWarning, build, versions
 from aisp_local.native.context import MAX_SEQUENCES, MAX_THREADS, Context
 from aisp_local.native.control import ControlKind
 from aisp_local.native.devices import Build, Device, describe_build
+from aisp_local.native.grammar import Matcher
 from aisp_local.native.header import Header, read_header
 from aisp_local.native.lora import Lora
 from aisp_local.native.model import Model, check_model_file
@@ -19,6 +20,7 @@ __all__ = [
     "FallbackWarning",
     "Header",
     "Lora",
+    "Matcher",
     "Model",
     "build",
     "can_sample_rows",

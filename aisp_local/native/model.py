@@ -6,6 +6,7 @@ import ctypes
 import os
 import threading
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +246,12 @@ class Model:
                 size = -n
             cached = self._pieces[token] = buffer.raw[:n]
         return cached
+
+    @cached_property
+    def silent(self) -> npt.NDArray[np.bool_]:
+        """Tokens [V] that say nothing and do not end a response: control tokens and unused ones."""
+        pieces = (not self.piece(token) for token in range(self.n_vocab))
+        return np.fromiter(pieces, np.bool_, self.n_vocab) & ~self.eog
 
     def opened(self) -> None:
         """A context is in use."""

@@ -23,7 +23,8 @@ from starlette.routing import Route
 from aisp_local.api import DEFAULT_MAX_TOKENS, Aligner
 from aisp_local.engine import LlamaEngine
 from aisp_local.finite import finite
-from aisp_local.server.desk import Desk, Event, Job, as_error, distinct
+from aisp_local.server.desk import LOGPROBS, Desk, Event, Job, as_error, distinct
+from aisp_local.server.logprobs import of_chat, of_completion
 from aisp_local.server.request import KEY, ApiError, Ask, parse
 from aisp_local.types import Candidate, Result
 
@@ -234,13 +235,19 @@ class _Server:
         head = {**head, "object": "chat.completion.chunk" if ask.chat else "text_completion"}
         sent = ""
 
-        def chunk(index: int, text: str | None, finish: str | None = None, role: bool = False) -> str:
+        def chunk(
+            index: int,
+            text: str | None,
+            finish: str | None = None,
+            role: bool = False,
+            logprobs: dict[str, Any] | None = None,
+        ) -> str:
             if ask.chat:
                 delta = {"role": "assistant"} if role else {}
                 choice = {"index": index, "delta": delta | ({} if text is None else {"content": text})}
             else:
                 choice = {"index": index, "text": text or ""}
-            choice |= {"logprobs": None, "finish_reason": finish}
+            choice |= {"logprobs": logprobs, "finish_reason": finish}
             return _event({**head, "choices": [choice]})
 
         if ask.chat:
@@ -261,7 +268,7 @@ class _Server:
                     # What was cut short may end in another answer than the one that settled: it keeps what was sent.
                     rest = text[len(sent) :] if text.startswith(sent) else ""
                     if rest:
-                        yield chunk(index, rest)
+                        yield chunk(index, rest, logprobs=_logprobs(ask, index, value))
                     yield chunk(index, None, _FINISH.get(candidate.finish_reason, "length"))
                 if ask.include_usage:
                     yield _event({**head, "choices": [], "usage": self._usage(ask, value)})
@@ -274,7 +281,10 @@ class _Server:
     # Answers.
 
     def _whole(self, ask: Ask, head: Mapping[str, Any], result: Result) -> dict[str, Any]:
-        choices = [self._choice(ask, index, candidate) for index, candidate in enumerate(distinct(result, ask.n))]
+        choices = [
+            self._choice(ask, index, candidate, _logprobs(ask, index, result))
+            for index, candidate in enumerate(distinct(result, ask.n))
+        ]
         search = _search(result) | ({"trace": self._trace(result)} if ask.trace else {})
         return {**head, "choices": choices, "usage": self._usage(ask, result), KEY: search}
 
@@ -282,12 +292,18 @@ class _Server:
         """Without this machine's folders, which are no client's business."""
         return dict(self.aligner.trace(result, paths=False).content)
 
-    def _choice(self, ask: Ask, index: int, candidate: Candidate) -> dict[str, Any]:
+    def _choice(self, ask: Ask, index: int, candidate: Candidate, logprobs: dict[str, Any] | None) -> dict[str, Any]:
         said: dict[str, Any] = {"text": candidate.text}
         if ask.chat:
             said = {"message": {"role": "assistant", "content": candidate.text, "refusal": None}}
         finish = _FINISH.get(candidate.finish_reason, "length")
-        return {"index": index, **said, "logprobs": None, "finish_reason": finish, KEY: {"reward": candidate.reward}}
+        return {
+            "index": index,
+            **said,
+            "logprobs": logprobs,
+            "finish_reason": finish,
+            KEY: {"reward": candidate.reward},
+        }
 
     def _usage(self, ask: Ask, result: Result) -> dict[str, Any]:
         """The answer's tokens as OpenAI counts them; those of the whole search beside them."""
@@ -300,6 +316,12 @@ class _Server:
             "total_tokens": prompt + answer,
             "search_tokens": result.n_tokens,
         }
+
+
+def _logprobs(ask: Ask, index: int, result: Result) -> dict[str, Any] | None:
+    if LOGPROBS not in result.extra:
+        return None
+    return (of_chat if ask.chat else of_completion)(result.extra[LOGPROBS][index])
 
 
 def _search(result: Result) -> dict[str, Any]:

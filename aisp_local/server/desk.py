@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from aisp_local.api import DEFAULT_MAX_TOKENS, Aligner
@@ -15,6 +15,9 @@ from aisp_local.server.request import ApiError, Ask
 from aisp_local.types import Candidate, Progress, Result
 
 _LONGEST_WAIT = 60  # seconds that a client is told to wait
+LOGPROBS = "logprobs"
+"""The key of ``Result.extra`` that holds those of its distinct answers, if they were asked for."""
+
 _TELL = 0.3  # seconds between two reports of an iteration that runs
 
 Event = tuple[str, Any]
@@ -144,7 +147,7 @@ class Desk:
                 told = time.monotonic()
                 job.put(("progress", _underway(now)))
 
-        return self.aligner.generate(
+        result = self.aligner.generate(
             ask.prompt,
             method=ask.method,
             budget=ask.budget,
@@ -152,6 +155,7 @@ class Desk:
             max_tokens=min(ask.max_tokens or self.max_tokens, room),
             seed=ask.seed,
             stop_strings=ask.stop,
+            grammar=ask.grammar,
             time_limit=ask.time_limit,
             target_reward=ask.target_reward,
             patience=ask.patience,
@@ -161,6 +165,10 @@ class Desk:
             on_progress=progress,
             **options,
         )
+        if ask.logprobs is None:
+            return result
+        found = [self.aligner.token_logprobs(ask.prompt, one, ask.logprobs) for one in distinct(result, ask.n)]
+        return replace(result, extra={**result.extra, LOGPROBS: found})
 
 
 def _underway(progress: Progress) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 from aisp_local.api import DEFAULT_EFFORT, DEFAULT_METHOD, DEFAULT_SEED, EFFORT, check_search
 from aisp_local.controllers import options_of
 from aisp_local.errors import InputError
+from aisp_local.grammar import Grammar
 from aisp_local.types import Message, Prompt
 
 KEY = "aisp"
@@ -52,7 +53,8 @@ class ApiError(Exception):
 class Ask:
     """A request, checked. ``options``: of the method. ``events``: the client wants to see the search, with
     ``candidates`` all of it. ``baseline``: the unaligned answer as well; ``judge_all``: the judge's score of every
-    candidate; ``trace``: all of the search, in the form of a trace. ``settle``: may be chosen block by block."""
+    candidate; ``trace``: all of the search, in the form of a trace. ``settle``: may be chosen block by block.
+    ``logprobs``: how many of the likeliest tokens to tell at each place of the answer; None: no log-probabilities."""
 
     prompt: Prompt
     chat: bool
@@ -75,12 +77,15 @@ class Ask:
     judge_all: bool = False
     trace: bool = False
     settle: bool = True
+    grammar: Grammar | None = None
+    logprobs: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def settles(self) -> bool:
         """Whether the answer is chosen block by block, so that it can be streamed while it is aligned."""
-        return self.stream and self.settle and self.method == "score" and self.n == 1
+        whole = self.logprobs is not None  # they are computed when the answer is there
+        return self.stream and self.settle and self.method == "score" and self.n == 1 and not whole
 
 
 def parse(data: bytes, *, chat: bool, limit: int) -> Ask:
@@ -94,9 +99,6 @@ def parse(data: bytes, *, chat: bool, limit: int) -> Ask:
     for name, message in _UNSUPPORTED.items():
         if body.get(name):
             raise ApiError(400, f"{message}; leave it out", param=name, code="unsupported_parameter")
-    form = body.get("response_format")
-    if form is not None and form != {"type": "text"}:
-        raise ApiError(400, "response_format other than text is not supported", param="response_format")
     more = body.get(KEY, {})
     if not isinstance(more, dict):
         raise ApiError(400, f"{KEY} must be an object", param=KEY)
@@ -147,6 +149,8 @@ def parse(data: bytes, *, chat: bool, limit: int) -> Ask:
         judge_all=_flag(more, "judge_all"),
         trace=_flag(more, "trace"),
         settle=_flag(more, "settle") if "settle" in more else True,
+        grammar=_grammar(body),
+        logprobs=_chat_logprobs(body) if chat else _plain_logprobs(body),
         options=options,
     )
     if ask.n > ask.budget:
@@ -163,6 +167,42 @@ def _effort(more: Mapping[str, Any]) -> str:
     if effort not in EFFORT:
         raise ApiError(400, f"the effort {effort!r} is unknown; use {', '.join(EFFORT)}", param=f"{KEY}.effort")
     return effort
+
+
+def _grammar(body: Mapping[str, Any]) -> Grammar | None:
+    """What ``response_format`` or llama.cpp's ``grammar`` holds the answer to."""
+    form, param = _object(body, "response_format"), "response_format"
+    kind = form.get("type", "text")
+    given: Any = None
+    if kind == "json_object":
+        given = {"type": "object"}
+    elif kind == "json_schema":
+        given, param = _object(form, "json_schema").get("schema"), "response_format.json_schema.schema"
+        if not isinstance(given, dict):
+            raise ApiError(400, f"{param} must be an object", param=param)
+    elif kind != "text":
+        raise ApiError(400, "response_format.type must be text, json_object or json_schema", param=param)
+    if body.get("grammar") is not None:
+        if given is not None:
+            raise ApiError(400, "grammar and response_format are two ways to say the same; send one", param="grammar")
+        given, param = _text(body, "grammar", ""), "grammar"
+    try:
+        return None if not given else Grammar.of(given)
+    except InputError as error:
+        raise ApiError(400, str(error), param=param) from error
+
+
+def _chat_logprobs(body: Mapping[str, Any]) -> int | None:
+    top = body.get("top_logprobs")
+    if not _flag(body, "logprobs"):
+        if top:
+            raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
+        return None
+    return 0 if top is None else _whole(body, "top_logprobs", 0, 20)
+
+
+def _plain_logprobs(body: Mapping[str, Any]) -> int | None:
+    return None if body.get("logprobs") is None else _whole(body, "logprobs", 0, 20)
 
 
 def _messages(body: Mapping[str, Any]) -> list[Message]:

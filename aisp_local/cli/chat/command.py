@@ -18,7 +18,7 @@ from aisp_local.cli.chat.persona import load_persona
 from aisp_local.cli.chat.session import Session
 from aisp_local.cli.chat.settings import Settings
 from aisp_local.cli.help import ExamplesFirst
-from aisp_local.cli.options import load, method_options, model_options, search_options
+from aisp_local.cli.options import load, method_options, model_options, read_grammar, search_options
 from aisp_local.controllers import options_of
 from aisp_local.errors import AispError, BindingError, InputError
 
@@ -67,10 +67,12 @@ def chat(context: click.Context, /, question: str | None, persona: str | None, r
     said = _said(context, resumed, load_persona(persona) if persona is not None else {})
     conversation.system = said["system"] or ""
     settings = _settings(said)
+    grammar = read_grammar(said["grammar_file"], said["json_schema"])
     piped = None if question is None or (sys.stdin is not None and sys.stdin.isatty()) else _piped()
     names = ("model", "lora", "lora_scaled", "reward", "judge")
     aligner = load(**{name: said[name] for name in (*names, "n_gpu_layers", "threads")})
-    session = Session(aligner, settings, conversation, {name: kept for name in names if (kept := _kept(said[name]))})
+    kept = {name: kept for name in names if (kept := _kept(said[name]))}
+    session = Session(aligner, settings, conversation, kept, grammar)
     if question is not None and piped is not None:
         session.ask(f"{question}\n\n{piped}" if piped else question, alone=not sys.stdout.isatty())
         return

@@ -14,6 +14,7 @@ from aisp_local.cli.chat.settings import Settings
 from aisp_local.cli.live import ProgressLine, Streamed, stop_on_interrupt
 from aisp_local.cli.output import dim, print_answer
 from aisp_local.errors import CapacityError, InputError
+from aisp_local.grammar import Grammar
 from aisp_local.types import Baseline, Result
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class Session:
     settings: Settings
     conversation: Conversation = field(default_factory=Conversation)
     models: Mapping[str, Any] = field(default_factory=dict)
+    grammar: Grammar | None = None
     last: Result | None = None
     compared: list[Turn] = field(default_factory=list)
     _forgotten: int = 0
@@ -74,7 +76,9 @@ class Session:
                 while True:
                     asked = messages(self.conversation.system, turns[skip:], question)
                     try:
-                        return self.aligner.chat(asked, seed=seed, stop=stop, on_progress=line, **settings.search())
+                        return self.aligner.chat(
+                            asked, seed=seed, grammar=self.grammar, stop=stop, on_progress=line, **settings.search()
+                        )
                     except CapacityError as error:
                         if skip == len(turns):
                             raise self._too_long(error) from error
@@ -90,7 +94,9 @@ class Session:
             self.conversation.system, before[self._skipped(before, turn.question, self.settings) :], turn.question
         )
         calibration = None if self.last is None else self.last.calibration
-        return self.aligner.baseline(asked, max_tokens=self.settings.max_tokens, calibration=calibration)
+        return self.aligner.baseline(
+            asked, max_tokens=self.settings.max_tokens, grammar=self.grammar, calibration=calibration
+        )
 
     def _skipped(self, turns: Sequence[Turn], question: str, settings: Settings) -> int:
         """How many turns the model cannot read, oldest first: an answer cut short is worse than a forgotten turn."""
@@ -127,4 +133,6 @@ def note(result: Result) -> str:
     """What a person wants to know of a search in a few words."""
     judge = "" if result.judge is None else f", judge {result.judge:.2f}"
     shown = f"reward {result.reward:.2f}{judge}, {result.rollouts} rollouts, {result.seconds:.1f} s"
+    if result.status == "incomplete":
+        return f"{shown}, none was complete under the grammar"
     return f"{shown}, interrupted: the best so far" if result.status == "interrupted" else shown
