@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from aisp_local import controllers, shipped
-from aisp_local.engine import Engine, LlamaEngine
+from aisp_local.engine import Engine, LlamaEngine, SharedEngine
 from aisp_local.errors import AispError, DecodeError, InputError
 from aisp_local.files import check_output
 from aisp_local.grammar import Grammar
@@ -57,6 +57,8 @@ DEFAULT_N_WHOLE = 16
 
 DEFAULT_MAX_TOKENS = 256
 DEFAULT_SEED = 0
+DEFAULT_TOGETHER = 4
+"""Calls that a server decodes in one batch: more gain nothing and make everybody late (docs/server.md)."""
 
 
 def check_search(*, method: str, budget: int, n: int | None, max_tokens: int, seed: int, **options: Any) -> None:
@@ -98,13 +100,15 @@ class Aligner:
         n_gpu_layers: int | None = None,
         threads: int | None = None,
         loras: Sequence[str | os.PathLike[str] | Lora] = (),
+        together: int = 1,
     ) -> Aligner:
         """Load a GGUF ``model``, by path or name (``aisp-local models list``), and a ``reward``: a folder, a TOML file,
         the name of a recipe, a Reward, or ``(prompt, responses) -> scores``. A ``judge`` is any of these; without one,
         the reward's own, if it names one.
 
         What is left out is the shipped one. ``n_gpu_layers``: layers on the GPU, as in llama.cpp. ``loras``: adapters,
-        GGUF files, which make the model that is aligned: nats are measured from the model with them.
+        GGUF files, which make the model that is aligned: nats are measured from the model with them. ``together``:
+        so many calls from different threads decode in one batch (see engine.shared); else they queue.
         Raises ModelError, RewardError, BindingError.
         """
         path = shipped.model() if model is None else find_model(model)
@@ -112,7 +116,8 @@ class Aligner:
         check_model_file(path)
         scorer = load_reward(shipped.reward() if reward is None else reward)
         judging = getattr(scorer, "judge", None) if judge is None else load_reward(judge)
-        engine = LlamaEngine(path, n_gpu_layers=n_gpu_layers, threads=threads, loras=loras)
+        make = LlamaEngine if together == 1 else partial(SharedEngine, together=together)
+        engine = make(path, n_gpu_layers=n_gpu_layers, threads=threads, loras=loras)
         aligner = cls(engine, scorer, judge=judging, model_name=str(path))
         aligner.origins = Origins(
             SHIPPED if model is None else str(path.absolute()),
@@ -393,6 +398,7 @@ class Aligner:
                             stop_strings=stop_strings,
                             grammar=grammar,
                             calibration=result.calibration,
+                            stop=stop,
                         )
                         results[i] = replace(result, baseline=unaligned)
                 if self.judge is not None:
@@ -524,10 +530,12 @@ class Aligner:
         stop_strings: Sequence[str] = (),
         grammar: Grammar | str | Mapping[str, Any] | None = None,
         calibration: Calibration | None = None,
+        stop: Callable[[], bool] | None = None,
     ) -> Baseline:
         """The unaligned greedy answer and its reward, under the same grammar if there is one.
 
         ``calibration``: that of the result that it is compared with; else a reward that needs one is calibrated here.
+        Raises KeyboardInterrupt where ``stop()`` cut it short.
         """
         reward = self.reward
         if isinstance(reward, Calibrates) and reward.uncalibrated and calibration is not None:
@@ -548,8 +556,11 @@ class Aligner:
             max_tokens=max_tokens,
             seeds=RowSeeds(seed=0),
             stop_strings=stop_strings,
+            should_stop=stop,
             grammar=grammar,
         )
+        if "interrupted" in rollouts.finish_reasons:
+            raise KeyboardInterrupt
         text = rollouts.texts[0]
         scores, parts = call_parts(reward, prompt, [text])
         return Baseline(

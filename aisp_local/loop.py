@@ -270,8 +270,13 @@ class _Searches:
         while self._waiting:
             self._waiting.pop(0)[1].settle()
 
+    def ready(self) -> bool:
+        if not self._waiting or (self._not_begun and len(self._running) < self._together):
+            return True
+        return self._waiting[0][1].scorer.ready()
+
     def stop(self) -> bool:
-        self._step += 1
+        self._step += bool(self._of)  # beside others it is asked while none of these decodes
         self.why = self.why or self._ended()
         # Beside others, a search that failed decodes its iteration to the end; with none left it ends here.
         failed = not self._not_begun and all(one.error is not None for one in self._running)
@@ -288,11 +293,7 @@ class _Searches:
     def finished(self, job: Job, rollouts: Rollouts) -> None:
         search = self._of.pop(id(job))
         search.decoded(rollouts)
-        if "interrupted" in rollouts.finish_reasons:
-            search.settle()
-            self._running.remove(search)
-        else:
-            self._waiting.append((self._step, search))
+        self._waiting.append((self._step, search))
 
 
 class _Blocks:

@@ -59,6 +59,12 @@ class Worker:
             done.set_exception(error)
         return done
 
+    def ready(self, futures: Sequence[Future[Scored]]) -> bool:
+        """Whether ``result`` would wait for none of them."""
+        if self._over():
+            self._told.set()
+        return all(future.done() for future in futures)
+
     def result(self, future: Future[Scored]) -> Scored | None:
         """What a call of ``score`` gave, once it is there; None if the reward gave up."""
         while not wait([future], timeout=POLL).done:
@@ -130,6 +136,10 @@ class Scorer:
         self.n_scored += len(rows)
         texts = [pending[row] for row in rows]
         self._futures.append((rows, self._worker.score(self._reward, self._prompt, texts, finished)))
+
+    def ready(self) -> bool:
+        """Whether all that was to be scored while others decode has been."""
+        return self._worker.ready([future for _, future in self._futures])
 
     def rewards(self, rows: Sequence[int]) -> tuple[list[int], npt.NDArray[np.float64]]:
         """Those of these rollouts, all of which were added, that have a reward, and their rewards [n].

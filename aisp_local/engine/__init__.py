@@ -2,5 +2,6 @@
 
 from aisp_local.engine.base import Engine, Feed, Job
 from aisp_local.engine.llama import LlamaEngine
+from aisp_local.engine.shared import SharedEngine
 
-__all__ = ["Engine", "Feed", "Job", "LlamaEngine"]
+__all__ = ["Engine", "Feed", "Job", "LlamaEngine", "SharedEngine"]

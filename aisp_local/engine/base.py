@@ -50,6 +50,9 @@ class Feed(Protocol):
     def next(self, idle: bool) -> Job | None:
         """A job for rows that are free, if there is one now. With ``idle`` none decodes: None ends the run."""
 
+    def ready(self) -> bool:
+        """Would ``next`` answer at once? Asked only where other feeds share the rows: they decode until it would."""
+
     def stop(self) -> bool:
         """Asked before every decode step: cut all rollouts short?"""
 
@@ -139,6 +142,9 @@ class OneJob:
     def next(self, idle: bool) -> Job | None:
         job, self._waiting = self._waiting, None
         return job
+
+    def ready(self) -> bool:
+        return True
 
     def stop(self) -> bool:
         return self._should_stop is not None and self._should_stop()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -19,18 +19,20 @@ class PromptCache:
     system text pays only for what is new. ``n_swa``: the model's attention window, 0 without one.
 
     A call that is broken off leaves at least the ``tokens`` in the context; ``fit`` removes what is beyond them.
+    ``cells``: how many the prompts may take together, those in use and those that are kept.
     """
 
-    def __init__(self, context: Context, slots: int, n_swa: int) -> None:
-        self._context, self._n_swa = context, n_swa
+    def __init__(self, context: Context, slots: int, n_swa: int, cells: int) -> None:
+        self._context, self._n_swa, self.cells = context, n_swa, cells
         self.tokens: list[Tokens] = [np.zeros(0, np.int32) for _ in range(slots)]
         self.parts: list[tuple[int, ...]] = [()] * slots  # how many tokens each held whenever some were decoded
         self._users = [0] * slots
         self._used = [0] * slots  # when, counted in calls
         self._calls = 0
 
-    def fit(self, prompts: list[Tokens], cells: int) -> None:
-        """Forget what does not fit into ``cells`` beside the prompts, as many of them in use as slots."""
+    def fit(self, prompts: Sequence[Tokens], cells: int) -> None:
+        """Have so many ``cells``; forget what does not fit beside the prompts, as many of them in use as slots."""
+        self.cells = cells
         self._users = [0] * len(self.tokens)  # a run that failed gave nothing back
         for slot, held in enumerate(self.tokens):
             if not self._context.remove(slot, len(held)):
@@ -54,7 +56,7 @@ class PromptCache:
             self._forget(slot)
 
     def take(self, wanted: Tokens, decode: Callable[[int, Tokens, int], None]) -> int | None:
-        """A sequence that holds exactly ``wanted``, until ``give_back``; None if all are in use by other prompts.
+        """A sequence that holds exactly ``wanted``, until ``give_back``; None while others use all, or the cells.
 
         ``decode(sequence, tokens, position)`` decodes what is missing.
         """
@@ -64,7 +66,8 @@ class PromptCache:
                 self._users[slot] += 1
                 return slot
         idle = [slot for slot, users in enumerate(self._users) if users == 0]
-        if not idle:
+        used = sum(len(held) for held, users in zip(self.tokens, self._users, strict=True) if users)
+        if not idle or (used and used + len(wanted) > self.cells):
             return None
         common = [_common(held, wanted) for held in self.tokens]
         source = max(range(len(common)), key=lambda slot: (common[slot], self._users[slot] == 0, -slot))
@@ -74,6 +77,9 @@ class PromptCache:
         extends = common[best] == common[source] and common[best] == len(self.tokens[best])
         slot = best if extends or best == oldest else oldest
         keep = self._start(slot, source, common[source])
+        for other in sorted(idle, key=lambda other: self._used[other]):  # what is kept makes room, the oldest first
+            if sum(map(len, self.tokens)) - len(self.tokens[slot]) + len(wanted) > self.cells and other != slot:
+                self._forget(other)
         if self._n_swa:  # while it grows, its window loses the beginning
             self.tokens[slot] = wanted[:0]
         decode(slot, wanted[keep:], keep)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import codecs
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count, islice
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -53,10 +55,32 @@ class _Held:
     tokens: bytes
 
 
+@dataclass(eq=False)
+class Lane:
+    """A feed with ``size`` rows of its own, so that its schedule is the same whoever else decodes.
+
+    ``open_prompt`` gives a job's start and its token limit, or None while there is no place for its prompt;
+    ``close_prompt`` takes it back. ``error``: what ended this lane alone.
+    """
+
+    feed: Feed
+    size: int
+    max_tokens: int
+    open_prompt: Callable[[Job, bool], tuple[Start, int] | None]
+    close_prompt: Callable[[Start], None]
+    error: DecodeError | None = None
+    rows: list[int] = field(default_factory=list)
+    free: int = 0  # of them
+    waiting: deque[Job] = field(default_factory=deque)  # taken, and no place for its prompt yet
+    jobs: list[_Open] = field(default_factory=list)
+    over: bool = False  # the feed has no more
+
+
 @dataclass
 class _Open:
     """A job in work."""
 
+    lane: Lane
     job: Job
     max_tokens: int
     start: Start
@@ -98,65 +122,118 @@ class _Column:
 
 
 class Decoder:
-    """Runs the jobs of a feed over ``rows`` rows, the sequences from ``first`` on.
+    """Runs the jobs of feeds over rows, the sequences from ``first`` on.
 
-    A row whose rollout ended takes the next one: of the same job, else of the feed's next job. ``open_prompt`` gives a
-    job's start and its token limit, or None while there is no place for its prompt; ``close_prompt`` takes it back.
-    What a paused rollout's row holds is kept until the row is needed: those that go on from it need not read it again.
+    A row whose rollout ended takes the next one of its lane: of the same job, else of the feed's next job. What a
+    paused rollout's row holds is kept until the row is needed: those that go on from it need not read it again.
     """
 
     def __init__(
-        self,
-        model: Model,
-        context: Context,
-        head: Callable[[], OutputHead],
-        feed: Feed,
-        *,
-        first: int,
-        rows: int,
-        max_tokens: int,
-        open_prompt: Callable[[Job, bool], tuple[Start, int] | None],
-        close_prompt: Callable[[Start], None],
-        timeline: Timeline,
+        self, model: Model, context: Context, head: Callable[[], OutputHead], *, first: int, timeline: Timeline
     ) -> None:
-        self._model, self._context, self._head, self._feed = model, context, head, feed
+        self._model, self._context, self._head = model, context, head
         self._pick = picker()
-        self._first, self._max_tokens = first, max_tokens
-        self._open_prompt, self._close_prompt = open_prompt, close_prompt
+        self._first = first
         self._timeline = timeline
-        self._waiting: deque[Job] = deque()  # taken, and no place for its prompt yet
-        self._jobs: list[_Open] = []
+        self._lanes: list[Lane] = []
+        self._shared = False
         # By row.
-        self._owner: list[_Open | None] = [None] * rows
-        self._held: list[_Held | None] = [None] * rows
-        self._free = rows  # of them
+        self._owner: list[_Open | None] = []
+        self._held: list[_Held | None] = []
+        self._bytes: list[bytearray] = []
         self._column: _Column | None = None
-        self._index = np.zeros(rows, np.int64)  # of the rollout in its job
-        self._step = np.zeros(rows, np.int64)
-        self._limit = np.zeros(rows, np.int64)
-        self._position = np.zeros(rows, np.int64)
-        self._current = np.zeros(rows, np.int32)
-        self._tokens = np.zeros((rows, max_tokens), np.int32)
-        self._uniforms = np.zeros((rows, max_tokens))
-        self._controlled = np.zeros(rows, np.bool_)
-        self._bytes = [bytearray() for _ in range(rows)]
-        self._forced = np.zeros(rows, np.int64)  # how many tokens of it are given
-        self._logprobs = np.zeros((rows, max_tokens), np.float32)
-        self._kl = np.zeros(rows)
+        self._index = np.zeros(0, np.int64)  # of the rollout in its job
+        self._step = np.zeros(0, np.int64)
+        self._limit = np.zeros(0, np.int64)
+        self._position = np.zeros(0, np.int64)
+        self._current = np.zeros(0, np.int32)
+        self._tokens = np.zeros((0, 0), np.int32)
+        self._uniforms = np.zeros((0, 0))
+        self._controlled = np.zeros(0, np.bool_)
+        self._forced = np.zeros(0, np.int64)  # how many tokens of it are given
+        self._logprobs = np.zeros((0, 0), np.float32)
+        self._kl = np.zeros(0)
         self._constraints: dict[int, Constraint] = {}  # by row
         self._prelogits: FloatArray | None = None
 
-    def run(self) -> None:
+    def run(self, lane: Lane) -> None:
+        """Decode the lane's jobs until its feed has no more, or stops. Raises its error."""
+        self._enter(lane)
+        while self._lanes:
+            self._advance()
+        if lane.error is not None:
+            raise lane.error
+
+    def share(self, arrivals: Callable[[bool], Iterable[Lane]], left: Callable[[Lane], None]) -> None:
+        """Decode for all lanes, those that arrive meanwhile too, until none is left.
+
+        ``arrivals(idle)`` is asked before every step; with ``idle`` all wait for something else, so may it, a moment.
+        """
+        self._shared, idle = True, False
         while True:
-            if self._free:
-                self._fill()
-            column = self._column = self._column or self._make_column()
-            if not column.owners:
+            for lane in arrivals(idle):
+                self._enter(lane)
+            before = list(self._lanes)
+            idle = not self._advance()
+            for lane in before:
+                if lane not in self._lanes:
+                    left(lane)
+            if not before:
                 return
-            if self._feed.stop():
-                self._cut()
-                return
-            self._decode(column)
+
+    def _advance(self) -> bool:
+        """A decode step, if there is anything to decode. Lanes that are over leave."""
+        for lane in list(self._lanes):
+            if lane.free:
+                self._fill(lane)
+            if lane.over:
+                self._leave(lane)
+        column = self._column = self._column or self._make_column()
+        if not column.owners and not self._shared:
+            self._lanes.clear()
+            return False
+        cut = [lane for lane in self._lanes if lane.feed.stop()]
+        for lane in cut:
+            self._cut(lane)
+        if cut or not column.owners:
+            return bool(cut)
+        self._decode(column)
+        for lane in [lane for lane in self._lanes if lane.error is not None]:
+            self._leave(lane)
+        return True
+
+    def _enter(self, lane: Lane) -> None:
+        taken = {row for other in self._lanes for row in other.rows}
+        lane.rows = list(islice((row for row in count() if row not in taken), lane.size))
+        lane.free = lane.size
+        self._lanes.append(lane)
+        more = lane.rows[-1] + 1 - len(self._owner)
+        self._owner += [None] * more
+        self._held += [None] * more
+        self._bytes += [bytearray() for _ in range(more)]
+        rows = len(self._owner)
+        size = rows, max(self._tokens.shape[1], lane.max_tokens)
+        if size == self._tokens.shape:
+            return
+        for name in ("_index", "_step", "_limit", "_position", "_current", "_controlled", "_forced", "_kl"):
+            setattr(self, name, _grown(getattr(self, name), (rows,)))
+        for name in ("_tokens", "_uniforms", "_logprobs"):
+            setattr(self, name, _grown(getattr(self, name), size))
+        if self._prelogits is not None:
+            self._prelogits = _grown(self._prelogits, (*size, self._model.d))
+
+    def _leave(self, lane: Lane) -> None:
+        """Its rows are anybody's; what they hold is nobody's."""
+        self._lanes.remove(lane)
+        self._column = None
+        for owner in lane.jobs:
+            lane.close_prompt(owner.start)
+        for row in lane.rows:
+            self._context.remove(self._first + row)
+            self._context.clear_control(self._first + row)
+            self._owner[row] = self._held[row] = None
+            if row in self._constraints:
+                self._constraints.pop(row).close()
 
     def _make_column(self) -> _Column:
         rows = np.array([row for row, owner in enumerate(self._owner) if owner is not None], np.int64)
@@ -182,20 +259,20 @@ class Decoder:
             [i for i, owner in enumerate(owners) if owner.matcher is not None],
         )
 
-    def _fill(self) -> None:
+    def _fill(self, lane: Lane) -> None:
         """Give every free row a rollout, as long as there are any."""
         read: list[tuple[int, Tokens, int]] = []  # sequence, tokens, the first one's position
-        while self._free and (job := self._job_with_work()) is not None:
+        while lane.free and (job := self._job_with_work(lane)) is not None:
             self._begin(self._row_for(job), job, read)
-        for row, owner in enumerate(self._owner):
-            if owner is not None:
+        for row in lane.rows:
+            if self._owner[row] is not None:
                 self._held[row] = None
         if read:
             self._read(read)
 
     def _row_for(self, owner: _Open) -> int:
         """A free row: one that holds what a rollout of the job begins with, else one that holds nothing, else any."""
-        free = [row for row, other in enumerate(self._owner) if other is None]
+        free = [row for row in owner.lane.rows if self._owner[row] is None]
         return min(free, key=lambda row: 0 if row in owner.on else 1 if self._held[row] is None else 2)
 
     def _read(self, parts: list[tuple[int, Tokens, int]]) -> None:
@@ -209,42 +286,52 @@ class Decoder:
                 some = slice(i, i + size)
                 self._context.decode(tokens[some], positions[some], sequences[some], outputs=False)
 
-    def _job_with_work(self) -> _Open | None:
-        for owner in self._jobs:
+    def _job_with_work(self, lane: Lane) -> _Open | None:
+        for owner in lane.jobs:
             if owner.waiting:
                 return owner
-        idle = not self._jobs
-        if not self._waiting:
-            new = self._feed.next(idle)
+        idle = not lane.jobs
+        if not lane.waiting:
+            # One that is alone decides as without sharing; beside others it may not keep them waiting.
+            if self._shared and (idle or len(self._lanes) > 1) and not lane.feed.ready():
+                return None
+            new = lane.feed.next(idle)
             if new is None:
+                lane.over = idle
                 return None
             new.check(self._model.d)
-            self._waiting.append(new)
-        job = self._waiting[0]
+            lane.waiting.append(new)
+        job = lane.waiting[0]
         matcher = None if job.grammar is None else Matcher(self._model, job.grammar)
         with self._timeline.span("prefill"):
-            opened = self._open_prompt(job, idle)
+            opened = lane.open_prompt(job, idle)
         if opened is None:
             return None
-        self._waiting.popleft()
+        lane.waiting.popleft()
         start, max_tokens = opened
         stops = [stop.encode() for stop in job.stop_strings]
-        waiting = list(range(job.controls.n - 1, -1, -1))
-        on = self._go_on(job, max_tokens)
-        self._jobs.append(_Open(job, max_tokens, start, stops=stops, matcher=matcher, waiting=waiting, on=on))
-        return self._jobs[-1]
+        waiting, on = list(range(job.controls.n - 1, -1, -1)), self._go_on(lane, job, max_tokens)
+        lane.jobs.append(_Open(lane, job, max_tokens, start, stops=stops, matcher=matcher, waiting=waiting, on=on))
+        return lane.jobs[-1]
 
-    def _go_on(self, job: Job, max_tokens: int) -> dict[int, int]:
+    def _holding(self, lane: Lane, prompt: Prompt) -> list[tuple[int, bytes]]:
+        """The lane's rows that hold a paused rollout to the prompt, and its tokens."""
+        held = ((row, self._held[row]) for row in lane.rows)
+        return [(row, one.tokens) for row, one in held if one is not None and one.prompt == prompt]
+
+    def _go_on(self, lane: Lane, job: Job, max_tokens: int) -> dict[int, int]:
         """Which rows hold what a rollout of the job begins with, one rollout each."""
         prefixes, on = job.controls.prefixes, dict[int, int]()
-        if prefixes is None or not any(self._held) or job.want & {"logprobs", "prelogits"}:
+        if prefixes is None or job.want & {"logprobs", "prelogits"}:
+            return on
+        if not (holding := self._holding(lane, job.prompt)):
             return on
         rollouts: dict[bytes, list[int]] = {}
         for index in range(job.controls.n - 1, -1, -1):
             rollouts.setdefault(prefixes[index][: max_tokens - 1].tobytes(), []).append(index)
-        for row, held in enumerate(self._held):
-            if held is not None and held.prompt == job.prompt and rollouts.get(held.tokens):
-                on[row] = rollouts[held.tokens].pop()
+        for row, tokens in holding:
+            if rollouts.get(tokens):
+                on[row] = rollouts[tokens].pop()
         return on
 
     def _begin(self, row: int, owner: _Open, read: list[tuple[int, Tokens, int]]) -> None:
@@ -257,7 +344,7 @@ class Decoder:
             owner.on = {theirs: i for theirs, i in owner.on.items() if i != index}
         owner.waiting.remove(index)
         self._owner[row] = owner
-        self._free -= 1
+        owner.lane.free -= 1
         self._column = None
         self._index[row] = index
         self._step[row], self._limit[row] = 0, owner.limit
@@ -294,18 +381,14 @@ class Decoder:
             self._context.set_control(sequence, vector, start.position, held=job.controls.held)
         self._begin_with(row, owner, prefix, read if source is None else [])
         if "prelogits" in job.want and self._prelogits is None:
-            self._prelogits = np.zeros((len(self._owner), self._max_tokens, self._model.d), np.float32)
+            self._prelogits = np.zeros((*self._tokens.shape, self._model.d), np.float32)
 
     def _holder(self, row: int, owner: _Open, prefix: Tokens) -> int | None:
         """A row, this one if it can be, that holds the prompt and all but the last token of the prefix."""
         if not len(prefix) or owner.job.want & {"logprobs", "prelogits"}:
             return None
-        tokens, prompt = prefix.tobytes(), owner.job.prompt
-        holds = [
-            other
-            for other, held in enumerate(self._held)
-            if held is not None and held.tokens == tokens and held.prompt == prompt
-        ]
+        wanted = prefix.tobytes()
+        holds = [other for other, tokens in self._holding(owner.lane, owner.job.prompt) if tokens == wanted]
         return row if row in holds else holds[0] if holds else None
 
     def _begin_with(self, row: int, owner: _Open, prefix: Tokens, read: list[tuple[int, Tokens, int]]) -> None:
@@ -334,11 +417,16 @@ class Decoder:
             if column.processed:
                 logits = self._process(base, column)
             current = self._sample(logits, column, self._uniforms[rows, step])
-            if not np.isfinite(logits[np.arange(len(rows)), current]).all():
-                raise DecodeError(
-                    f"the model gave logits that are not finite at step {int(step.max()) + 1}; "
+            lawful = np.isfinite(logits[np.arange(len(rows)), current])
+            for i in np.flatnonzero(~lawful).tolist():
+                owners[i].lane.error = DecodeError(
+                    f"the model gave logits that are not finite at step {int(step[i]) + 1}; "
                     "the file may be damaged, or the control far too strong"
                 )
+            if not lawful.all():
+                if all(owner.lane.error is not None for owner in owners):
+                    return
+                base, logits = np.where(lawful[:, None], base, 0.0), np.where(lawful[:, None], logits, 0.0)
             given = step < self._forced[rows]
             if given.any():
                 current = np.where(given, self._tokens[rows, step], current)
@@ -361,10 +449,15 @@ class Decoder:
         ended = stopped | stuck | (step + 1 >= self._limit[rows])
         # The job that steps is told of it before it is told that it ended.
         for owner, mine in column.jobs:
+            if owner.lane.error is not None:
+                continue
             owner.steps += 1
             owner.n_tokens += len(mine)
-            self._feed.stepped(owner.job, owner.steps, len(mine) - int(np.count_nonzero(ended[mine])), owner.n_tokens)
+            left = len(mine) - int(np.count_nonzero(ended[mine]))
+            owner.lane.feed.stepped(owner.job, owner.steps, left, owner.n_tokens)
         for i in np.flatnonzero(ended).tolist():
+            if owners[i].lane.error is not None:
+                continue
             row = int(rows[i])
             whole = self._step[row] >= owners[i].max_tokens
             reason: FinishReason = "stop" if stopped[i] else "length" if whole else "paused"
@@ -487,7 +580,7 @@ class Decoder:
             self._prelogits[row, :length].copy() if "prelogits" in want and self._prelogits is not None else None,
         )
         self._owner[row] = None
-        self._free += 1
+        owner.lane.free += 1
         self._column = None
         if row in self._constraints:
             self._constraints.pop(row).close()
@@ -500,39 +593,62 @@ class Decoder:
         owner = self._owner[row]
         assert owner is not None
         index = int(self._index[row])
+        lane = owner.lane
         self._take(row, reason)
-        self._feed.ended(owner.job, index, owner.done[index].text, reason == "paused")
+        lane.feed.ended(owner.job, index, owner.done[index].text, reason == "paused")
         if len(owner.done) == owner.n:
-            self._jobs.remove(owner)
-            self._close_prompt(owner.start)
-            self._feed.finished(owner.job, self._rollouts(owner))
+            lane.jobs.remove(owner)
+            lane.close_prompt(owner.start)
+            lane.feed.finished(owner.job, self._rollouts(owner))
 
-    def _cut(self) -> None:
-        for row, owner in enumerate(self._owner):
-            if owner is not None:
+    def _cut(self, lane: Lane) -> None:
+        for row in lane.rows:
+            if self._owner[row] is not None:
                 self._take(row, "interrupted")
-        for owner in self._jobs:
-            self._close_prompt(owner.start)
-            self._feed.finished(owner.job, self._rollouts(owner))
-        self._jobs = []
+        jobs = lane.jobs
+        self._leave(lane)
+        for owner in jobs:
+            lane.feed.finished(owner.job, self._rollouts(owner))
 
     def _rollouts(self, owner: _Open) -> Rollouts:
-        d = self._model.d
-        nothing = _Rollout(
-            np.zeros(0, np.int32), "", "interrupted", np.zeros(0, np.float32), 0.0, np.zeros((0, d), np.float32)
-        )
-        rows, want = [owner.done.get(i, nothing) for i in range(owner.n)], owner.job.want
-        return Rollouts(
-            tokens=[row.tokens for row in rows],
-            texts=[row.text for row in rows],
-            finish_reasons=[row.reason for row in rows],
-            decode_seconds=time.perf_counter() - owner.began,
-            n_tokens=owner.n_tokens,
-            base_logprobs=[r.logprobs for r in rows if r.logprobs is not None] if "logprobs" in want else None,
-            kl=np.array([row.kl for row in rows], np.float32) if "kl" in want else None,
-            prelogits=[r.prelogits for r in rows if r.prelogits is not None] if "prelogits" in want else None,
-            laws=_laws(owner.laws) if "laws" in want else None,
-        )
+        return _rollouts(owner.job, self._model.d, owner.done, owner.laws, owner.n_tokens, owner.began)
+
+
+def unbegun(job: Job, d: int) -> Rollouts:
+    """What there is of a job that was stopped before it began."""
+    return _rollouts(job, d, {}, [], 0, time.perf_counter())
+
+
+def _rollouts(
+    job: Job,
+    d: int,
+    done: Mapping[int, _Rollout],
+    laws: list[tuple[Ints, Ints, Ints, FloatArray, FloatArray]],
+    n_tokens: int,
+    began: float,
+) -> Rollouts:
+    nothing = _Rollout(
+        np.zeros(0, np.int32), "", "interrupted", np.zeros(0, np.float32), 0.0, np.zeros((0, d), np.float32)
+    )
+    rows, want = [done.get(i, nothing) for i in range(job.controls.n)], job.want
+    return Rollouts(
+        tokens=[row.tokens for row in rows],
+        texts=[row.text for row in rows],
+        finish_reasons=[row.reason for row in rows],
+        decode_seconds=time.perf_counter() - began,
+        n_tokens=n_tokens,
+        base_logprobs=[r.logprobs for r in rows if r.logprobs is not None] if "logprobs" in want else None,
+        kl=np.array([row.kl for row in rows], np.float32) if "kl" in want else None,
+        prelogits=[r.prelogits for r in rows if r.prelogits is not None] if "prelogits" in want else None,
+        laws=_laws(laws) if "laws" in want else None,
+    )
+
+
+def _grown(array: npt.NDArray[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    """The array, with zeros around it."""
+    grown = np.zeros(shape, array.dtype)
+    grown[tuple(map(slice, array.shape))] = array
+    return grown
 
 
 def response_text(model: Model, tokens: Tokens, stops: Sequence[bytes] = ()) -> str:

@@ -13,10 +13,12 @@ ones for the sum of short sequences, the model is loaded again with another boun
 
 from __future__ import annotations
 
+import contextvars
 import os
 import threading
 from collections.abc import Callable, Sequence
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -26,7 +28,7 @@ import numpy.typing as npt
 
 from aisp_local.engine.base import Feed, Job, OneJob
 from aisp_local.engine.cache import PromptCache
-from aisp_local.engine.decode import Decoder, Start, response_text
+from aisp_local.engine.decode import Decoder, Lane, Start, response_text, unbegun
 from aisp_local.engine.head import OutputHead, adapts_head, fingerprint, has_tensor
 from aisp_local.engine.prompts import prompt_tokens
 from aisp_local.errors import CapacityError, InputError, ModelError
@@ -43,6 +45,39 @@ _NO_BOUND = 2**31 - 1  # no context is longer
 
 _runs: ContextVar[tuple[object, ...]] = ContextVar("_runs", default=())
 """The runs from within which this code was called, in this thread or, with its context, in another."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a run, or several at once, need of the context."""
+
+    prompts: Sequence[npt.NDArray[np.int32]]  # tokens
+    at_once: int  # of them
+    slots: int
+    rows: int
+    max_tokens: int
+    held: int  # cells of prompts
+    decoded: int  # cells of rows
+    long: bool  # whether it takes the long rope factors
+    runs: int = 1
+
+    def __add__(self, other: Claim) -> Claim:
+        """Both, if their rope factors are the same."""
+        return Claim(
+            [*self.prompts, *other.prompts],
+            self.at_once + other.at_once,
+            self.slots + other.slots,
+            self.rows + other.rows,
+            max(self.max_tokens, other.max_tokens),
+            self.held + other.held,
+            self.decoded + other.decoded,
+            self.long,
+            self.runs + other.runs,
+        )
+
+    @property
+    def cells(self) -> int:
+        return -(-(self.held + self.decoded) // _CTX_STEP) * _CTX_STEP
 
 
 class LlamaEngine:
@@ -107,6 +142,12 @@ class LlamaEngine:
             raise InputError(
                 "the engine was called from within its own run, by a callback or by the reward; use another one there"
             )
+
+    def _within(self, run: object) -> contextvars.Context:
+        """This context, for code that is called from within the run."""
+        context = copy_context()
+        context.run(lambda: _runs.set((*_runs.get(), run)))
+        return context
 
     def _check_open(self) -> None:
         if self._closed:
@@ -201,8 +242,7 @@ class LlamaEngine:
         job.check(self.d)
         feed = OneJob(job, should_stop, on_step)
         self.run(feed, prompts=[prompt], n=controls.n, max_tokens=max_tokens)
-        assert feed.rollouts is not None
-        return feed.rollouts
+        return feed.rollouts or unbegun(job, self.d)
 
     def run(
         self, feed: Feed, *, prompts: Sequence[Prompt], n: int, max_tokens: int, at_once: int | None = None
@@ -219,27 +259,45 @@ class LlamaEngine:
             try:
                 self._run = run
                 token = _runs.set((*_runs.get(), run))
-                self._run_alone(feed, prompts, n, max_tokens, min(len(prompts), at_once or len(prompts)))
+                claim = self._claim(prompts, n, max_tokens, min(len(prompts), at_once or len(prompts)))
+                self._decoder(claim).run(self._lane(feed, claim))
             finally:
                 self._run = None
                 if token is not None:
                     _runs.reset(token)
 
-    def _run_alone(self, feed: Feed, prompts: Sequence[Prompt], n: int, max_tokens: int, at_once: int) -> None:
+    def _claim(self, prompts: Sequence[Prompt], n: int, max_tokens: int, at_once: int) -> Claim:
+        """Raises CapacityError for a prompt that is longer than the model's context."""
         tokens = [self.tokens(prompt) for prompt in prompts]
         max_tokens = min(max_tokens, max(self._checked_room(each) for each in tokens))
         slots = 1 if self.model.has_encoder else min(at_once, MAX_SEQUENCES // 2)
         rows = min(n, self._parallel or n, MAX_SEQUENCES - slots)
-        context, cache = self._reserve(tokens, slots, rows, max_tokens, at_once)
+        held, decoded = slots * (max(map(len, tokens)) - 1), rows * max_tokens
+        if self.model.has_encoder:  # takes the prompt in one go, and no more than there are cells
+            held = max(0, max(map(len, tokens)) - decoded)
+        # The last token of a response is never decoded.
+        longest = max(len(each) + min(max_tokens, self._room(each)) - 1 for each in tokens)
+        return Claim(tokens, at_once, slots, rows, max_tokens, held, decoded, 0 < self._rope_bound[0] < longest)
+
+    def _decoder(self, claim: Claim) -> Decoder:
+        """Of rows with nothing in them, in a context that is large enough."""
+        context = self._reserve(claim)
         context.clear_controls()
         for sequence in range(self._slots, context.n_seq_max):
             context.remove(sequence)
+        timeline = recorded(self.timeline)
+        return Decoder(self.model, context, lambda: self.head, first=self._slots, timeline=timeline)
+
+    def _lane(self, feed: Feed, claim: Claim) -> Lane:
+        """For a decoder whose context has room for the claim."""
+        context, cache = self._context, self._cache
+        assert context is not None and cache is not None
 
         def open_prompt(job: Job, idle: bool) -> tuple[Start, int] | None:
             prompt = self.tokens(job.prompt)
-            limit = min(job.max_tokens, max_tokens, self._checked_room(prompt))
+            limit = min(job.max_tokens, claim.max_tokens, self._checked_room(prompt))
             if self.model.has_encoder:
-                if not self._encode(context, prompt, rows, idle):
+                if not self._encode(context, prompt, claim.rows, idle):
                     return None
                 return Start(self.model.decoder_start, 0, None), limit
             sequence = cache.take(prompt[:-1], lambda *part: self._prefill(context, *part))
@@ -251,45 +309,33 @@ class LlamaEngine:
             if start.sequence is not None:
                 cache.give_back(start.sequence)
 
-        Decoder(
-            self.model,
-            context,
-            lambda: self.head,
-            feed,
-            first=self._slots,
-            rows=rows,
-            max_tokens=max_tokens,
-            open_prompt=open_prompt,
-            close_prompt=close_prompt,
-            timeline=recorded(self.timeline),
-        ).run()
+        return Lane(feed, claim.rows, claim.max_tokens, open_prompt, close_prompt)
 
-    def _reserve(
-        self, prompts: list[npt.NDArray[np.int32]], slots: int, rows: int, max_tokens: int, at_once: int
-    ) -> tuple[Context, PromptCache]:
-        """A context with room for ``slots`` prompts and the rows; the one at hand if it is large enough."""
-        longest, n_ubatch, asked = max(map(len, prompts)), self._n_ubatch, rows
-        held = 0 if self.model.has_encoder else slots * (longest - 1)  # cells of the prompts
-        cells = held + rows * max_tokens
-        if self.model.has_encoder:  # takes the prompt in one go, and no more than there are cells
-            cells, n_ubatch = max(longest, cells), max(longest, n_ubatch)
-        needed = cells = -(-cells // _CTX_STEP) * _CTX_STEP
-        # The last token of a response is never decoded.
-        long = 0 < self._rope_bound[0] < max(len(p) + min(max_tokens, self._room(p)) - 1 for p in prompts)
-        old = self._context
+    def _holds(self, claim: Claim) -> bool:
+        """Whether the context at hand is large enough."""
+        context = self._context
+        if context is None or context.n_ctx < claim.cells or self._slots < claim.slots or self._long != claim.long:
+            return False
+        if self.model.has_encoder and context.n_ubatch < max(map(len, claim.prompts)):
+            return False
+        return context.n_seq_max >= self._slots + claim.rows
+
+    def _reserve(self, claim: Claim) -> Context:
+        """A context with room for the claim; the one at hand if it is large enough."""
+        old, slots, rows, cells = self._context, claim.slots, claim.rows, claim.cells
         if old is not None and self._cache is not None:
-            fits = old.n_ctx >= cells and self._slots >= slots and old.n_seq_max >= self._slots + rows
-            fits &= long == self._long
-            if fits and (old.n_ubatch >= n_ubatch or not self.model.has_encoder):
-                self._cache.fit(prompts, old.n_ctx - rows * max_tokens)
-                return old, self._cache
+            if self._holds(claim):
+                self._cache.fit(claim.prompts, old.n_ctx - claim.decoded)
+                return old
             cells, slots = max(cells, old.n_ctx), max(slots, self._slots)
             rows = max(rows, old.n_seq_max - self._slots)
             if slots + rows > MAX_SEQUENCES:
-                slots, rows = MAX_SEQUENCES - rows, rows
+                slots, rows = claim.slots, min(rows, MAX_SEQUENCES - claim.slots)
             self._drop_context()
-        cells = self._check_memory(at_once, held, asked, max_tokens, needed, cells)
-        if self._flash_attention is False and not self.model.has_encoder:
+        cells, n_ubatch = self._check_memory(claim, cells), self._n_ubatch
+        if self.model.has_encoder:
+            n_ubatch = max(n_ubatch, max(map(len, claim.prompts)))
+        elif self._flash_attention is False:
             n_ubatch = min(n_ubatch, max(32, _SCORES_BYTES // (4 * cells * self.model.n_head)))
         context = Context(
             self.model,
@@ -300,11 +346,11 @@ class LlamaEngine:
             n_ubatch=n_ubatch,
             n_threads=self._threads,
             flash_attention=self._flash_attention,
-            n_ctx_orig=self._choose_rope(long, cells),
+            n_ctx_orig=self._choose_rope(claim.long, cells),
         )
-        self._context, self._slots, self._long = context, slots, long
-        self._cache = PromptCache(context, slots, self.model.n_swa)
-        return context, self._cache
+        self._context, self._slots, self._long = context, slots, claim.long
+        self._cache = PromptCache(context, slots, self.model.n_swa, cells - claim.decoded)
+        return context
 
     def _drop_context(self) -> None:
         context, self._context, self._cache, self._encoded = self._context, None, None, None
@@ -330,9 +376,10 @@ class LlamaEngine:
             self.model.reload({key: _NO_BOUND})
         return bound
 
-    def _check_memory(self, prompts: int, held: int, rows: int, max_tokens: int, needed: int, cells: int) -> int:
-        """How many cells to have: ``cells`` if there is memory for them, else ``needed``, ``held`` of it by prompts."""
-        each = self.model.kv_bytes_per_token
+    def _check_memory(self, claim: Claim, cells: int) -> int:
+        """How many cells to have: ``cells`` if there is memory for them, else as many as are needed."""
+        each, needed, rows, prompts = self.model.kv_bytes_per_token, claim.cells, claim.rows, claim.at_once
+        held, max_tokens = 0 if self.model.has_encoder else claim.held, claim.max_tokens
         limit = self._memory_limit if self._memory_limit is not None else available_memory()
         if limit is None or each == 0 or cells * each <= limit:
             return cells
