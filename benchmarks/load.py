@@ -1,11 +1,12 @@
 """Many clients of `aisp-local serve` at once, some of them bad: nothing lost, nothing crossed, bounded memory.
 
-    python benchmarks/load.py [--clients 50] [--minutes 2] [--threads 1]
+    python benchmarks/load.py [--clients 50] [--minutes 2] [--threads 1] [--parallel K]
 
 Starts the command on the shipped models. Each good client asks again and again for short answers to a prompt of its own
 (8 rollouts, 24 tokens), half of them streamed, and waits as long as it is told when it is refused. Beside them clients
 that vanish in the middle, send a byte a second, send 10 MB, or send what is no UTF-8. At the end the server is killed
-and started again. Printed: answers, refusals, latency, fairness, resident memory; last line: one JSON object.
+and started again. Printed: answers, refusals, latency, processor time, fairness, resident memory; last line: one JSON
+object.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import os
 import random
 import re
 import socket
@@ -26,13 +28,16 @@ from typing import Any
 
 import numpy as np
 
+from aisp_local.api import DEFAULT_TOGETHER
+
 THINGS = ("cat", "dog", "fox", "bird", "fish", "boat", "tree", "ball", "hat", "cake", "star", "moon", "shoe", "book")
 
 
 class Server:
-    def __init__(self, threads: int, waiting: int) -> None:
+    def __init__(self, threads: int, parallel: int, waiting: int) -> None:
         command = [sys.executable, "-m", "aisp_local", "serve", "--port", "0", "--threads", str(threads)]
-        self.process = subprocess.Popen([*command, "--waiting", str(waiting)], stderr=subprocess.PIPE, text=True)
+        command += ["--parallel", str(parallel), "--waiting", str(waiting)]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         assert self.process.stderr is not None
         line = self.process.stderr.readline()
         found = re.search(r"127\.0\.0\.1:(\d+)", line)
@@ -45,6 +50,11 @@ class Server:
         """Resident MiB."""
         text = Path(f"/proc/{self.process.pid}/status").read_text(encoding="ascii")
         return int(re.search(r"VmRSS:\s+(\d+)", text)[1]) / 1024  # type: ignore[index]
+
+    def seconds(self) -> float:
+        """Of a processor, so far."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text(encoding="ascii").rsplit(")", 1)[1].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def request(self, body: bytes, timeout: float = 300.0) -> tuple[int, dict[str, str], bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
@@ -149,12 +159,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--clients", type=int, default=50)
     parser.add_argument("--minutes", type=float, default=2.0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--parallel", type=int, default=DEFAULT_TOGETHER)
     parser.add_argument("--waiting", type=int, default=64)
     asked = parser.parse_args(arguments)
-    server, tally = Server(asked.threads, asked.waiting), Tally()
+    server, tally = Server(asked.threads, asked.parallel, asked.waiting), Tally()
     tally.seconds = [[] for _ in range(asked.clients)]
     end = time.monotonic() + 60 * asked.minutes
-    first = server.memory()
+    first, used = server.memory(), server.seconds()
     threads = [threading.Thread(target=good, args=(server, i, end, tally)) for i in range(asked.clients)]
     kinds = ("vanishes", "a byte a second", "10 MB", "no UTF-8")
     threads += [threading.Thread(target=bad, args=(server, kind, end, tally)) for kind in kinds]
@@ -166,9 +177,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         memory.append(server.memory())
     for thread in threads:
         thread.join()
+    used = server.seconds() - used
     server.process.kill()
     server.process.wait()
-    again = Server(asked.threads, asked.waiting)
+    again = Server(asked.threads, asked.parallel, asked.waiting)
     body = {"messages": [{"role": "user", "content": "Tell me."}], "max_tokens": 8, "aisp": {"budget": 4}}
     restarted = again.request(json.dumps(body).encode())[0]
     again.process.terminate()
@@ -183,6 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "wrong": tally.wrong,
         "problems": len(tally.problems),
         "latency": [float(x) for x in np.quantile(seconds, [0.5, 0.95, 1.0])],
+        "processor": used / max(1, tally.answered),
         "answers_a_client": [min(each), float(np.median(each)), max(each)],
         "memory": [first, max(memory, default=first), memory[-1] if memory else first],
         "after_a_kill": restarted,
@@ -191,6 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     counts = f"{tally.answered}, {tally.refused}, {tally.wrong}, {len(tally.problems)}"
     print(f"| answered, refused with 429, wrong, other problems | {counts} |")
     print("| latency: median, 95%, longest, s | {:.1f}, {:.1f}, {:.1f} |".format(*figures["latency"]))
+    print(f"| processor seconds of the server an answer | {figures['processor']:.3f} |")
     print("| answers a client: fewest, median, most | {}, {:.0f}, {} |".format(*figures["answers_a_client"]))
     print("| resident memory: at first, most, at the end, MiB | {:.0f}, {:.0f}, {:.0f} |".format(*figures["memory"]))
     print(f"| status of the first answer after a kill and a new start | {restarted} |")

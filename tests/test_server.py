@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -12,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -21,6 +23,7 @@ import pytest
 import uvicorn
 
 from aisp_local import Aligner, shipped
+from aisp_local.api import DEFAULT_TOGETHER
 from aisp_local.errors import ScoreError
 from aisp_local.server import Settings, make_app
 from aisp_local.server.request import ApiError, parse
@@ -84,7 +87,7 @@ def fake(reward: Any = vowels, **settings: Any) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     """The shipped models."""
-    with Aligner.load(threads=1) as aligner, serving(aligner) as made:
+    with Aligner.load(threads=1, together=DEFAULT_TOGETHER) as aligner, serving(aligner) as made:
         yield made
 
 
@@ -335,7 +338,7 @@ class Slow:
 
 def test_a_full_queue_says_when_to_come_back() -> None:
     reward = Slow()
-    with fake(reward, waiting=1) as server:
+    with fake(reward, parallel=1, waiting=1) as server:
         answers: list[int] = []
         threads = [threading.Thread(target=lambda: answers.append(server.chat()[0])) for _ in range(2)]
         threads[0].start()
@@ -368,6 +371,67 @@ def test_a_client_that_goes_away_cancels_its_search(server: Server) -> None:
     assert time.monotonic() - began < 10
     assert server.chat(max_tokens=8)[0] == 200
     assert "aisp_rollouts_total 512" not in server.send("GET", "/metrics")[2] != before
+
+
+def test_a_client_that_goes_away_while_it_waits_is_not_served() -> None:
+    reward = Slow()
+    with fake(reward, parallel=1) as server:
+        first = threading.Thread(target=server.chat)
+        first.start()
+        assert reward.asked.wait(10)
+        gone = http.client.HTTPConnection("127.0.0.1", server.port)
+        gone.request("POST", "/v1/chat/completions", json.dumps({"messages": STORY} | QUICK).encode())
+        while server.send("GET", "/health")[2]["waiting"] < 1:
+            time.sleep(0.01)
+        gone.close()
+        time.sleep(0.2)
+        reward.go.set()
+        first.join()
+        while server.send("GET", "/health")[2]["waiting"] > 0:
+            time.sleep(0.01)
+        metrics = server.send("GET", "/metrics")[2]
+    assert "aisp_cancelled_total 1" in metrics and "aisp_answered_total 1" in metrics
+
+
+@pytest.mark.native
+def test_requests_in_one_batch_are_answered_as_each_would_be_alone(server: Server) -> None:
+    """Methods, sizes and limits of all kinds at once, streamed and not; one client goes away, one is refused."""
+    asked: list[dict[str, Any]] = [
+        {"max_tokens": 24, "aisp": {"budget": 8, "rows": 4, "method": "best-of-n"}, "seed": 1},
+        {"max_tokens": 16, "aisp": {"budget": 8}, "seed": 2, "stream": True},
+        {"max_tokens": 12, "aisp": {"budget": 6, "rows": 3, "method": "aisp"}, "seed": 3, "stop": ["."]},
+        {"max_tokens": 40, "aisp": {"budget": 4, "method": "best-of-n", "baseline": True}, "seed": 4},
+        {"max_tokens": 10, "aisp": {"budget": 6, "method": "smc"}, "seed": 5},
+        {"max_tokens": 8, "aisp": {"budget": 4, "rows": 4}, "messages": [{"role": "user", "content": "x " * 4000}]},
+    ]
+
+    def text(answer: tuple[int, Any, Any]) -> Any:
+        status, _, body = answer
+        if status != 200 or isinstance(body, dict):
+            return status if status != 200 else body["choices"][0]["message"]["content"]
+        chunks = [chunk for name, chunk in events(body) if name == "" and chunk != "[DONE]"]
+        return "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+
+    alone = [text(server.chat(**one)) for one in asked]
+    assert alone[-1] == 400
+    before = server.send("GET", "/metrics")[2]
+    gone = http.client.HTTPConnection("127.0.0.1", server.port)
+    body = {"messages": STORY, "aisp": {"budget": 512, "rows": 8}, "max_tokens": 200}
+    gone.request("POST", "/v1/chat/completions", json.dumps(body).encode())
+    with ThreadPoolExecutor(len(asked)) as pool:
+        calls = [pool.submit(server.chat, **one) for one in asked]
+        gone.close()
+        found = [text(call.result()) for call in calls]
+    # Rounding could turn a near tie, on another machine.
+    assert sum(a == b for a, b in zip(found, alone, strict=True)) >= len(asked) - 1
+    while server.send("GET", "/health")[2]["running"]:
+        time.sleep(0.02)
+    answered = [int(re.findall(r"aisp_answered_total (\d+)", text)[0]) for text in (before, metrics(server))]
+    assert answered[1] - answered[0] <= len(asked)
+
+
+def metrics(server: Server) -> str:
+    return str(server.send("GET", "/metrics")[2])
 
 
 @pytest.mark.native
@@ -403,7 +467,7 @@ def test_texts_never_cross() -> None:
         found: dict[int, float] = {}
 
         def ask(i: int) -> None:
-            status, _, body = server.chat(messages=[{"role": "user", "content": str(i)}])
+            status, _, body = server.chat(messages=[{"role": "user", "content": str(i)}], max_tokens=8)
             assert status == 200
             found[i] = body["aisp"]["reward"]
 
@@ -418,7 +482,7 @@ def test_texts_never_cross() -> None:
 def test_closing_gives_the_best_so_far_and_refuses_those_that_wait() -> None:
     reward = Slow()
     answers: dict[str, tuple[int, Any]] = {}
-    with fake(reward) as server:
+    with fake(reward, parallel=1) as server:
 
         def ask(name: str) -> None:
             status, _, body = server.chat(aisp={"budget": 8, "rows": 4, "method": "best-of-n"})

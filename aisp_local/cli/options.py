@@ -197,9 +197,12 @@ def load(
     judge: Path | None,
     n_gpu_layers: int | None,
     threads: int | None,
+    together: int = 1,
 ) -> Aligner:
     from aisp_local.api import Aligner
     from aisp_local.native import Lora
 
     loras = [*map(Lora, lora), *(Lora(path, scale) for path, scale in lora_scaled)]
-    return Aligner.load(model, reward, judge=judge, n_gpu_layers=n_gpu_layers, threads=threads, loras=loras)
+    return Aligner.load(
+        model, reward, judge=judge, n_gpu_layers=n_gpu_layers, threads=threads, loras=loras, together=together
+    )

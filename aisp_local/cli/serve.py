@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from aisp_local.api import DEFAULT_MAX_TOKENS
+from aisp_local.api import DEFAULT_MAX_TOKENS, DEFAULT_TOGETHER
 from aisp_local.cli.help import ExamplesFirst
 from aisp_local.cli.options import load, model_options
 from aisp_local.errors import InputError
@@ -21,6 +21,13 @@ from aisp_local.errors import InputError
 @click.option("--api-key", envvar="AISP_API_KEY", show_default=False, help="What clients must send as their API key.")
 @click.option("--allow-host", "hosts", multiple=True, metavar="NAME", help="A name that clients call this server by.")
 @click.option("--allow-origin", "origins", multiple=True, metavar="URL", help="A web page that may call this server.")
+@click.option(
+    "--parallel",
+    type=click.IntRange(1),
+    default=DEFAULT_TOGETHER,
+    show_default=True,
+    help="Requests that are searched for at once, in one batch.",
+)
 @click.option("--waiting", type=click.IntRange(1), default=64, show_default=True, help="Requests that may wait.")
 @click.option("--max-tokens", type=click.IntRange(1), default=DEFAULT_MAX_TOKENS, show_default=True)
 @click.option("--max-rollouts", type=click.IntRange(1), default=512, show_default=True, help="Of one request.")
@@ -31,6 +38,7 @@ def serve(
     api_key: str | None,
     hosts: tuple[str, ...],
     origins: tuple[str, ...],
+    parallel: int,
     waiting: int,
     max_tokens: int,
     max_rollouts: int,
@@ -44,8 +52,8 @@ def serve(
 ) -> None:
     """Serve aligned answers to clients of the OpenAI API: /v1/chat/completions, /v1/completions, /v1/models.
 
-    Requests are answered one after another. What OpenAI has no field for goes under the key "aisp" (docs/server.md).
-    Ctrl-C ends the search that runs with its best so far, then the server.
+    Requests share one batch. What OpenAI has no field for goes under the key "aisp" (docs/server.md).
+    Ctrl-C ends the searches that run with their best so far, then the server.
 
     \b
     Examples:
@@ -66,7 +74,7 @@ def serve(
             else "answers cross the network unencrypted"
         )
         click.echo(f"aisp-local: listening on {host}, beyond this machine: {what}", err=True)
-    aligner = load(model, lora, lora_scaled, reward, judge, n_gpu_layers, threads)
+    aligner = load(model, lora, lora_scaled, reward, judge, n_gpu_layers, threads, together=parallel)
     names = (
         *Settings().hosts,
         *(name.lower() for name in hosts),
@@ -76,6 +84,7 @@ def serve(
         api_key=api_key,
         hosts=names,
         origins=origins,
+        parallel=parallel,
         waiting=waiting,
         max_tokens=max_tokens,
         max_rollouts=max_rollouts,

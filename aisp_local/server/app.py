@@ -20,7 +20,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from aisp_local.api import DEFAULT_MAX_TOKENS, Aligner
+from aisp_local.api import DEFAULT_MAX_TOKENS, DEFAULT_TOGETHER, Aligner
 from aisp_local.engine import LlamaEngine
 from aisp_local.finite import finite
 from aisp_local.server.desk import LOGPROBS, Desk, Event, Job, as_error, distinct
@@ -40,7 +40,6 @@ _PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
-_POLL = 0.25  # seconds between two looks at whether the client is still there
 _FINISH = {"stop": "stop", "length": "length"}
 
 
@@ -51,6 +50,7 @@ class Settings:
     api_key: str | None = None
     hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "::1")
     origins: tuple[str, ...] = ()
+    parallel: int = DEFAULT_TOGETHER
     waiting: int = 64
     max_tokens: int = DEFAULT_MAX_TOKENS
     max_rollouts: int = 512
@@ -107,7 +107,7 @@ class _Server:
     def __init__(self, aligner: Aligner, settings: Settings) -> None:
         self.aligner, self.settings = aligner, settings
         self.name = Path(aligner.model_name or "model").stem
-        self.desk = Desk(aligner, waiting=settings.waiting, max_tokens=settings.max_tokens)
+        self.desk = Desk(aligner, parallel=settings.parallel, waiting=settings.waiting, max_tokens=settings.max_tokens)
         self.started = int(time.time())
 
     # What may call.
@@ -154,14 +154,16 @@ class _Server:
 
     async def health(self, request: Request) -> Response:
         self._check(request, open_to_all=True)
-        return JSONResponse({"status": "ok", "busy": self.desk.busy, "waiting": self.desk.waiting})
+        return JSONResponse(
+            {"status": "ok", "busy": self.desk.busy > 0, "running": self.desk.busy, "waiting": self.desk.waiting}
+        )
 
     async def metrics(self, request: Request) -> Response:
         self._check(request)
         counts = asdict(self.desk.counts)
         lines = [f"# TYPE aisp_{name}_total counter\naisp_{name}_total {value}" for name, value in counts.items()]
         lines.append(f"# TYPE aisp_waiting gauge\naisp_waiting {self.desk.waiting}")
-        lines.append(f"# TYPE aisp_busy gauge\naisp_busy {int(self.desk.busy)}")
+        lines.append(f"# TYPE aisp_busy gauge\naisp_busy {self.desk.busy}")
         return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
 
     def _card(self) -> dict[str, Any]:
@@ -215,18 +217,21 @@ class _Server:
 
     async def _events(self, request: Request, job: Job, events: asyncio.Queue[Event]) -> AsyncIterator[Event]:
         """Until the last one; a client that goes away cancels its search."""
+
+        async def watch() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+            job.cancelled.set()
+
+        watching = asyncio.create_task(watch())
         try:
             while True:
-                try:
-                    event = await asyncio.wait_for(events.get(), _POLL)
-                except TimeoutError:
-                    if await request.is_disconnected():
-                        return
-                    continue
+                event = await events.get()
                 yield event
                 if event[0] in ("done", "failed"):
                     return
         finally:
+            watching.cancel()
             job.cancelled.set()
 
     async def _stream(

@@ -1,4 +1,4 @@
-"""Requests wait here for the engine, which serves them one after another, the oldest first."""
+"""Requests wait here for one of the threads that search, the oldest first. The engine decodes for all of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from aisp_local.api import DEFAULT_MAX_TOKENS, Aligner
+from aisp_local.api import DEFAULT_MAX_TOKENS, DEFAULT_TOGETHER, Aligner
 from aisp_local.errors import CapacityError, InputError
 from aisp_local.server.request import ApiError, Ask
 from aisp_local.types import Candidate, Progress, Result
@@ -19,6 +19,11 @@ LOGPROBS = "logprobs"
 """The key of ``Result.extra`` that holds those of its distinct answers, if they were asked for."""
 
 _TELL = 0.3  # seconds between two reports of an iteration that runs
+
+
+class _Gone(Exception):
+    """The client is: nobody wants even the best so far, which might have to be scored first."""
+
 
 Event = tuple[str, Any]
 """``settled`` (text), ``progress`` and ``iteration`` (figures), then ``done`` (Result) or ``failed`` (an exception)."""
@@ -48,33 +53,45 @@ class Counts:
 
 
 class Desk:
-    """One thread that searches, and at most ``waiting`` requests before it."""
+    """``parallel`` threads that search, and at most ``waiting`` requests before them."""
 
-    def __init__(self, aligner: Aligner, *, waiting: int, max_tokens: int = DEFAULT_MAX_TOKENS) -> None:
+    def __init__(
+        self, aligner: Aligner, *, waiting: int, parallel: int = DEFAULT_TOGETHER, max_tokens: int = DEFAULT_MAX_TOKENS
+    ) -> None:
         self.aligner, self.max_tokens = aligner, max_tokens
         self.counts = Counts()
-        self.busy = False
+        self.busy = 0  # threads that search
+        self._lock = threading.Lock()  # of these figures
         self._queue: queue.Queue[Job | None] = queue.Queue(waiting)
         self._closing = threading.Event()
         self._lately = 0.5  # seconds that a search takes: a guess, until some have ended
-        self._thread = threading.Thread(target=self._work, name="aisp-local-desk", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=self._work, name="aisp-local-desk", daemon=True) for _ in range(parallel)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     @property
     def waiting(self) -> int:
         return self._queue.qsize()
 
+    def _count(self, **more: float) -> None:
+        with self._lock:
+            for name, value in more.items():
+                setattr(self.counts, name, getattr(self.counts, name) + value)
+
     def submit(self, job: Job) -> None:
         """Raises ApiError, 503 while closing and 429 where the queue is full."""
-        self.counts.requests += 1
+        self._count(requests=1)
         if self._closing.is_set():
-            self.counts.refused += 1
+            self._count(refused=1)
             raise ApiError(503, "the server is shutting down", kind="server_error", retry_after=5)
         try:
             self._queue.put_nowait(job)
         except queue.Full:
-            self.counts.refused += 1
-            wait = min(_LONGEST_WAIT, max(1, round(self._lately * (self._queue.maxsize + 1))))
+            self._count(refused=1)
+            turns = (self._queue.maxsize + 1) / len(self._threads)
+            wait = min(_LONGEST_WAIT, max(1, round(self._lately * turns)))
             raise ApiError(
                 429,
                 f"{self._queue.maxsize} requests wait already; try again in about {wait} s",
@@ -84,45 +101,47 @@ class Desk:
             ) from None
 
     def close(self) -> None:
-        """The search that runs gives its best so far; those that wait are refused. Returns when both are told."""
+        """The searches that run give their best so far; those that wait are refused. Returns when all are told."""
         self._closing.set()
-        while True:
-            try:
-                self._queue.put(None, timeout=0.1)
-                break
-            except queue.Full:
-                continue
-        self._thread.join()
+        for _ in self._threads:
+            self._queue.put(None)
+        for thread in self._threads:
+            thread.join()
 
     def _work(self) -> None:
         while (job := self._queue.get()) is not None:
             if self._closing.is_set():
                 job.put(("failed", ApiError(503, "the server is shutting down", kind="server_error", retry_after=5)))
             elif job.cancelled.is_set():
-                self.counts.cancelled += 1
+                self._count(cancelled=1)
+                job.put(("failed", ApiError(499, "the client went away")))
             else:
                 self._serve(job)
 
     def _serve(self, job: Job) -> None:
-        self.busy, began = True, time.perf_counter()
+        with self._lock:
+            self.busy += 1
+        began = time.perf_counter()
         try:
             result = self._search(job)
+        except _Gone as error:
+            self._count(cancelled=1)
+            job.put(("failed", error))
         except KeyboardInterrupt:  # stopped before there was an answer
-            self.counts.cancelled += 1
+            self._count(cancelled=1)
             job.put(("failed", ApiError(503, "the search was stopped before it had an answer", kind="server_error")))
         except Exception as error:
-            self.counts.failed += 1
+            self._count(failed=1)
             job.put(("failed", error))
         else:
-            self.counts.answered += 1
-            self.counts.rollouts += result.rollouts
-            self.counts.tokens += result.n_tokens
+            self._count(answered=1, rollouts=result.rollouts, tokens=result.n_tokens)
             job.put(("done", result))
         finally:
-            self.busy = False
             seconds = time.perf_counter() - began
-            self.counts.seconds += seconds
-            self._lately = 0.8 * self._lately + 0.2 * seconds
+            with self._lock:
+                self.busy -= 1
+                self.counts.seconds += seconds
+                self._lately = 0.8 * self._lately + 0.2 * seconds
 
     def _search(self, job: Job) -> Result:
         ask, engine = job.ask, self.aligner.engine
@@ -147,6 +166,11 @@ class Desk:
                 told = time.monotonic()
                 job.put(("progress", _underway(now)))
 
+        def stop() -> bool:
+            if job.cancelled.is_set():
+                raise _Gone
+            return self._closing.is_set()
+
         result = self.aligner.generate(
             ask.prompt,
             method=ask.method,
@@ -161,7 +185,7 @@ class Desk:
             patience=ask.patience,
             baseline=ask.baseline,
             judge_all=ask.judge_all,
-            stop=lambda: job.cancelled.is_set() or self._closing.is_set(),
+            stop=stop,
             on_progress=progress,
             **options,
         )
