@@ -146,10 +146,12 @@ def test_calls_of_any_kind_in_one_batch_are_what_each_is_alone(monkeypatch: pyte
             calls = [pool.submit(aligner.generate, p, **a) for p, a in zip(PROMPTS, ASKED, strict=True)]
             found = [call.result() for call in calls]
         assert max(batches.steps) >= 16
-        for mine, other in zip(found, alone, strict=True):
-            # Rounding could turn a near tie, on another machine.
+        for asked, mine, other in zip(ASKED, found, alone, strict=True):
+            # Rounding may turn a near tie; what score learns from it turns all that comes after.
             same = np.mean([a == b for a, b in zip(texts(mine), texts(other), strict=True)])
-            assert same > 0.8 and mine.status == other.status and len(mine.iterations) == len(other.iterations)
+            assert same > 0.8 or asked["method"] == "score"
+            assert mine.status == other.status and len(mine.iterations) == len(other.iterations)
+            assert mine.rollouts == other.rollouts
             assert (mine.baseline is None) == (other.baseline is None)
             assert mine.baseline is None or mine.baseline.text == other.baseline.text
 

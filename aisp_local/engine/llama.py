@@ -402,10 +402,10 @@ class LlamaEngine:
     def parts(self, prompt: Prompt) -> list[int]:
         """How many of the prompt's tokens the cache held whenever some were read into it: of a turn of a conversation
         those of earlier turns are there already. What is read together decides how logits are rounded."""
-        with self._lock:
-            wanted, cache = self.tokens(prompt)[:-1], self._cache
-            found = () if cache is None else zip(cache.tokens, cache.parts, strict=True)
-            return next((list(parts) for held, parts in found if np.array_equal(held, wanted)), [])
+        # Without the lock: who asks must not wait for the run of another thread.
+        wanted, cache = self.tokens(prompt)[:-1], self._cache
+        found = [] if cache is None else list(zip(cache.tokens, cache.parts, strict=True))
+        return next((list(parts) for held, parts in found if np.array_equal(held, wanted)), [])
 
     def read_in_parts(self, prompt: Prompt, parts: Sequence[int]) -> None:
         """Read this prompt as ``parts`` says of another run, unless some of it is in the cache by then."""
