@@ -83,7 +83,7 @@ def test_a_contest_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pyt
     [
         (["--pair", "nothing"], "the pair 'nothing' is unknown; use stories"),
         (["--method", "magic"], "the row 'magic' is unknown; use score"),
-        (["--pair", "stories", "-m", "x.gguf"], "--pair names a shipped pair"),
+        (["--pair", "stories", "-m", "storyteller"], "--pair names a shipped pair"),
         (["--prompts", "prompts.json"], "has no list of prompts 'evaluation'"),
         (["--prompts", "none.json"], "cannot be read as JSON"),
     ],
