@@ -5,6 +5,7 @@ from __future__ import annotations
 __version__ = "0.1.0"
 
 from aisp_local.api import Aligner
+from aisp_local.engine import LlamaEngine, Sample
 from aisp_local.errors import (
     AispError,
     BindingError,
@@ -45,6 +46,7 @@ __all__ = [
     "Grammar",
     "InputError",
     "IterationStats",
+    "LlamaEngine",
     "Lora",
     "Message",
     "ModelError",
@@ -53,6 +55,7 @@ __all__ = [
     "Result",
     "RewardError",
     "Rollouts",
+    "Sample",
     "Sampling",
     "ScoreError",
     "Steering",

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from aisp_local import controllers, shipped
+from aisp_local.background import Work, aevents, events
 from aisp_local.engine import Engine, LlamaEngine, SharedEngine
+from aisp_local.engine.prompts import check_prompts
 from aisp_local.errors import AispError, DecodeError, InputError
 from aisp_local.files import check_output
 from aisp_local.grammar import Grammar
@@ -294,8 +296,7 @@ class Aligner:
         stop: Callable[[], bool] | None,
         options: dict[str, Any],
     ) -> list[Result | BaseException]:
-        if isinstance(prompts, str) or any(isinstance(prompt, dict) for prompt in prompts):
-            raise InputError("that is one prompt; give a list of prompts")
+        check_prompts(prompts)
         if at_once is not None and at_once < 1:
             raise InputError(f"at_once is {at_once} prompts; it must be at least 1")
         if len(indices) != len(prompts):
@@ -434,6 +435,47 @@ class Aligner:
         """
         told = about(result, self.engine, self.reward, self.judge, self.origins, paths=paths)
         return Trace.of(result, told, paths=paths)
+
+    def stream(self, prompt: Prompt, **options: Any) -> Generator[Progress | Result, None, None]:
+        """``generate``, a report at a time: every Progress, then the Result.
+
+        The search runs in a thread of its own, from the first ``next`` on; closing the iterator, or leaving the loop
+        that it is in, stops it. ``options`` are those of ``generate``.
+        """
+        return events(self._reporting(prompt, options, progress=True))
+
+    async def agenerate(self, prompt: Prompt, **options: Any) -> Result:
+        """``generate`` for a coroutine: in a thread of its own, stopped where the task is cancelled.
+
+        Searches of one engine wait for each other. ``stop`` and ``on_progress`` are called in that thread.
+        """
+        async with aclosing(aevents(self._reporting(prompt, options, progress=False))) as reports:
+            async for result in reports:
+                if isinstance(result, Result):
+                    return result
+        raise AssertionError("a search ends with a result or an error")
+
+    def astream(self, prompt: Prompt, **options: Any) -> AsyncGenerator[Progress | Result, None]:
+        """``stream`` for ``async for``; where the loop is left early, ``contextlib.aclosing`` stops it at once."""
+        return aevents(self._reporting(prompt, options, progress=True))
+
+    def _reporting(self, prompt: Prompt, options: dict[str, Any], *, progress: bool) -> Work[Progress | Result]:
+        stop: Callable[[], bool] | None = options.pop("stop", None)
+        on_progress: Callable[[Progress], None] | None = options.pop("on_progress", None)
+
+        def work(put: Callable[[Progress | Result], None], closed: Callable[[], bool]) -> None:
+            def report(now: Progress) -> None:
+                if on_progress is not None:
+                    on_progress(now)
+                if progress:
+                    put(now)
+
+            result = self.generate(
+                prompt, stop=lambda: closed() or (stop is not None and stop()), on_progress=report, **options
+            )
+            put(result)
+
+        return work
 
     def steering(self, result: Result) -> Steering:
         """What the search of a result learnt, for another one with this model: ``steering(result).save("u.json")``.

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextvars
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,10 +26,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from aisp_local.background import events
+from aisp_local.engine import plain
 from aisp_local.engine.base import Feed, Job, OneJob
 from aisp_local.engine.cache import PromptCache
 from aisp_local.engine.decode import Decoder, Lane, Start, response_text, unbegun
 from aisp_local.engine.head import OutputHead, adapts_head, fingerprint, has_tensor
+from aisp_local.engine.plain import Sample
 from aisp_local.engine.prompts import prompt_tokens
 from aisp_local.errors import CapacityError, InputError, ModelError
 from aisp_local.grammar import Grammar
@@ -37,7 +40,7 @@ from aisp_local.host import available_cores, available_memory
 from aisp_local.native import MAX_SEQUENCES, MAX_THREADS, Context, ControlKind, Lora, Matcher, Model
 from aisp_local.seeds import RowSeeds
 from aisp_local.timeline import OFF, Timeline, recorded
-from aisp_local.types import Controls, Prompt, Rollouts, Want
+from aisp_local.types import Controls, Prompt, Rollouts, Sampling, Want
 
 _CTX_STEP = 256  # llama.cpp pads the cache to this
 _SCORES_BYTES = 2**28  # of attention scores in a batch, where they are written out
@@ -243,6 +246,57 @@ class LlamaEngine:
         feed = OneJob(job, should_stop, on_step)
         self.run(feed, prompts=[prompt], n=controls.n, max_tokens=max_tokens)
         return feed.rollouts or unbegun(job, self.d)
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        n: int = 1,
+        max_tokens: int = 256,
+        temperature: float = 0.8,
+        top_k: int = 0,
+        top_p: float = 0.95,
+        min_p: float = 0.05,
+        seed: int = 0,
+        stop_strings: Sequence[str] = (),
+        logprobs: bool = False,
+        at_once: int | None = None,
+    ) -> list[list[Sample]]:
+        """``n`` samples of each prompt, in one batch, of the model alone: no control and no reward.
+
+        ``[i][k]`` is the k-th sample of ``prompts[i]``, the same whatever the other prompts are, but for rounding.
+        ``temperature`` 0 is greedy. ``at_once``: prompts that decode together (default: as many as make 32 rows).
+        ``logprobs``: see Sample. Raises CapacityError where a prompt or so many rows do not fit, InputError and
+        DecodeError.
+        """
+        samples: list[list[Sample]] = [[] for _ in prompts]
+        sampling = Sampling(temperature, top_k, top_p, min_p)
+        request = plain.Request(n, max_tokens, sampling, seed, _several(stop_strings), logprobs, at_once)
+        plain.run(self, prompts, request, samples.__setitem__, lambda: False)
+        return samples
+
+    def stream(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        n: int = 1,
+        max_tokens: int = 256,
+        temperature: float = 0.8,
+        top_k: int = 0,
+        top_p: float = 0.95,
+        min_p: float = 0.05,
+        seed: int = 0,
+        stop_strings: Sequence[str] = (),
+        logprobs: bool = False,
+        at_once: int | None = None,
+    ) -> Generator[tuple[int, list[Sample]], None, None]:
+        """``generate``, a prompt at a time as its samples are finished: pairs of i and the samples of ``prompts[i]``.
+
+        It decodes in a thread of its own, from the first ``next`` on, until it is done or the iterator is closed.
+        """
+        sampling = Sampling(temperature, top_k, top_p, min_p)
+        request = plain.Request(n, max_tokens, sampling, seed, _several(stop_strings), logprobs, at_once)
+        return events(lambda put, closed: plain.run(self, prompts, request, lambda *done: put(done), closed))
 
     def run(
         self, feed: Feed, *, prompts: Sequence[Prompt], n: int, max_tokens: int, at_once: int | None = None
@@ -453,3 +507,7 @@ class LlamaEngine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _several(stop_strings: Sequence[str]) -> Sequence[str]:
+    return (stop_strings,) if isinstance(stop_strings, str) else stop_strings

@@ -13,6 +13,12 @@ from aisp_local.native import Model
 from aisp_local.types import Message, Prompt
 
 
+def check_prompts(prompts: Sequence[Prompt]) -> None:
+    """Raise InputError for one prompt where many belong."""
+    if isinstance(prompts, str) or any(isinstance(prompt, dict) for prompt in prompts):
+        raise InputError("that is one prompt; give a list of prompts")
+
+
 def check_messages(messages: Sequence[Message]) -> None:
     """Raise InputError unless these are messages that a chat template can take."""
     if not messages:
