@@ -17,6 +17,7 @@ from aisp_local.errors import (
     ScoreError,
 )
 from aisp_local.grammar import Grammar
+from aisp_local.llama import AlignedLlama
 from aisp_local.native import Lora
 from aisp_local.steering import Steering
 from aisp_local.trace import Trace
@@ -36,6 +37,7 @@ from aisp_local.types import (
 
 __all__ = [
     "AispError",
+    "AlignedLlama",
     "Aligner",
     "Baseline",
     "BindingError",

@@ -63,6 +63,13 @@ DEFAULT_TOGETHER = 4
 """Calls that a server decodes in one batch: more gain nothing and make everybody late (docs/server.md)."""
 
 
+def budget_of(budget: int | None, effort: str = DEFAULT_EFFORT) -> int:
+    """Rollouts in all. Raises InputError for an unknown effort."""
+    if budget is None and effort not in EFFORT:
+        raise InputError(f"effort {effort!r} is unknown; use one of {', '.join(EFFORT)}")
+    return EFFORT[effort] if budget is None else budget
+
+
 def check_search(*, method: str, budget: int, n: int | None, max_tokens: int, seed: int, **options: Any) -> None:
     """Raises InputError for what ``Aligner.generate`` would refuse: before a model is loaded for it."""
     if budget < 1:
@@ -306,10 +313,7 @@ class Aligner:
         if grammar is not None:
             grammar = Grammar.of(grammar)
             self.engine.check_grammar(grammar)
-        if budget is None:
-            if effort not in EFFORT:
-                raise InputError(f"effort {effort!r} is unknown; use one of {', '.join(EFFORT)}")
-            budget = EFFORT[effort]
+        budget = budget_of(budget, effort)
         unfinished = getattr(self.reward, "unfinished", True)
         if n is None:
             n = DEFAULT_N if unfinished else DEFAULT_N_WHOLE

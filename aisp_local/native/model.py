@@ -84,6 +84,7 @@ class Model:
         self.on_gpu = bool(self._llama.llama_supports_gpu_offload()) and n_gpu_layers != 0
         self.n_parameters = int(self._llama.llama_model_n_params(self._model))
         self.bos, self.eos = int(self._llama.llama_vocab_bos(self.vocab)), int(self._llama.llama_vocab_eos(self.vocab))
+        self.newline = int(self._llama.llama_vocab_nl(self.vocab))
         self.adds_bos = bool(self._llama.llama_vocab_get_add_bos(self.vocab))
         token = int(self._llama.llama_model_decoder_start_token(self._model))
         self.decoder_start = token if token >= 0 else self.bos  # of an encoder-decoder model's response
@@ -91,6 +92,7 @@ class Model:
         self.n_head = max(1, int(self._llama.llama_model_n_head(self._model)))
         self.has_encoder = bool(self._llama.llama_model_has_encoder(self._model))
         self._pieces: dict[int, bytes] = {}
+        self._special_pieces: dict[int, bytes] = {}
         vocab = self.vocab
         self.eog: npt.NDArray[np.bool_] = np.fromiter(
             (self._llama.llama_vocab_is_eog(vocab, i) for i in range(self.n_vocab)),
@@ -180,6 +182,17 @@ class Model:
                 return buffer.value.decode("utf-8", "replace")
             size = length + 1
 
+    def metadata(self) -> dict[str, str]:
+        """Every metadata key that is not an array, with its value as text."""
+        found = {}
+        with self._lock:
+            for i in range(self._llama.llama_model_meta_count(self.pointer)):
+                buffer = ctypes.create_string_buffer(256)
+                if self._llama.llama_model_meta_key_by_index(self.pointer, i, buffer, 256) < 256:
+                    key = buffer.value.decode("utf-8", "replace")
+                    found[key] = self.meta(key) or ""
+        return found
+
     @property
     def head_width(self) -> int:
         """Width of an attention head's keys."""
@@ -232,19 +245,20 @@ class Model:
                 return np.array(tokens[:n], dtype=np.int32)
             size = -n
 
-    def piece(self, token: int) -> bytes:
-        """The bytes of a token; empty for control tokens."""
-        cached = self._pieces.get(token)
+    def piece(self, token: int, *, special: bool = False) -> bytes:
+        """The bytes of a token; empty for control tokens, unless ``special`` names are wanted."""
+        pieces = self._special_pieces if special else self._pieces
+        cached = pieces.get(token)
         if cached is None:
             size = 64
             while True:
                 buffer = ctypes.create_string_buffer(size)
                 with self._lock:
-                    n = self._llama.llama_token_to_piece(self.vocab, token, buffer, size, 0, False)
+                    n = self._llama.llama_token_to_piece(self.vocab, token, buffer, size, 0, special)
                 if n >= 0:
                     break
                 size = -n
-            cached = self._pieces[token] = buffer.raw[:n]
+            cached = pieces[token] = buffer.raw[:n]
         return cached
 
     @cached_property
