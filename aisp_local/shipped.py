@@ -73,12 +73,13 @@ def personas() -> dict[str, Path]:
     return {path.stem: path for path in sorted((_PACKAGE / "personas").glob("*.toml"))}
 
 
+_NAMED = (REWARD, JUDGE, TALKER_REWARD, TALKER_JUDGE)
+_REWARDS = {"shipped": REWARD, "judge": JUDGE} | {Path(path).name: path for path in _NAMED}
+
+REWARD_NAMES = tuple(_REWARDS)
+"""What the shipped rewards are called: "shipped" and "judge", or by their own names."""
+
+
 def reward_by_name(name: str) -> Path | None:
-    """The folder of a shipped reward: "shipped" and "judge", or by its own name."""
-    if name in ("shipped", Path(REWARD).name):
-        return reward()
-    if name == Path(TALKER_REWARD).name:
-        return talker_reward()
-    if name == Path(TALKER_JUDGE).name:
-        return talker_judge()
-    return judge() if name in ("judge", Path(JUDGE).name) else None
+    """The folder of a shipped reward; see ``REWARD_NAMES``."""
+    return _find(_REWARDS[name]) if name in _REWARDS else None

@@ -15,7 +15,7 @@ from aisp_local.cli.help import ExamplesFirst
 from aisp_local.cli.live import BatchLine, ProgressLine, Streamed, stop_on_interrupt
 from aisp_local.cli.options import load, method_options, model_options, read_grammar, search_options
 from aisp_local.cli.output import print_answer
-from aisp_local.controllers import METHODS
+from aisp_local.controllers import builder
 from aisp_local.errors import InputError
 from aisp_local.files import check_output, write_output
 from aisp_local.finite import finite
@@ -160,7 +160,7 @@ def generate(
     for written in (timeline, save_steering, trace):
         if written is not None:
             check_output(written)
-    if save_steering is not None and not hasattr(METHODS.get(method), "held"):
+    if save_steering is not None and not hasattr(builder(method), "held"):
         raise InputError(f"--save-steering needs a method that holds a control, such as score; {method!r} does not")
     kept = None if steering is None else Steering.load(steering)
     if stream and (json_ or output is not None or budget_tokens is not None):

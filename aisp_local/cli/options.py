@@ -12,7 +12,7 @@ from click.core import ParameterSource
 
 from aisp_local.api import DEFAULT_MAX_TOKENS, DEFAULT_METHOD, DEFAULT_N, DEFAULT_N_WHOLE, DEFAULT_SEED
 from aisp_local.cli.names import MODEL, REWARD
-from aisp_local.controllers import METHODS, options_of
+from aisp_local.controllers import names, options_of
 from aisp_local.errors import InputError
 from aisp_local.grammar import Grammar
 
@@ -28,6 +28,14 @@ F = TypeVar("F", bound=Callable[..., Any])
 def _debug(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
     if value:
         context.find_root().params["debug"] = True
+
+
+class _Method(click.Option):
+    """Names the methods in its help; it asks for those of other packages only then."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        self.help = f"One of {', '.join(names())}."
+        return super().get_help_record(ctx)
 
 
 def model_options(command: F) -> F:
@@ -120,12 +128,7 @@ def search_options(command: F) -> F:
             type=click.FloatRange(0.0, 1.0),
             help="How far the default method may move from the model: 0 not at all, 1 by 80 nats. Without it 0.5.",
         ),
-        click.option(
-            "--method",
-            default=DEFAULT_METHOD,
-            show_default=True,
-            help=f"One of {', '.join(sorted(METHODS))}.",
-        ),
+        click.option("--method", cls=_Method, default=DEFAULT_METHOD, show_default=True),
     ):
         command = option(command)
     return command

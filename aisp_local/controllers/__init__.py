@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from aisp_local import plugins
 from aisp_local.controllers.aisp import Aisp
 from aisp_local.controllers.aisp_held import AispHeld
 from aisp_local.controllers.aisp_static import AispStatic
@@ -45,8 +46,10 @@ __all__ = [
     "Score",
     "Smc",
     "SoftBestOfN",
+    "builder",
     "create",
     "defaults_of",
+    "names",
     "options_of",
 ]
 
@@ -54,17 +57,30 @@ __all__ = [
 _GIVEN = {"d", "max_tokens", "seed", "prompt_index", "head", "score", "text", "unfinished"}
 
 
+def names() -> list[str]:
+    """Every method, those of other packages among them."""
+    return sorted([*METHODS, *plugins.names("aisp_local.controllers", METHODS)])
+
+
+def builder(method: str) -> Callable[..., Controller]:
+    """What makes the method's controller. Raises InputError for an unknown method, and where it cannot be loaded."""
+    found: Any = METHODS.get(method) or plugins.load("aisp_local.controllers", method, METHODS)
+    if found is None:
+        raise InputError(f"method {method!r} is unknown; use one of {', '.join(names())}")
+    if not callable(found):
+        raise InputError(f"the method {method!r} is {type(found).__name__}, which makes no controller; give a class")
+    return found  # type: ignore[no-any-return]
+
+
 def options_of(method: str) -> set[str]:
     """The names of a method's options. Raises InputError for an unknown method."""
-    if method not in METHODS:
-        raise InputError(f"method {method!r} is unknown; use one of {', '.join(sorted(METHODS))}")
-    return set(inspect.signature(METHODS[method]).parameters) - _GIVEN
+    return set(inspect.signature(builder(method)).parameters) - _GIVEN
 
 
 def defaults_of(method: str) -> dict[str, Any]:
     """A method's options with their values where none is given. Raises InputError for an unknown method."""
     known = options_of(method)
-    return {name: p.default for name, p in inspect.signature(METHODS[method]).parameters.items() if name in known}
+    return {name: p.default for name, p in inspect.signature(builder(method)).parameters.items() if name in known}
 
 
 def create(
@@ -87,10 +103,9 @@ def create(
 
     Raises InputError for an unknown method or option.
     """
-    known = options_of(method)
-    builder = METHODS[method]
+    known, make = options_of(method), builder(method)
     common: dict[str, Any] = {"d": d, "max_tokens": max_tokens, "seed": seed, "prompt_index": prompt_index}
-    parameters = set(inspect.signature(builder).parameters)
+    parameters = set(inspect.signature(make).parameters)
     unknown = sorted(set(options) - known)
     if unknown:
         raise InputError(f"method {method!r} has no option {unknown[0]!r}; its options are {', '.join(sorted(known))}")
@@ -99,7 +114,7 @@ def create(
     given = {"score": score, "text": text, "unfinished": unfinished}
     common |= {name: value for name, value in given.items() if name in parameters}
     try:
-        return builder(**common, **options)
+        return make(**common, **options)
     except (TypeError, AttributeError) as error:
         shown = ", ".join(f"{name}={value!r}" for name, value in options.items())
         raise InputError(f"method {method!r} cannot use its options {shown} ({error})") from error

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from aisp_local import shipped
-from aisp_local.errors import InputError, RewardError
+from aisp_local import plugins, shipped
+from aisp_local.errors import AispError, InputError, RewardError
 from aisp_local.rewards.base import Reward, score_prefixes
 from aisp_local.rewards.composite import Composite, Part
 from aisp_local.rewards.function import CallableReward
@@ -31,7 +31,8 @@ __all__ = [
 
 def load_reward(source: str | os.PathLike[str] | Reward | Callable[..., Any]) -> Reward:
     """A reward from what lies at a path: a folder with reward.json or a TOML file (docs/reward-rules.md); else by name:
-    a shipped reward ("shipped") or recipe; or a Reward, or a function ``(prompt, responses) -> scores``."""
+    a shipped reward ("shipped") or recipe, or one of another package; or a Reward, or a function
+    ``(prompt, responses) -> scores``."""
     if isinstance(source, (str, os.PathLike)):
         return _from_path(Path(source))
     if isinstance(source, Reward):
@@ -50,8 +51,23 @@ def _from_path(path: Path) -> Reward:
             return load_recipe(recipes[path.name])
         if (folder := shipped.reward_by_name(path.name)) is not None:
             return OnnxReward.load(folder)
+        builtin = [*recipes, *shipped.REWARD_NAMES]
+        if (make := plugins.load("aisp_local.rewards", path.name, builtin)) is not None:
+            return _of_plugin(path.name, make)
+        others = plugins.names("aisp_local.rewards", builtin)
         raise RewardError(
             f"reward folder {path} does not exist; check the path given with -r, "
-            f"or use a recipe by its name: {', '.join(recipes)}"
+            f"or use a recipe by its name: {', '.join([*recipes, *others])}"
         )
     return OnnxReward.load(path)
+
+
+def _of_plugin(name: str, make: Any) -> Reward:
+    """From a function without arguments that gives whatever ``load_reward`` takes."""
+    try:
+        made = make()
+    except AispError:
+        raise
+    except Exception as error:  # the package may do anything
+        raise RewardError(f"the reward {name!r} cannot be made ({type(error).__name__}: {error})") from error
+    return load_reward(made)

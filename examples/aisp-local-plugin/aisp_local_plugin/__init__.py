@@ -1,0 +1,1 @@
+"""A controller and a reward for aisp-local."""
