@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -178,8 +179,7 @@ class AlignedLlama:
 
         Needs the package huggingface-hub. Raises ImportError without it, ValueError for a file that is not there.
         """
-        download = binding().Llama.from_pretrained.__func__
-        made: AlignedLlama = download(
+        made: AlignedLlama = _llama().from_pretrained.__func__(
             cls, repo_id, filename, additional_files, local_dir, local_dir_use_symlinks, cache_dir, **kwargs
         )
         return made
@@ -328,7 +328,7 @@ class AlignedLlama:
 
     def create_chat_completion_openai_v1(self, *args: Any, **kwargs: Any) -> Any:
         """``create_chat_completion`` with the classes of the package openai, which it needs."""
-        return binding().Llama.create_chat_completion_openai_v1(self, *args, **kwargs)
+        return _llama().create_chat_completion_openai_v1(self, *args, **kwargs)
 
     def _handlers_of_templates(self) -> dict[str, Any]:
         """A chat handler for each template in the model's file, by the names that llama-cpp-python gives them."""
@@ -558,6 +558,11 @@ class AlignedLlama:
         """What the answers without a seed of their own draw from, one after the other."""
         self._seed = seed
 
+    def set_cache(self, cache: object | None) -> None:
+        """Nothing but a warning: the engine itself keeps the prompts that its cache holds."""
+        if cache is not None:
+            warnings.warn("AlignedLlama goes without the cache: its engine keeps prompts by itself", stacklevel=2)
+
     def n_ctx(self) -> int:
         return self._n_ctx
 
@@ -587,7 +592,7 @@ class AlignedLlama:
         self.close()
 
     def __getattr__(self, name: str) -> Any:
-        if not name.startswith("_") and hasattr(binding().Llama, name):
+        if not name.startswith("_") and hasattr(_llama(), name):
             raise AttributeError(f"AlignedLlama has no {name}: that is llama_cpp.Llama's low-level interface")
         raise AttributeError(f"'AlignedLlama' object has no attribute {name!r}")
 
@@ -622,6 +627,14 @@ def _reading(ask: _Ask) -> Iterator[None]:
         yield
     finally:
         _given.reset(token)
+
+
+def _llama() -> Any:
+    """``llama_cpp.Llama``, also where a program has put AlignedLlama into its place."""
+    binding()
+    from llama_cpp.llama import Llama
+
+    return Llama
 
 
 def _biased(biases: Mapping[int, float]) -> Callable[[Any, Any], Any]:
