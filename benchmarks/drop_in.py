@@ -6,8 +6,8 @@ Downloads the pinned sdist, unless it is there (patches/pin.toml), and runs thre
 interface: with ``llama_cpp.Llama``, with ``AlignedLlama(budget=1)``, the model alone, and with a search of four
 rollouts (``budget=4``), whose texts need not be those that a test expects. The models that tests and examples would
 download are not there: the shipped storyteller and small random models stand in, so that a test which expects a certain
-sentence fails for all three. Needs pytest, scipy and huggingface-hub. Exit code 1 if ``AlignedLlama(budget=1)`` fails where
-``Llama`` does not and no reason is known.
+sentence fails for all three. Needs pytest, scipy and huggingface-hub. Exit code 1 if ``AlignedLlama(budget=1)`` fails
+where ``Llama`` does not and no reason is known.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ REASONS = {
 }
 """Why something is not AlignedLlama's to pass."""
 
-CONFTEST = '''
+CONFTEST = """
 import functools, os, sys
 import huggingface_hub, llama_cpp
 import pytest
@@ -64,7 +64,7 @@ if os.environ["DROP_IN_BUDGET"]:
         def __init__(self, *args, **kwargs):
             super().__init__(*args, budget=int(os.environ["DROP_IN_BUDGET"]), **kwargs)
     llama_cpp.Llama = Llama
-'''
+"""
 
 
 def vocabulary(path: Path) -> None:
@@ -159,9 +159,7 @@ def main() -> int:
         models |= {"HYBRID": synthetic.write(Path(scratch) / "hybrid.gguf", "falcon-h1", vocab="bpe")}
         environment = os.environ | {f"DROP_IN_{name}": str(path) for name, path in models.items()}
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        found = {
-            name: run(tree, environment | {"DROP_IN_BUDGET": str(budget or "")}) for name, budget in KINDS.items()
-        }
+        found = {name: run(tree, environment | {"DROP_IN_BUDGET": str(budget or "")}) for name, budget in KINDS.items()}
     print(f"| | {' | '.join(KINDS)} | |\n|---|{'---|' * len(KINDS)}---|")
     stock, alone = found["Llama"], found["AlignedLlama, budget 1"]
     unknown = 0

@@ -20,6 +20,7 @@ from aisp_local.api import DEFAULT_METHOD, Aligner
 from aisp_local.background import events
 from aisp_local.engine import LlamaEngine
 from aisp_local.errors import InputError
+from aisp_local.grammar import Grammar
 from aisp_local.llama import arguments
 from aisp_local.llama.shapes import Answer, Shape
 from aisp_local.llama.tap import Penalties, Settled, Tap
@@ -27,7 +28,7 @@ from aisp_local.native import Lora, check_model_file
 from aisp_local.native.binding import binding
 from aisp_local.rewards import Reward, load_reward
 from aisp_local.seeds import RowSeeds
-from aisp_local.types import Controls, Progress, Prompt, Result
+from aisp_local.types import Controls, FinishReason, Progress, Prompt, Result
 
 if TYPE_CHECKING:
     from llama_cpp import LlamaGrammar, LogitsProcessorList, StoppingCriteriaList, llama_types
@@ -73,6 +74,7 @@ class _Ask:
     penalties: Penalties
     processors: Sequence[Callable[[Any, Any], Any]]
     criteria: Callable[[Any, Any], bool] | None
+    grammar: Grammar | None
     align: Mapping[str, Any]
 
     @property
@@ -381,8 +383,6 @@ class AlignedLlama:
             raise InputError("suffix (infilling) is not supported; leave it out")
         if echo and logprobs is not None:
             raise InputError("the prompt has no log-probabilities here; leave out echo or logprobs")
-        if grammar is not None:
-            raise InputError("grammar is not supported; leave it out, and response_format and tool_choice")
         arguments.check_unsampled(
             {
                 "typical_p": typical_p,
@@ -415,6 +415,7 @@ class AlignedLlama:
             penalties=Penalties(self.last_n_tokens_size, repeat_penalty, frequency_penalty, presence_penalty),
             processors=processors,
             criteria=stopping_criteria,
+            grammar=None if grammar is None else Grammar(grammar._grammar),
             align={**self._align, **align},
         )
         answer = self._plain if ask.plain else self._search
@@ -481,9 +482,10 @@ class AlignedLlama:
                 seeds=RowSeeds(ask.seed),
                 stop_strings=ask.stops,
                 should_stop=lambda: closed() or tap.stopped is not None,
+                grammar=ask.grammar,
             )
         self.result = None
-        tokens, text, reason = rollouts.tokens[0], rollouts.texts[0], str(rollouts.finish_reasons[0])
+        tokens, text, reason = rollouts.tokens[0], rollouts.texts[0], _finish(rollouts.finish_reasons[0])
         if tap.stopped is not None:
             tokens = tokens[: tap.stopped]
             text, reason = self._engine.text(tokens), "stop"
@@ -521,12 +523,13 @@ class AlignedLlama:
                 max_tokens=ask.max_tokens,
                 seed=ask.seed,
                 stop_strings=ask.stops,
+                grammar=ask.grammar,
                 stop=closed,
                 on_progress=told,
                 **align,
             )
         best = self.result.candidates[0]
-        return Answer(best.text, "stop" if best.finish_reason == "stop" else "length", best.n_tokens)
+        return Answer(best.text, _finish(best.finish_reason), best.n_tokens)
 
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
         """Tokens of UTF-8 text, with those that its vocabulary begins with; ``special``: names of special tokens are
@@ -627,6 +630,10 @@ def _reading(ask: _Ask) -> Iterator[None]:
         yield
     finally:
         _given.reset(token)
+
+
+def _finish(reason: FinishReason) -> str:
+    return "stop" if reason == "stop" else "length"
 
 
 def _llama() -> Any:
