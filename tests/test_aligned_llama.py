@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import json
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -52,6 +54,15 @@ def shape(value: Any) -> Any:
 def text(response: Any) -> str:
     choice = response["choices"][0]
     return str(choice["text"] if "text" in choice else choice["message"]["content"])
+
+
+def without_ids(response: Any) -> Any:
+    """The choice, without what is new in each response, and without the figures of log-probabilities."""
+    choice = copy.deepcopy(response["choices"][0])
+    choice["logprobs"] = shape(choice["logprobs"])
+    for call in choice.get("message", choice.get("delta")).get("tool_calls") or []:
+        call["id"] = None
+    return choice
 
 
 def test_every_argument_of_llama_is_there() -> None:
@@ -115,17 +126,39 @@ def test_tokens_are_those_of_llama(ours: AlignedLlama, stock: Any) -> None:
     assert text(ours(tokens, **GREEDY, budget=1)) == text(stock(tokens, **GREEDY))
 
 
-@pytest.mark.parametrize("options", [{}, {"stop": ["fox"]}, {"logprobs": True, "top_logprobs": 2}])
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 6}, "legs": {"enum": [2, 4]}},
+    "required": ["name", "legs"],
+}
+LOOK: Any = {"type": "function", "function": {"name": "look", "parameters": SCHEMA}}
+CALL: Any = {"tools": [LOOK], "tool_choice": {"type": "function", "function": {"name": "look"}}, "max_tokens": 60}
+JSON: Any = {"response_format": {"type": "json_object", "schema": SCHEMA}, "max_tokens": 60}
+YES: Any = {"grammar": llama_cpp.LlamaGrammar.from_string('root ::= "yes" | "no"')}
+
+
+@pytest.mark.parametrize("options", [{}, {"stop": ["fox"]}, {"logprobs": True, "top_logprobs": 2}, CALL, JSON, YES])
 def test_chats_have_the_shapes_of_llama(ours: AlignedLlama, stock: Any, options: dict[str, Any]) -> None:
-    mine = ours.create_chat_completion(STORY, **GREEDY, budget=1, **options)
-    theirs = stock.create_chat_completion(STORY, **GREEDY, **options)
-    assert shape(mine) == shape(theirs) and text(mine) == text(theirs)
+    options = GREEDY | options
+    mine = ours.create_chat_completion(STORY, budget=1, **options)
+    theirs = stock.create_chat_completion(STORY, **options)
+    assert shape(mine) == shape(theirs) and without_ids(mine) == without_ids(theirs)
     assert mine["usage"] == theirs["usage"]
-    chunks = list(ours.create_chat_completion(STORY, **GREEDY, budget=1, stream=True, **options))
-    expected = list(stock.create_chat_completion(STORY, **GREEDY, stream=True, **options))
+    chunks = list(ours.create_chat_completion(STORY, budget=1, stream=True, **options))
+    expected = list(stock.create_chat_completion(STORY, stream=True, **options))
     assert [shape(c) for c in chunks[:3]] == [shape(c) for c in expected[:3]]
-    assert [c["choices"][0]["delta"] for c in chunks] == [c["choices"][0]["delta"] for c in expected]
+    assert [without_ids(c)["delta"] for c in chunks] == [without_ids(c)["delta"] for c in expected]
     assert chunks[-1]["choices"] == expected[-1]["choices"]
+
+
+def test_a_search_is_held_to_a_schema(ours: AlignedLlama) -> None:
+    answer = ours.create_chat_completion(STORY, **QUICK | JSON)
+    assert set(json.loads(text(answer))) == {"name", "legs"} and answer["choices"][0]["finish_reason"] == "stop"
+    called = ours.create_chat_completion(STORY, **QUICK | CALL)["choices"][0]
+    assert called["finish_reason"] == "tool_calls"
+    assert json.loads(called["message"]["tool_calls"][0]["function"]["arguments"])["legs"] in (2, 4)
+    with pytest.raises(ValueError, match="rule"):
+        ours(ONCE, grammar=llama_cpp.LlamaGrammar.from_string("root ::= nothing"), **QUICK)
 
 
 def test_a_search_has_the_shapes_of_llama(ours: AlignedLlama, stock: Any) -> None:
