@@ -30,14 +30,14 @@ def vowels(prompt: Any, responses: Sequence[str]) -> list[float]:
 
 @pytest.fixture(scope="module")
 def ours() -> Iterator[AlignedLlama]:
-    with AlignedLlama(shipped.model(), reward=vowels, n_threads=2, method="best-of-n") as made:
+    with AlignedLlama(shipped.model(), reward=vowels, n_threads=1, method="best-of-n") as made:
         yield made
 
 
 @pytest.fixture(scope="module")
 def stock() -> Iterator[Any]:
     # With the attention kernel that the engine has: without it logits differ by hundredths.
-    model = llama_cpp.Llama(str(shipped.model()), n_threads=2, logits_all=True, flash_attn=True, verbose=False)
+    model = llama_cpp.Llama(str(shipped.model()), n_threads=1, logits_all=True, flash_attn=True, verbose=False)
     yield model
     model.close()
 
@@ -151,6 +151,20 @@ def test_chats_have_the_shapes_of_llama(ours: AlignedLlama, stock: Any, options:
     assert chunks[-1]["choices"] == expected[-1]["choices"]
 
 
+def test_a_search_has_log_probabilities(ours: AlignedLlama, stock: Any) -> None:
+    wanted: dict[str, Any] = {"logprobs": True, "top_logprobs": 2}
+    mine = ours.create_chat_completion(STORY, **QUICK, **wanted)
+    theirs = stock.create_chat_completion(STORY, **GREEDY, **wanted)
+    assert shape(mine) == shape(theirs)
+    found = mine["choices"][0]["logprobs"]["content"]
+    assert "".join(entry["token"] for entry in found) == text(mine)
+    assert all(entry["logprob"] <= max(top["logprob"] for top in entry["top_logprobs"]) <= 0 for entry in found)
+    streamed = ours(ONCE, stream=True, logprobs=1, **QUICK | {"method": "score"})
+    entries = [chunk["choices"][0]["logprobs"] for chunk in streamed]
+    answer = ours.result.answer if ours.result else ""
+    assert "".join(token for each in entries if each for token in each["tokens"]) == answer != ""
+
+
 def test_a_search_is_held_to_a_schema(ours: AlignedLlama) -> None:
     answer = ours.create_chat_completion(STORY, **QUICK | JSON)
     assert set(json.loads(text(answer))) == {"name", "legs"} and answer["choices"][0]["finish_reason"] == "stop"
@@ -210,7 +224,7 @@ def test_the_reward_reads_the_conversation() -> None:
     template = "{% for m in messages %}{{ m.role }}{% endfor %}{{ tools | tojson }}"
     formatter = llama_cpp.llama_chat_format.Jinja2ChatFormatter(template=template, eos_token="</s>", bos_token="")
     with AlignedLlama(
-        shipped.model(), reward=reward, chat_handler=formatter.to_chat_handler(), method="best-of-n", n_threads=2
+        shipped.model(), reward=reward, chat_handler=formatter.to_chat_handler(), method="best-of-n", n_threads=1
     ) as llm:
         one = llm.create_chat_completion(messages, **QUICK)
         two = llm.create_chat_completion(messages, tools=[{"type": "function", "function": {"name": "look"}}], **QUICK)

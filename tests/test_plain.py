@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -21,7 +22,7 @@ PROMPTS: list[Any] = [CHAT, "Once upon a time", "The little dog"]
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[LlamaEngine]:
-    with LlamaEngine(shipped.model(), threads=2) as made:
+    with LlamaEngine(shipped.model(), threads=1) as made:
         yield made
 
 
@@ -46,6 +47,14 @@ def test_greedy_samples_end_where_they_are_told_to(engine: LlamaEngine) -> None:
     assert short.finish_reason == "stop" and short.text == whole.text.split("fox")[0]
     assert short.logprobs is not None and short.logprobs.shape == short.tokens.shape
     assert (short.logprobs <= 0).all() and np.isfinite(short.logprobs).all()
+
+
+def test_samples_are_held_to_a_grammar(engine: LlamaEngine) -> None:
+    found = engine.generate(PROMPTS, n=2, grammar='root ::= "yes" | "no"')
+    assert {sample.text for samples in found for sample in samples} <= {"yes", "no"}
+    schema = {"type": "object", "properties": {"legs": {"enum": [2, 4]}}, "required": ["legs"]}
+    for _, samples in engine.stream(["A fox:"], n=2, max_tokens=40, grammar=schema):
+        assert all(json.loads(sample.text)["legs"] in (2, 4) for sample in samples)
 
 
 def test_more_prompts_than_the_cache_holds_at_a_time(engine: LlamaEngine) -> None:

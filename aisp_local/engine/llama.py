@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextvars
 import os
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from functools import cached_property
@@ -259,6 +259,7 @@ class LlamaEngine:
         min_p: float = 0.05,
         seed: int = 0,
         stop_strings: Sequence[str] = (),
+        grammar: Grammar | str | Mapping[str, Any] | None = None,
         logprobs: bool = False,
         at_once: int | None = None,
     ) -> list[list[Sample]]:
@@ -266,12 +267,12 @@ class LlamaEngine:
 
         ``[i][k]`` is the k-th sample of ``prompts[i]``, the same whatever the other prompts are, but for rounding.
         ``temperature`` 0 is greedy. ``at_once``: prompts that decode together (default: as many as make 32 rows).
-        ``logprobs``: see Sample. Raises CapacityError where a prompt or so many rows do not fit, InputError and
-        DecodeError.
+        ``grammar``: as for ``Aligner.generate``. ``logprobs``: see Sample. Raises CapacityError where a prompt or so
+        many rows do not fit, InputError and DecodeError.
         """
         samples: list[list[Sample]] = [[] for _ in prompts]
-        sampling = Sampling(temperature, top_k, top_p, min_p)
-        request = plain.Request(n, max_tokens, sampling, seed, _several(stop_strings), logprobs, at_once)
+        sampling, held = Sampling(temperature, top_k, top_p, min_p), None if grammar is None else Grammar.of(grammar)
+        request = plain.Request(n, max_tokens, sampling, seed, _several(stop_strings), held, logprobs, at_once)
         plain.run(self, prompts, request, samples.__setitem__, lambda: False)
         return samples
 
@@ -287,6 +288,7 @@ class LlamaEngine:
         min_p: float = 0.05,
         seed: int = 0,
         stop_strings: Sequence[str] = (),
+        grammar: Grammar | str | Mapping[str, Any] | None = None,
         logprobs: bool = False,
         at_once: int | None = None,
     ) -> Generator[tuple[int, list[Sample]], None, None]:
@@ -294,8 +296,8 @@ class LlamaEngine:
 
         It decodes in a thread of its own, from the first ``next`` on, until it is done or the iterator is closed.
         """
-        sampling = Sampling(temperature, top_k, top_p, min_p)
-        request = plain.Request(n, max_tokens, sampling, seed, _several(stop_strings), logprobs, at_once)
+        sampling, held = Sampling(temperature, top_k, top_p, min_p), None if grammar is None else Grammar.of(grammar)
+        request = plain.Request(n, max_tokens, sampling, seed, _several(stop_strings), held, logprobs, at_once)
         return events(lambda put, closed: plain.run(self, prompts, request, lambda *done: put(done), closed))
 
     def run(

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from aisp_local.engine.base import Engine, Job
 from aisp_local.engine.prompts import check_prompts
 from aisp_local.errors import CapacityError, InputError
+from aisp_local.grammar import Grammar
 from aisp_local.seeds import RowSeeds
 from aisp_local.types import Controls, FinishReason, FloatArray, Prompt, Rollouts, Sampling
 
@@ -40,6 +41,7 @@ class Request:
     sampling: Sampling
     seed: int
     stop_strings: Sequence[str]
+    grammar: Grammar | None
     logprobs: bool
     at_once: int | None
 
@@ -68,6 +70,7 @@ def run(
             RowSeeds(request.seed, i),
             request.stop_strings,
             frozenset(("logprobs",) if request.logprobs else ()),
+            request.grammar,
         )
         for i, prompt in enumerate(prompts)
     ]

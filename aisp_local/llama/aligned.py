@@ -421,7 +421,6 @@ class AlignedLlama:
         answer = self._plain if ask.plain else self._search
         shape = Shape(
             model=self.model_path if model is None else model,
-            piece=lambda token: self._model.piece(token).decode("utf-8", "ignore"),
             prompt_tokens=len(tokens),
             prompt_length=len(text),
             echo=text if echo else "",
@@ -452,7 +451,8 @@ class AlignedLlama:
         for piece in events(work):
             # What was cut short may end in another answer than the one that settled: it keeps what was sent.
             new = piece.text[len(sent) :] if piece.text.startswith(sent) else ""
-            if new:
+            # Log-probabilities of what a search has sent block by block come with its end.
+            if new or (piece.finish_reason and len(piece.entries or ()) > noted):
                 yield shape.chunk(new, logprobs=shape.logprobs(piece.entries, noted))
                 sent, noted = piece.text, len(piece.entries or ())
         yield shape.chunk("", piece.finish_reason)
@@ -467,6 +467,7 @@ class AlignedLlama:
 
         tap = Tap(
             ask.tokens,
+            self._model.piece,
             processors=ask.processors,
             penalties=ask.penalties,
             criteria=ask.criteria,
@@ -502,7 +503,6 @@ class AlignedLlama:
             "logits_processor or logit_bias": ask.processors,
             "a penalty": ask.penalties.some,
             "stopping_criteria": ask.criteria,
-            "logprobs": ask.top is not None,
         }.items():
             if given:
                 raise InputError(f"{name} works with the model alone; leave it out, or use budget=1")
@@ -528,8 +528,9 @@ class AlignedLlama:
                 on_progress=told,
                 **align,
             )
-        best = self.result.candidates[0]
-        return Answer(best.text, _finish(best.finish_reason), best.n_tokens)
+            best = self.result.candidates[0]
+            entries = None if ask.top is None else self.aligner.token_logprobs(ask.prompt, best, ask.top)
+        return Answer(best.text, _finish(best.finish_reason), best.n_tokens, entries)
 
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
         """Tokens of UTF-8 text, with those that its vocabulary begins with; ``special``: names of special tokens are

@@ -4,18 +4,11 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-
-@dataclass(frozen=True)
-class Entry:
-    """A token of an answer, its log-probability under the model (nats), and those of the likeliest tokens."""
-
-    token: int
-    logprob: float
-    top: dict[int, float]
+from aisp_local.types import TokenLogprob
 
 
 @dataclass(frozen=True)
@@ -25,15 +18,14 @@ class Answer:
     text: str
     finish_reason: str
     n_tokens: int
-    entries: Sequence[Entry] | None = None
+    entries: Sequence[TokenLogprob] | None = None
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What the pieces of one response have in common. ``piece``: the text of a token. ``echo`` precedes the answer."""
+    """What the pieces of one response have in common. ``echo`` precedes the answer."""
 
     model: str
-    piece: Callable[[int], str]
     prompt_tokens: int
     prompt_length: int  # characters
     echo: str = ""
@@ -59,18 +51,22 @@ class Shape:
             "choices": [choice],
         }
 
-    def logprobs(self, entries: Sequence[Entry] | None, start: int) -> dict[str, Any] | None:
+    def logprobs(self, entries: Sequence[TokenLogprob] | None, start: int) -> dict[str, Any] | None:
         """Of the entries from ``start`` on; None if there are none."""
         if entries is None or (start and start == len(entries)):
             return None
-        texts = [self.piece(entry.token) for entry in entries]
+        texts = [_text(entry.piece) for entry in entries]
         offsets = [self.prompt_length + sum(map(len, texts[:i])) for i in range(len(texts))]
-        tops = []
-        for entry, text in zip(entries, texts, strict=True):
-            tops.append({self.piece(token): value for token, value in entry.top.items()} | {text: entry.logprob})
+        tops = [{_text(piece): value for piece, value in entry.top} for entry in entries]
+        for top, text, entry in zip(tops, texts, entries, strict=True):
+            top[text] = entry.logprob
         return {
             "tokens": texts[start:],
             "text_offset": offsets[start:],
             "token_logprobs": [entry.logprob for entry in entries[start:]],
             "top_logprobs": tops[start:],
         }
+
+
+def _text(piece: bytes) -> str:
+    return piece.decode("utf-8", "ignore")

@@ -12,8 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from aisp_local.engine.sampling import log_softmax
-from aisp_local.llama.shapes import Entry
-from aisp_local.types import FloatArray, Step
+from aisp_local.types import FloatArray, Step, TokenLogprob
 
 Tokens = npt.NDArray[np.int32]
 
@@ -54,6 +53,7 @@ class Tap:
     def __init__(
         self,
         prompt: Tokens,
+        piece: Callable[[int], bytes],
         *,
         processors: Sequence[Callable[[Any, Any], Any]],
         penalties: Penalties,
@@ -61,10 +61,11 @@ class Tap:
         top: int | None,
         told: Callable[[Tokens], None] | None,
     ) -> None:
-        self._prompt, self._processors, self._penalties = prompt, processors, penalties
+        self._prompt, self._piece = prompt, piece
+        self._processors, self._penalties = processors, penalties
         self._criteria, self._top, self._told = criteria, top, told
         self._last: npt.NDArray[np.float64] | None = None
-        self.entries: list[Entry] = []
+        self.entries: list[TokenLogprob] = []
         self.stopped: int | None = None
         """The tokens that the answer had when the criteria ended it."""
 
@@ -97,7 +98,8 @@ class Tap:
         if last is None or self._top is None:
             return
         top = np.argsort(-last, kind="stable")[: self._top].tolist()
-        self.entries.append(Entry(token, float(last[token]), {i: float(last[i]) for i in top}))
+        likeliest = tuple((self._piece(i), float(last[i])) for i in top)
+        self.entries.append(TokenLogprob(self._piece(token), float(last[token]), likeliest))
 
 
 class Settled:
