@@ -48,7 +48,19 @@ def run(site: Path, *command: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.native
 def test_the_command_uses_the_template(template: Path) -> None:
     arguments = ["aisp_local", "generate", "Tell me a story.", "--method", "cooling", "-r", "brevity"]
-    out = run(template, *arguments, "--budget", "4", "--max-tokens", "12", "--option", "coldest=0.4", "--json")
+    out = run(
+        template,
+        *arguments,
+        "--budget",
+        "4",
+        "--max-tokens",
+        "12",
+        "--option",
+        "coldest=0.4",
+        "--json",
+        "--threads",
+        "1",
+    )
     assert out.returncode == 0, out.stderr
     found = json.loads(out.stdout)
     assert (found["method"], found["reward_model"], len(found["candidates"])) == ("cooling", "brevity", 4)
