@@ -76,10 +76,12 @@ def personas() -> dict[str, Path]:
 _NAMED = (REWARD, JUDGE, TALKER_REWARD, TALKER_JUDGE)
 _REWARDS = {"shipped": REWARD, "judge": JUDGE} | {Path(path).name: path for path in _NAMED}
 
-REWARD_NAMES = tuple(_REWARDS)
-"""What the shipped rewards are called: "shipped" and "judge", or by their own names."""
+
+def named_rewards() -> list[str]:
+    """Every name that stands for a reward: recipes, "shipped" and "judge", and the shipped rewards' own."""
+    return [*recipes(), *_REWARDS]
 
 
 def reward_by_name(name: str) -> Path | None:
-    """The folder of a shipped reward; see ``REWARD_NAMES``."""
+    """The folder of a shipped reward: "shipped" and "judge", or by its own name."""
     return _find(_REWARDS[name]) if name in _REWARDS else None

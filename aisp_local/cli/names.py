@@ -46,11 +46,12 @@ class RewardPath(click.Path):
         return Path(os.fsdecode(super().convert(value, param, ctx))).expanduser()  # no shell reads the settings
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        from aisp_local import shipped
+        from aisp_local import plugins, shipped
         from aisp_local.reward_kit.folders import find_rewards, standard_folders
 
         folders = find_rewards(standard_folders()[1:])
-        return _matching(incomplete, ["shipped", "judge", *shipped.recipes(), *map(str, folders)])
+        others = plugins.names("aisp_local.rewards", shipped.named_rewards())
+        return _matching(incomplete, ["shipped", "judge", *shipped.recipes(), *others, *map(str, folders)])
 
 
 MODEL = ModelPath()

@@ -24,6 +24,7 @@ from aisp_local.grammar import Grammar
 from aisp_local.llama import arguments
 from aisp_local.llama.shapes import Answer, Shape
 from aisp_local.llama.tap import Penalties, Settled, Tap
+from aisp_local.models import find_model
 from aisp_local.native import Lora, check_model_file
 from aisp_local.native.binding import binding
 from aisp_local.rewards import Reward, load_reward
@@ -127,12 +128,13 @@ class AlignedLlama:
         self.model_path, self.verbose = os.fspath(model_path), verbose
         self.chat_format, self.chat_handler = chat_format, chat_handler
         self.last_n_tokens_size = last_n_tokens_size
-        check_model_file(Path(self.model_path))  # what is checked sooner comes first, as in Aligner.load
+        path = find_model(self.model_path)
+        check_model_file(path)  # what is checked sooner comes first, as in Aligner.load
         self._reward, self._judge = reward, judge
         if self._align.get("budget") != 1:
             self._load_rewards()
         self._engine = _Reader(
-            self.model_path,
+            path,
             n_gpu_layers=n_gpu_layers,
             threads=n_threads,
             n_ubatch=n_ubatch,

@@ -51,7 +51,7 @@ def _from_path(path: Path) -> Reward:
             return load_recipe(recipes[path.name])
         if (folder := shipped.reward_by_name(path.name)) is not None:
             return OnnxReward.load(folder)
-        builtin = [*recipes, *shipped.REWARD_NAMES]
+        builtin = shipped.named_rewards()
         if (make := plugins.load("aisp_local.rewards", path.name, builtin)) is not None:
             return _of_plugin(path.name, make)
         others = plugins.names("aisp_local.rewards", builtin)
