@@ -259,6 +259,7 @@ def test_seeds_follow_each_other_as_in_llama(ours: AlignedLlama) -> None:
         ({"logit_bias": {1: 2.0}}, "logit_bias works with the model alone; leave it out, or use budget=1"),
         ({"presence_penalty": 1}, "a penalty works with the model alone"),
         ({"efort": "low"}, "has no option 'efort'"),
+        ({"stop_strings": ["."]}, "stop_strings is not an option of alignment here; give stop with each completion"),
         ({"effort": "huge", "budget": None}, "effort 'huge' is unknown"),
         ({"prompt": "word " * 600}, r"Requested tokens \(\d+\) exceed context window of 512"),
         ({"prompt": []}, "the prompt has no tokens"),
@@ -274,6 +275,7 @@ def test_what_a_model_cannot_be_loaded_with() -> None:
     for options, message in (
         ({"embedding": True}, "AlignedLlama has no embedding; leave it out, or use llama_cpp.Llama"),
         ({"type_k": 8}, "has no type_k"),
+        ({"max_tokens": 8}, "give max_tokens with each completion"),
         ({"efort": "low"}, "has no option 'efort'"),
         ({"effort": "huge"}, "effort 'huge' is unknown"),
     ):

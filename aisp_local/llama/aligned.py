@@ -394,6 +394,7 @@ class AlignedLlama:
                 "mirostat_eta": mirostat_eta,
             }
         )
+        arguments.check_align(align)
         tokens = self._prompt_tokens(prompt)
         if len(tokens) >= self._n_ctx:
             raise InputError(f"Requested tokens ({len(tokens)}) exceed context window of {self._n_ctx}")

@@ -56,6 +56,14 @@ _SAMPLING = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
 _UNSAMPLED = {"typical_p": 1.0, "tfs_z": 1.0, "mirostat_mode": 0, "mirostat_tau": 5.0, "mirostat_eta": 0.1}
 
 
+_OWN = {
+    "grammar": "grammar or response_format",
+    "logprobs": "logprobs",
+    "max_tokens": "max_tokens",
+    "prompt": "the prompt",
+    "stop": "stop (strings)",
+    "stop_strings": "stop",
+}
 _SEARCH = set(inspect.signature(Aligner.generate).parameters)
 
 
@@ -67,6 +75,7 @@ def alignment(more: Mapping[str, Any]) -> dict[str, Any]:
     if changed:
         warnings.warn(f"AlignedLlama goes without {', '.join(sorted(changed))}", stacklevel=3)
     align = {name: value for name, value in more.items() if name not in _SPEED and name not in _REFUSED}
+    check_align(align)
     check_search(
         method=align.get("method", DEFAULT_METHOD),
         budget=budget(align),
@@ -76,6 +85,13 @@ def alignment(more: Mapping[str, Any]) -> dict[str, Any]:
         **{name: value for name, value in align.items() if name not in _SEARCH},
     )
     return align
+
+
+def check_align(align: Mapping[str, Any]) -> None:
+    """Raises InputError for options of ``Aligner.generate`` that completions have arguments of their own for."""
+    for name, own in _OWN.items():
+        if name in align:
+            raise InputError(f"{name} is not an option of alignment here; give {own} with each completion")
 
 
 def budget(align: Mapping[str, Any]) -> int:
