@@ -63,6 +63,10 @@ DEFAULT_TOGETHER = 4
 """Calls that a server decodes in one batch: more gain nothing and make everybody late (docs/server.md)."""
 
 
+STREAMED: dict[str, dict[str, Any]] = {"score": {"commit": True}}
+"""Methods that can choose an answer block by block, with what makes them do so."""
+
+
 def budget_of(budget: int | None, effort: str = DEFAULT_EFFORT) -> int:
     """Rollouts in all. Raises InputError for an unknown effort."""
     if budget is None and effort not in EFFORT:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from aisp_local.api import DEFAULT_MAX_TOKENS, DEFAULT_METHOD, DEFAULT_N, DEFAULT_N_WHOLE, DEFAULT_SEED
+from aisp_local.api import DEFAULT_MAX_TOKENS, DEFAULT_METHOD, DEFAULT_N, DEFAULT_N_WHOLE, DEFAULT_SEED, STREAMED
 from aisp_local.cli.names import MODEL, REWARD
 from aisp_local.controllers import names, options_of
 from aisp_local.errors import InputError
@@ -18,9 +18,6 @@ from aisp_local.grammar import Grammar
 
 if TYPE_CHECKING:
     from aisp_local.api import Aligner
-
-STREAMED: dict[str, dict[str, Any]] = {"score": {"commit": True}}
-"""Methods that can choose an answer block by block, with what makes them do so."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 

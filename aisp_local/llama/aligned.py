@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from aisp_local import shipped
-from aisp_local.api import DEFAULT_METHOD, Aligner
+from aisp_local.api import DEFAULT_METHOD, STREAMED, Aligner
 from aisp_local.background import events
 from aisp_local.engine import LlamaEngine
 from aisp_local.errors import InputError
@@ -42,7 +42,6 @@ Source = str | os.PathLike[str] | Reward | Callable[..., Any]
 _DEFAULT_SEED = 0xFFFFFFFF  # LLAMA_DEFAULT_SEED
 _DEFAULT_TEMPLATE = "chat_template.default"
 _CHAT_TEMPERATURE, _TEMPERATURE = 0.2, 0.8
-_SETTLING = ("score",)  # methods that can choose an answer block by block (option ``commit``)
 
 _given: ContextVar[tuple[Prompt, Tokens] | None] = ContextVar("_given", default=None)
 """A prompt, and the tokens that llama-cpp-python's chat formats made of it."""
@@ -510,8 +509,8 @@ class AlignedLlama:
             if given:
                 raise InputError(f"{name} works with the model alone; leave it out, or use budget=1")
         align |= arguments.method_sampling(ask.sampling, method)
-        if put is not None and method in _SETTLING:
-            align |= {"commit": True, "n": arguments.budget(align)}
+        if put is not None and method in STREAMED:
+            align |= STREAMED[method] | {"n": arguments.budget(align)}
         on_progress: Callable[[Progress], None] | None = align.pop("on_progress", None)
 
         def told(progress: Progress) -> None:
