@@ -32,8 +32,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PARTS = ROOT / "parts"  # of the packed folder: source, stock, wheels
 MAX_BYTES = 60 * 2**20
 
-PROJECT = ("aisp_local", "benchmarks", "cli.py", "docs", "LICENSE", "models/storyteller", "models/talker", "patches",
-           "pyproject.toml", "README.md", "reward_models/cheer", "reward_models/cheer-judge",
+PROJECT = ("aisp_local", "benchmarks", "cli.py", "docs", "examples", "LICENSE", "models/storyteller", "models/talker",
+           "patches", "pyproject.toml", "README.md", "reward_models/cheer", "reward_models/cheer-judge",
            "reward_models/story-judge", "reward_models/story-reward", "tests", "THIRD_PARTY_NOTICES.md")  # fmt: skip
 SOURCE = ("CMakeLists.txt", "LICENSE.md", "README.md", "llama_cpp", "pyproject.toml")
 LLAMA = ("CMakeLists.txt", "LICENSE", "cmake", "common", "ggml", "include", "licenses", "src", "tools/batched-bench",

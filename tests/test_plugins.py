@@ -81,7 +81,7 @@ def test_a_name_that_is_taken_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     write_package(tmp_path, "taker", points)
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.warns(UserWarning, match="package taker adds a method 'score', which is the name of a built-in"):
-        assert controllers.names() == sorted(controllers.METHODS)
+        assert controllers.method_names() == sorted(controllers.METHODS)
     assert controllers.builder("score") is controllers.Score
     assert load_reward("judge").name == "story-judge"
 
@@ -91,7 +91,7 @@ def test_two_packages_with_one_name_are_both_refused(tmp_path: Path, monkeypatch
     write_package(tmp_path, "other", {"aisp_local.controllers": {"mine": "json:dumps"}})
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.warns(UserWarning, match="two packages add a method 'mine'; neither is used"):
-        assert "mine" not in controllers.names()
+        assert "mine" not in controllers.method_names()
 
 
 def test_a_broken_package_leaves_the_others_alone(template: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +102,7 @@ def test_a_broken_package_leaves_the_others_alone(template: Path, monkeypatch: p
     }
     write_package(template, "broken", points)
     monkeypatch.syspath_prepend(str(template))
-    assert {"gone", "cooling"} <= set(controllers.names())
+    assert {"gone", "cooling"} <= set(controllers.method_names())
     with pytest.raises(InputError, match="method 'gone' of the package broken cannot be loaded .ModuleNotFoundError"):
         controllers.options_of("gone")
     with pytest.raises(InputError, match="method 'number' is int, which makes no controller"):

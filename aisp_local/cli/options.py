@@ -12,7 +12,7 @@ from click.core import ParameterSource
 
 from aisp_local.api import DEFAULT_MAX_TOKENS, DEFAULT_METHOD, DEFAULT_N, DEFAULT_N_WHOLE, DEFAULT_SEED, STREAMED
 from aisp_local.cli.names import MODEL, REWARD
-from aisp_local.controllers import names, options_of
+from aisp_local.controllers import method_names, options_of
 from aisp_local.errors import InputError
 from aisp_local.grammar import Grammar
 
@@ -31,7 +31,7 @@ class _Method(click.Option):
     """Names the methods in its help; it asks for those of other packages only then."""
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
-        self.help = f"One of {', '.join(names())}."
+        self.help = f"One of {', '.join(method_names())}."
         return super().get_help_record(ctx)
 
 

@@ -49,7 +49,7 @@ __all__ = [
     "builder",
     "create",
     "defaults_of",
-    "names",
+    "method_names",
     "options_of",
 ]
 
@@ -57,7 +57,7 @@ __all__ = [
 _GIVEN = {"d", "max_tokens", "seed", "prompt_index", "head", "score", "text", "unfinished"}
 
 
-def names() -> list[str]:
+def method_names() -> list[str]:
     """Every method, those of other packages among them."""
     return sorted([*METHODS, *plugins.names("aisp_local.controllers", METHODS)])
 
@@ -66,7 +66,7 @@ def builder(method: str) -> Callable[..., Controller]:
     """What makes the method's controller. Raises InputError for an unknown method, and where it cannot be loaded."""
     found: Any = METHODS.get(method) or plugins.load("aisp_local.controllers", method, METHODS)
     if found is None:
-        raise InputError(f"method {method!r} is unknown; use one of {', '.join(names())}")
+        raise InputError(f"method {method!r} is unknown; use one of {', '.join(method_names())}")
     if not callable(found):
         raise InputError(f"the method {method!r} is {type(found).__name__}, which makes no controller; give a class")
     return found  # type: ignore[no-any-return]

@@ -17,7 +17,7 @@ from aisp_local.cli.chat.layout import told_apart, wrapped
 from aisp_local.cli.chat.session import Session
 from aisp_local.cli.chat.settings import words
 from aisp_local.cli.output import dim
-from aisp_local.controllers import METHODS
+from aisp_local.controllers import method_names
 from aisp_local.errors import InputError
 
 Run = Callable[[Session, str], None]
@@ -100,7 +100,7 @@ def _settings(session: Session, argument: str) -> Sequence[str]:
 
 
 def _ways(session: Session, _argument: str) -> Sequence[str]:
-    return [*sorted(METHODS), BASE, *(f"{name}=" for name in words(session.settings.method) if name != "method")]
+    return [*method_names(), BASE, *(f"{name}=" for name in words(session.settings.method) if name != "method")]
 
 
 @_command("help", "this text")

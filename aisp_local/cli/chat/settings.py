@@ -7,9 +7,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from aisp_local.api import DEFAULT_EFFORT, DEFAULT_MAX_TOKENS, DEFAULT_METHOD, DEFAULT_SEED, EFFORT, check_search
-from aisp_local.cli.options import STREAMED, method_options
-from aisp_local.controllers import METHODS, options_of
+from aisp_local.api import (
+    DEFAULT_EFFORT,
+    DEFAULT_MAX_TOKENS,
+    DEFAULT_METHOD,
+    DEFAULT_SEED,
+    EFFORT,
+    STREAMED,
+    check_search,
+)
+from aisp_local.cli.options import method_options
+from aisp_local.controllers import method_names, options_of
 from aisp_local.errors import InputError
 from aisp_local.rewards.section import Section, nearest
 
@@ -140,7 +148,7 @@ def options_in(section: Section, folder: Path) -> dict[str, Any]:
 
 def words(method: str) -> dict[str, list[str]]:
     """The settings that a method has, each with the words that it may be set to where there are few."""
-    choices = {"method": sorted(METHODS), "effort": list(EFFORT), "stream": list(_SWITCH)}
+    choices = {"method": method_names(), "effort": list(EFFORT), "stream": list(_SWITCH)}
     names = (*FIELDS, *sorted(options_of(method)))
     return {_typed(name): [*choices.get(name, ()), _UNSET] for name in names}
 

@@ -30,10 +30,10 @@ def test_brevity() -> None:
 
 
 def test_both_are_found_by_name() -> None:
-    from aisp_local.controllers import names
+    from aisp_local.controllers import method_names
     from aisp_local.rewards import load_reward
 
-    assert "cooling" in names()
+    assert "cooling" in method_names()
     aligner = Aligner(FakeEngine(), load_reward("brevity"))
     result = aligner.generate("a", method="cooling", budget=8, n=4, max_tokens=20, coldest=0.5)
     assert result.method == "cooling" and result.rollouts == 8
