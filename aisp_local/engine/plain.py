@@ -97,6 +97,9 @@ class _Samples:
         self._begun += 1
         return self._jobs[self._begun - 1]
 
+    def ready(self) -> bool:
+        return True
+
     def stepped(self, job: Job, step: int, rows: int, n_tokens: int) -> None:
         pass
 
