@@ -455,7 +455,8 @@ class Aligner:
     async def agenerate(self, prompt: Prompt, **options: Any) -> Result:
         """``generate`` for a coroutine: in a thread of its own, stopped where the task is cancelled.
 
-        Searches wait for each other, or share the rows (``load(together=)``). ``stop`` and ``on_progress`` are called in that thread.
+        Searches wait for each other, or share the rows (``load(together=4)``). ``stop`` and ``on_progress`` are called
+        in that thread.
         """
         async with aclosing(aevents(self._reporting(prompt, options, progress=False))) as reports:
             async for result in reports:
