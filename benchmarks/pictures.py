@@ -20,7 +20,7 @@ from aisp_local.seeds import RowSeeds
 from aisp_local.types import FloatArray, Message
 
 PROMPT: list[Message] = [{"role": "user", "content": "Tell me a story about a fox."}]
-BUDGET, MAX_TOKENS, SEED = 192, 64, 1
+BUDGET, MAX_TOKENS, SEED = 160, 160, 0
 
 LAYERS = [
     ("cli   |   server", "what people and clients type and send"),
@@ -35,38 +35,34 @@ LAYERS = [
 def searched(found: Result, sampled: Result) -> str:
     """Rewards of all rollouts by iteration, and the best so far beside that of best-of-n."""
     rewards = [c.reward for c in found.candidates]
-    top = max(*rewards, *(s.best for s in sampled.iterations))
+    others = [s.best_so_far for s in sampled.iterations]
     axes = svg.Axes(
         "Rewards of one search",
         (0.5, len(found.iterations) + 0.5, "iteration of 32 rollouts"),
-        (min(rewards), top, "reward"),
+        (min(rewards + others) - 1, max(rewards + others), "reward"),
     )
     for one in found.candidates:
         axes.dot(one.iteration + (one.row - 16.5) / 80, one.reward, 2, 0.45)
     axes.curve([(s.iteration, s.best_so_far) for s in found.iterations], 0)
     axes.curve([(s.iteration, s.mean) for s in found.iterations], 1)
-    axes.curve([(s.iteration, s.best_so_far) for s in sampled.iterations], 5)
-    for series, (text, at) in {
-        0: ("best so far", found.iterations[1].best_so_far),
-        1: ("mean", found.iterations[-2].mean),
-        5: ("best so far of best-of-n", sampled.iterations[-2].best_so_far),
-    }.items():
-        x, y = axes.at(2 if series == 0 else len(found.iterations) - 1, at)
-        axes.parts.append(svg.draw_text(x, y - 6, text, anchor="middle"))
+    axes.curve([(s.iteration, s.best_so_far) for s in sampled.iterations], 2)
+    axes.legend(["best so far", "mean", "best so far of best-of-n"])
     return axes.svg()
 
 
 def stepped(engine: LlamaEngine, u: FloatArray) -> tuple[str, str]:
-    """The step of the unaligned answer whose law the control u [d] moves most: its plane, and its likeliest tokens."""
+    """A step of the unaligned answer that the control u [d] changes: its plane, and its likeliest tokens."""
     head = engine.head
     out = engine.rollout(PROMPT, Controls(n=1), max_tokens=40, seeds=RowSeeds(0), want=frozenset({"prelogits"}))
     assert out.prelogits is not None
     z = out.prelogits[0]
     base, moved = head.law(z, 1.0), head.law(z + u, 1.0)
-    step = int(np.argmax((moved * np.log(moved / base)).sum(axis=1)))
+    # Much is moved, and several tokens are likely.
+    step = int(np.argmax(np.abs(moved - base).sum(axis=1) * -(base * np.log(base)).sum(axis=1)))
     before, after = base[step], moved[step]
-    text = engine.text(out.tokens[0][:step]).strip().replace("\n", " ")
-    shown = sorted({*np.argsort(-before)[:7].tolist(), *np.argsort(-after)[:7].tolist()}, key=lambda t: -before[t])
+    text = " ".join(engine.text(out.tokens[0][:step]).split()[-6:])
+    likely = {*np.argsort(-before)[:7].tolist(), *np.argsort(-after)[:7].tolist()}
+    shown = sorted((t for t in likely if max(before[t], after[t]) > 0.01), key=lambda t: -before[t])
     names = {t: f"“{engine.text(np.array([t], np.int32)).strip()}”" for t in shown}
 
     # z, u and z + u lie in one plane, so that a logit is the inner product with what a row of W has in it, exactly.
@@ -80,7 +76,7 @@ def stepped(engine: LlamaEngine, u: FloatArray) -> tuple[str, str]:
     low, high = ends.min(axis=0), ends.max(axis=0)
     room = 0.12 * (high - low)
     axes = svg.Axes(
-        f"One step: … {text[-42:]} …",
+        f"One step: … {text} …",
         (float(low[0] - room[0]), float(high[0] + room[0]), "along the control"),
         (float(low[1] - room[1]), float(high[1] + room[1]), "along the rest of the pre-logit"),
     )
@@ -93,7 +89,7 @@ def stepped(engine: LlamaEngine, u: FloatArray) -> tuple[str, str]:
         x, y = axes.at(float(px), float(py))
         axes.parts.append(svg.draw_text(x + 6, y - 5, names[t], anchor="start"))
 
-    bars = [svg.draw_title(f"The next word: … {text[-42:]} …")]
+    bars = [svg.draw_title(f"The next word: … {text} …")]
     widest = max(float(before[shown].max()), float(after[shown].max()))
     for i, t in enumerate(shown):
         y = 50 + 30 * i
