@@ -45,13 +45,15 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 NOT_RUN = {
     r"reward (export|train)\b": "needs PyTorch and minutes; tests/test_reward_export.py and test_reward_train.py do it",
-    r"bench (?!\w+ --help)": "hours; tests/test_contest.py, test_quality.py and test_experiments.py run small ones",
     r"reward eval .*\.gz": "its pairs are not in the repository; the same on a few pairs is run",
     r"^serve\b": "does not end; the server of these tests is made of the same parts",
     r"-r my-reward\b|reward score polite": "the reward is the export's or the training's above it",
     r"--n-gpu-layers": "needs a GPU",
 }
 """Commands of aisp-local that are only parsed, and why."""
+
+SLOW = [r"reward verify reward_models/story-reward"]
+"""Commands that run with the slow tests; else they are parsed."""
 
 NEEDS = {
     "aisp_local.reward_kit.export": "needs PyTorch and minutes; tests/test_reward_export.py",
@@ -159,8 +161,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("model.gguf", "a-model.gguf"):
         shutil.copy(shipped.model(), folder / name)
     for name in ("my_reward", "reward_folder", "another"):
-        shutil.copytree(shipped.reward(), folder / name)
-    shutil.copytree(ROOT / "reward_models" / "cheer", folder / "changed")
+        shutil.copytree(shipped.talker_reward(), folder / name)  # the smallest
+    shutil.copytree(shipped.talker_reward(), folder / "changed")
     (folder / "changed" / "config.json").write_text("{}")
     (folder / "reward_models").symlink_to(ROOT / "reward_models")
     (folder / "my.toml").write_text(f"format = 1\n\n{story}")
@@ -182,7 +184,10 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with Aligner.load(threads=1) as aligner, serving(aligner, Settings(max_tokens=MAX_TOKENS)) as made:
+    with (
+        Aligner.load(threads=1, reward=shipped.talker_reward()) as aligner,
+        serving(aligner, Settings(max_tokens=MAX_TOKENS)) as made,
+    ):
         yield made
 
 
@@ -193,7 +198,9 @@ def elsewhere(work: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("HOME", str(work / "home"))
     for name in [name for name in os.environ if name.startswith(("AISP_", "XDG_"))]:
         monkeypatch.delenv(name)
-    with patch.dict(METHODS), patch.dict(RULES), warnings.catch_warnings():
+    # One thread: what runs beside the tests shares the cores.
+    alone = patch("aisp_local.engine.llama.available_cores", lambda: 1)
+    with alone, patch.dict(METHODS), patch.dict(RULES), warnings.catch_warnings():
         yield
 
 
@@ -234,13 +241,23 @@ def check_parses(command: Command) -> None:
     at.make_context(context.info_name, list(words), parent=context.parent, resilient_parsing="--help" in words)
 
 
+def is_slow(command: Command) -> bool:
+    return any(re.search(pattern, command.text) for pattern in SLOW)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [command for command in OURS if is_slow(command)], ids=str)
+def test_slow_commands(command: Command) -> None:
+    assert run(command).exit_code == 0
+
+
 @pytest.mark.parametrize("command", OURS, ids=lambda command: f"{command.where} {command.text[:60]}")
 def test_commands_of_ours(command: Command) -> None:
     if "aisp-local: error:" in command.shown and reason(command) is None:
         done = run(command)
         _same(done.stderr, command.shown)
         assert done.exit_code in (1, 2)
-    elif reason(command) is None:
+    elif reason(command) is None and not is_slow(command):
         done = run(command)
         assert done.exit_code == 0, (done.output, done.exception)
         assert done.output
