@@ -113,18 +113,20 @@ def test_a_browser_finds_a_page_and_asks_nobody_else(address: str) -> None:
             browser = playwright.chromium.launch(
                 executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
             )
-            page = browser.new_page()
-            asked: list[str] = []
-            wrong: list[str] = []
-            page.on("request", lambda request: asked.append(request.url))
-            page.on("pageerror", lambda error: wrong.append(str(error)))
-            page.goto(f"{address}/how.html")
-            assert page.locator("article img").count() >= 3
-            page.locator("article img").first.wait_for()
-            broken = "Array.from(document.querySelectorAll('article img')).filter(i => !i.naturalWidth).length"
-            assert page.evaluate(broken) == 0
-            page.fill("input[name=query]", "steering")
-            page.locator(".md-search-result__link").first.wait_for()
-            browser.close()
+            try:
+                page = browser.new_page()
+                page.set_default_timeout(90_000)
+                asked: list[str] = []
+                wrong: list[str] = []
+                page.on("request", lambda request: asked.append(request.url))
+                page.on("pageerror", lambda error: wrong.append(str(error)))
+                page.goto(f"{address}/how.html", wait_until="networkidle")
+                assert page.locator("article img").count() >= 3
+                broken = "Array.from(document.querySelectorAll('article img')).filter(i => !i.naturalWidth).length"
+                assert page.evaluate(broken) == 0
+                page.locator("input[name=query]").press_sequentially("steering")
+                page.locator(".md-search-result__link").first.wait_for(state="attached")
+            finally:
+                browser.close()
     assert wrong == []
     assert [url for url in asked if not url.startswith((address, "data:", "blob:"))] == []
