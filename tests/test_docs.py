@@ -18,7 +18,7 @@ import sys
 import tomllib
 import warnings
 from collections.abc import Iterator
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -34,6 +34,7 @@ from test_server import Server, serving
 from aisp_local import Aligner, api, shipped
 from aisp_local.cli.main import main
 from aisp_local.controllers import METHODS
+from aisp_local.errors import ModelError
 from aisp_local.rewards import load_reward
 from aisp_local.rewards.rules import RULES
 from aisp_local.server import Settings
@@ -75,7 +76,7 @@ BUDGET, MAX_TOKENS = 4, 12
 """What a search of a Python block has at most."""
 
 COMMAND = re.compile(
-    r"(?:\w+=(?:\"[^\"]*\"|\S*) )*(?:\.venv/bin/)?(aisp-local|python3?|make|pip|curl|tar|pytest|head)\b(?!:)"
+    r"(?:\w+=(?:\"[^\"]*\"|\S*) )*(?:\.venv/bin/)?(aisp-local|python3?|make|pip|curl|cat|tar|pytest|head)\b(?!:)"
 )
 FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 
@@ -95,8 +96,8 @@ class Command:
 
     @property
     def words(self) -> list[str]:
-        """Without variables set before it."""
-        words = shlex.split(self.text, comments=True)
+        """Without variables set before it, and without what is piped into a command of ours."""
+        words = shlex.split(re.sub(r"^.*\| (?=aisp-local)", "", self.text), comments=True)
         while re.fullmatch(r"\w+=.*", words[0], re.DOTALL):
             words.pop(0)
         return [words[0].removeprefix(".venv/bin/"), *words[1:]]
@@ -121,7 +122,7 @@ def commands(block: Block) -> Iterator[Command]:
         line = lines.pop(0)
         if prompted and not line.startswith("$ "):
             continue
-        line = line.removeprefix("$ ")
+        line = line.removeprefix("$ ").strip()
         if not prompted and not COMMAND.match(line):
             continue
         while _open(line) and lines:
@@ -149,6 +150,8 @@ PYTHON = [page for page in PAGES if any(block.language == "python" for block in 
 
 def reason(command: Command) -> str | None:
     """Why a command is not run."""
+    if command.where.startswith("cli.md"):
+        return "the examples of every help; most stand elsewhere too"
     text = command.text.removeprefix(".venv/bin/").removeprefix("aisp-local").strip()
     return next((why for pattern, why in NOT_RUN.items() if re.search(pattern, text)), None)
 
@@ -210,11 +213,11 @@ def elsewhere(work: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def run(command: Command) -> click.testing.Result:
     """As a shell would: with < and >, behind a pipe, and with what a transcript shows as typed."""
-    before, _, text = command.text.rpartition("| ") if "| aisp-local" in command.text else ("", "", command.text)
-    words = Command(command.where, text, "").words[1:]
+    before = command.text.partition("| aisp-local")[0] if "| aisp-local" in command.text else ""
+    words = command.words[1:]
     given: bytes | str = "".join(line[2:] + "\n" for line in command.shown.splitlines() if line.startswith("> "))
     if before:
-        given = subprocess.run(["sh", "-c", before.rstrip().removesuffix("|")], capture_output=True, check=True).stdout
+        given = subprocess.run(["sh", "-c", before], capture_output=True, check=True).stdout
     if "<" in words:
         at = words.index("<")
         given = Path(words[at + 1]).read_bytes()
@@ -234,15 +237,16 @@ def run(command: Command) -> click.testing.Result:
 
 def check_parses(command: Command) -> None:
     """The command exists, and so do its options, with values that they take."""
-    words = [word for word in command.words[1:] if word not in ("|",)]
-    words = words[: next((i for i, word in enumerate(words) if word in ("<", ">", "&")), len(words))]
+    words = command.words[1:]
+    words = words[: next((i for i, word in enumerate(words) if word in ("<", ">", ">>", "&", "|")), len(words))]
     at: Any = main
     context = click.Context(main, info_name="aisp-local")
-    while isinstance(at, click.Group):
+    while isinstance(at, click.Group) and not (at.invoke_without_command and not words):
         name, at, words = at.resolve_command(context, words)
         assert at is not None
         context = click.Context(at, parent=context, info_name=name)
-    at.make_context(context.info_name, list(words), parent=context.parent, resilient_parsing="--help" in words)
+    with suppress(ModelError):  # a name of a model that is not on this machine
+        at.make_context(context.info_name, list(words), parent=context.parent, resilient_parsing="--help" in words)
 
 
 def is_slow(command: Command) -> bool:
