@@ -20,7 +20,7 @@ from aisp_local.seeds import RowSeeds
 from aisp_local.types import FloatArray, Message
 
 PROMPT: list[Message] = [{"role": "user", "content": "Tell me a story about a fox."}]
-BUDGET, MAX_TOKENS, SEED = 160, 160, 0
+BUDGET, ROWS, MAX_TOKENS, SEED = 96, 16, 96, 0
 
 LAYERS = [
     ("cli   |   server", "what people and clients type and send"),
@@ -38,11 +38,11 @@ def searched(found: Result, sampled: Result) -> str:
     others = [s.best_so_far for s in sampled.iterations]
     axes = svg.Axes(
         "Rewards of one search",
-        (0.5, len(found.iterations) + 0.5, "iteration of 32 rollouts"),
+        (0.5, len(found.iterations) + 0.5, f"iteration of {ROWS} rollouts"),
         (min(rewards + others) - 1, max(rewards + others), "reward"),
     )
     for one in found.candidates:
-        axes.dot(one.iteration + (one.row - 16.5) / 80, one.reward, 2, 0.45)
+        axes.dot(one.iteration + (one.row - (ROWS + 1) / 2) / (2.5 * ROWS), one.reward, 2, 0.45)
     axes.curve([(s.iteration, s.best_so_far) for s in found.iterations], 0)
     axes.curve([(s.iteration, s.mean) for s in found.iterations], 1)
     axes.curve([(s.iteration, s.best_so_far) for s in sampled.iterations], 2)
@@ -125,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int)
     asked = parser.parse_args(arguments)
     with Aligner.load(threads=asked.threads) as aligner:
-        common = {"budget": BUDGET, "max_tokens": MAX_TOKENS, "seed": SEED}
+        common = {"budget": BUDGET, "n": ROWS, "max_tokens": MAX_TOKENS, "seed": SEED}
         found = aligner.generate(PROMPT, **common)
         sampled = aligner.generate(PROMPT, method="best-of-n", **common)
         assert found.control is not None and isinstance(aligner.engine, LlamaEngine)
