@@ -126,7 +126,7 @@ def commands(block: Block) -> Iterator[Command]:
         if not prompted and not COMMAND.match(line):
             continue
         while _open(line) and lines:
-            line += "\n" + lines.pop(0)
+            line = (line.removesuffix("\\") if line.endswith("\\") else line + "\n") + lines.pop(0)
         shown = []
         while prompted and lines and not lines[0].startswith("$ "):
             shown.append(lines.pop(0))
