@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: chat test test-all lint bench wheel clean
+.PHONY: chat test test-all lint bench docs wheel clean
 
 chat: $(VENV)/.installed
 	$(BIN)/aisp-local chat
@@ -19,6 +19,11 @@ test-all: $(VENV)/.test-all lint
 
 bench: $(VENV)/.installed
 	$(BIN)/aisp-local bench speed --report benchmarks/RESULTS.md
+
+# The site in site/. It needs nothing but the group "docs": the reference is read from the source.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo 'site/index.html is written; with search: $(BIN)/python -m http.server -b 127.0.0.1 -d site'
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -49,11 +54,18 @@ $(VENV)/.installed: $(VENV)/.binding $(SOURCES)
 	touch $@
 
 $(VENV)/.test: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check '.[test,docs]'
+	touch $@
+
+$(VENV)/.docs: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'], \
+		sep='\n')" > $@.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $@.txt
 	touch $@
 
 $(VENV)/.test-all: $(VENV)/.test
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' '.[test,export]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' '.[test,docs,export,clients]'
 	touch $@
 
 # For other machines: any x86-64 processor with AVX2 (or the architecture's base), with a manylinux tag.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -116,3 +117,8 @@ def test_a_broken_package_leaves_the_others_alone(template: Path, monkeypatch: p
     assert controllers.options_of("cooling") == {"hottest", "coldest"}
     assert load_reward("brevity").name == "brevity"
     assert plugins.load("aisp_local.rewards", "nowhere", ()) is None
+
+
+def test_the_documentation_shows_its_entry_points() -> None:
+    (block,) = re.findall(r"```toml\n(.*?)```", (TEMPLATE.parents[1] / "docs" / "python.md").read_text(), re.S)
+    assert block in (TEMPLATE / "pyproject.toml").read_text()

@@ -89,9 +89,7 @@ class AlignedLlama:
     ``strength``, ``method``, ``n``, ``time_limit``, ...) can be given here, for all answers, or with each. ``budget=1``
     is the model alone, sampled as llama.cpp does it: no reward is asked, and tokens are streamed one by one.
 
-    >>> from aisp_local import AlignedLlama as Llama
-    >>> llm = Llama("model.gguf", reward="my_reward", effort="medium")
-    >>> llm.create_chat_completion([{"role": "user", "content": "Tell me a story."}])["choices"][0]["message"]
+    Change the import alone: ``from aisp_local import AlignedLlama as Llama``.
 
     What cannot be honoured is refused (InputError, a ValueError); what changes the speed only is named in a warning.
     The low-level interface (``eval``, ``sample``, ``generate``, ``embed``, states, caches) is llama_cpp.Llama's alone.
