@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +23,15 @@ Ints = Sequence[int] | npt.NDArray[np.integer[Any]]
 _EVAL = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_bool, ctypes.c_void_p)
 _FLOATS = ctypes.POINTER(ctypes.c_float)
 _QUIET = C.llama_log_callback(lambda *_: None)
-C.llama_log_set(_QUIET, ctypes.c_void_p(0))
+
+
+def _hush() -> None:
+    """No log, but for what aisp_local keeps of it if it is there."""
+    binding = sys.modules.get("aisp_local.native.binding")
+    C.llama_log_set(getattr(binding, "_log_callback", None) or _QUIET, ctypes.c_void_p(0))
+
+
+_hush()
 C.llama_backend_init()
 
 GPU_LAYERS = int(os.environ.get("AISP_TEST_GPU_LAYERS", "0"))
@@ -38,7 +47,7 @@ def logged() -> Iterator[list[str]]:
     try:
         yield lines
     finally:
-        C.llama_log_set(_QUIET, ctypes.c_void_p(0))
+        _hush()
 
 
 class Raw:

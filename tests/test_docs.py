@@ -184,7 +184,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "long.txt").write_text("word " * 3000)
     (folder / "notes.txt").write_text("These are notes.\n")
     (folder / "broken.gguf").write_bytes(shipped.model().read_bytes()[:100_000])
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    for name in ("pairs.jsonl", "mine.jsonl"):
+        (folder / name).write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     (folder / "half.jsonl").write_text('{"prompt": "Hello", "chosen": "Hello!"}\n')
     with gzip.open(folder / "pairs.jsonl.gz", "wt") as packed:
         packed.write((folder / "pairs.jsonl").read_text())

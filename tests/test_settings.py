@@ -16,6 +16,7 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
+import aisp_local
 from aisp_local import shipped
 from aisp_local.cli import config as config_command
 from aisp_local.cli import settings, version
@@ -252,7 +253,8 @@ def test_version_says_what_decides_the_numbers() -> None:
     assert f"shipped model: storyteller.gguf {digest(shipped.model())}" in rest
     assert f"shipped reward: story-reward {digest(shipped.reward() / 'reward.json')}" in rest
     series = Path(__file__).parents[1] / "patches" / "series"
-    assert f"patch series of this checkout: {len(list(series.glob('*.patch')))} patches" in said
+    of_checkout = f"patch series of this checkout: {len(list(series.glob('*.patch')))} patches"
+    assert (of_checkout in said) == series.is_relative_to(Path(aisp_local.__file__).resolve().parents[1])
     assert lines() == [first, *rest]
 
 

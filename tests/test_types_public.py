@@ -78,8 +78,8 @@ def check(folder: Path, program: str) -> subprocess.CompletedProcess[str]:
     package = Path(aisp_local.__file__).parent
     (folder / "mypy.ini").write_text(
         # Only the consumer's own errors count, as they would beside an installed package.
-        f"[mypy]\nstrict = true\npython_version = 3.11\nmypy_path = {package.parent}\nfollow_imports = silent\n"
-        "explicit_package_bases = true\n"
+        "[mypy]\nstrict = true\npython_version = 3.11\nfollow_imports = silent\nexplicit_package_bases = true\n"
+        + ("" if package.parent.name == "site-packages" else f"mypy_path = {package.parent}\n")
     )
     command = [sys.executable, "-m", "mypy", "--config-file", "mypy.ini", "--cache-dir", "cache", "consumer.py"]
     return subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=folder, check=False)
