@@ -59,7 +59,7 @@ PUBLISHED = {"sigma": 0.5**0.5, "lambda_": 0.3, "alpha": 0.999}
 ENTRIES = (
     Entry("score", "score", n=32),
     Entry("score, strength 0.2", "score", n=32, settings={"strength": 0.2}),
-    Entry("score, temperature 1", "score", n=32, settings={"temperature": 1.0}),
+    Entry("score, temperature 0.7", "score", n=32, settings={"temperature": 0.7}),
     Entry("score, block by block", "score", n=32, settings={"commit": 1}),
     Entry("score, nothing selected", "score", n=32, settings={"selection": 0.0}),
     Entry("smc", "smc", n=32, grid=_grid(ess=(0.1, 0.15, 0.25, 0.4, 0.6))),

@@ -78,7 +78,7 @@ class Score:
         commit: bool = False,
         blocks: int = BLOCKS,
         step: float = 8.0,
-        temperature: float = 0.7,
+        temperature: float = 1.0,
         min_p: float = 0.02,
     ) -> None:
         if not 0.0 <= strength <= 1.0:
