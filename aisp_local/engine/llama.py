@@ -271,8 +271,8 @@ class LlamaEngine:
         many rows do not fit, InputError and DecodeError.
         """
         samples: list[list[Sample]] = [[] for _ in prompts]
-        sampling, held = Sampling(temperature, top_k, top_p, min_p), None if grammar is None else Grammar.of(grammar)
-        request = plain.Request(n, max_tokens, sampling, seed, _several(stop_strings), held, logprobs, at_once)
+        sampling = Sampling(temperature, top_k, top_p, min_p)
+        request = plain.Request.of(n, max_tokens, sampling, seed, stop_strings, grammar, logprobs, at_once)
         plain.run(self, prompts, request, samples.__setitem__, lambda: False)
         return samples
 
@@ -296,8 +296,8 @@ class LlamaEngine:
 
         It decodes in a thread of its own, from the first ``next`` on, until it is done or the iterator is closed.
         """
-        sampling, held = Sampling(temperature, top_k, top_p, min_p), None if grammar is None else Grammar.of(grammar)
-        request = plain.Request(n, max_tokens, sampling, seed, _several(stop_strings), held, logprobs, at_once)
+        sampling = Sampling(temperature, top_k, top_p, min_p)
+        request = plain.Request.of(n, max_tokens, sampling, seed, stop_strings, grammar, logprobs, at_once)
         return events(lambda put, closed: plain.run(self, prompts, request, lambda *done: put(done), closed))
 
     def run(
@@ -509,7 +509,3 @@ class LlamaEngine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _several(stop_strings: Sequence[str]) -> Sequence[str]:
-    return (stop_strings,) if isinstance(stop_strings, str) else stop_strings

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +45,23 @@ class Request:
     grammar: Grammar | None
     logprobs: bool
     at_once: int | None
+
+    @classmethod
+    def of(
+        cls,
+        n: int,
+        max_tokens: int,
+        sampling: Sampling,
+        seed: int,
+        stop_strings: Sequence[str],
+        grammar: Grammar | str | Mapping[str, Any] | None,
+        logprobs: bool,
+        at_once: int | None,
+    ) -> Request:
+        """With one stop string or several, and a grammar in any form."""
+        stops = (stop_strings,) if isinstance(stop_strings, str) else stop_strings
+        held = None if grammar is None else Grammar.of(grammar)
+        return cls(n, max_tokens, sampling, seed, stops, held, logprobs, at_once)
 
 
 def run(

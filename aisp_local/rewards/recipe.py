@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,11 +14,10 @@ from aisp_local.rewards.base import Reward
 from aisp_local.rewards.composite import COMBINE, ROLLOUTS, Combine, Composite, Part
 from aisp_local.rewards.onnx import OnnxReward
 from aisp_local.rewards.rules import RULES
-from aisp_local.rewards.section import Section, nearest
+from aisp_local.rewards.section import Section, nearest, read_toml
 from aisp_local.rewards.server import ServerReward
 
 _DOCS = "docs/reward-rules.md"
-_MAX_BYTES = 1 << 20
 _TOP = ("format", "name", "description", "combine", "k", "judge", "rollouts", "part")
 _KINDS = ("reward", "rule", "server")
 _PART = ("name", "weight", "normalise", "mean", "std")
@@ -33,7 +31,9 @@ def load_recipe(source: str | os.PathLike[str], *, judge: bool = True) -> Compos
     Raises RewardError, whose sentence names the file, the part and the key.
     """
     path = Path(source)
-    top = Section(_read(path), str(path), _DOCS)
+    missing = f"reward file {path} does not exist; check the path given with -r"
+    read = read_toml(path, thing="a description of a reward", missing=missing, docs=_DOCS)
+    top = Section(read, str(path), _DOCS)
     if top.get("format", int) != 1:
         raise RewardError(f"{path}: format {top.data['format']!r} is not known; this version reads format 1")
     top.only(*_TOP)
@@ -52,19 +52,6 @@ def load_recipe(source: str | os.PathLike[str], *, judge: bool = True) -> Compos
         str(path),
         lambda: Composite(parts, combine=combine, k=k, name=name, judge=judging, rollouts=rollouts),
     )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise RewardError(f"{path} is larger than 1 MiB; it is not a description of a reward")
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise RewardError(f"reward file {path} does not exist; check the path given with -r") from error
-    except OSError as error:
-        raise RewardError(f"{path} cannot be read ({error.strerror}); give a TOML file") from error
-    except (ValueError, RecursionError) as error:
-        raise RewardError(f"{path} is not valid TOML ({error}); repair it (see {_DOCS})") from error
 
 
 def _part(row: Section, folder: Path) -> Part:

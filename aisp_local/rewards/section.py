@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import tomllib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
-from aisp_local.errors import RewardError
+from aisp_local.errors import InputError, RewardError
+
+_MAX_BYTES = 1 << 20
 
 
 class Section:
@@ -50,3 +54,19 @@ def nearest(name: str, known: Sequence[str], all_of_them: str) -> str:
     """Advice for an unknown name: the nearest known one, else all of them."""
     near = difflib.get_close_matches(name, known, 1)
     return f"did you mean {near[0]!r}?" if near else f"{all_of_them} are {', '.join(known)}"
+
+
+def read_toml(
+    path: Path, *, thing: str, missing: str, docs: str, error: type[InputError] = RewardError
+) -> dict[str, Any]:
+    """A TOML file of at most 1 MiB. Raises ``error``, with ``missing`` where there is none."""
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise error(f"{path} is larger than 1 MiB; it is not {thing}")
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as cause:
+        raise error(missing) from cause
+    except OSError as cause:
+        raise error(f"{path} cannot be read ({cause.strerror}); give a TOML file") from cause
+    except (ValueError, RecursionError) as cause:
+        raise error(f"{path} is not valid TOML ({cause}); repair it (see {docs})") from cause

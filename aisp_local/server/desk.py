@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from aisp_local.api import DEFAULT_MAX_TOKENS, DEFAULT_TOGETHER, Aligner
+from aisp_local.api import DEFAULT_MAX_TOKENS, DEFAULT_TOGETHER, STREAMED, Aligner
 from aisp_local.errors import CapacityError, InputError
 from aisp_local.server.request import ApiError, Ask
 from aisp_local.types import Candidate, Progress, Result
@@ -152,7 +152,7 @@ class Desk:
             )
         options = dict(ask.options)
         if ask.settles:
-            options["commit"] = True
+            options |= STREAMED[ask.method]
         sent, told = 0, time.monotonic()
 
         def progress(now: Progress) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from aisp_local.api import DEFAULT_EFFORT, DEFAULT_METHOD, DEFAULT_SEED, EFFORT, check_search
+from aisp_local.api import DEFAULT_EFFORT, DEFAULT_METHOD, DEFAULT_SEED, EFFORT, STREAMED, check_search
 from aisp_local.controllers import options_of
 from aisp_local.errors import InputError
 from aisp_local.grammar import Grammar
@@ -85,7 +85,7 @@ class Ask:
     def settles(self) -> bool:
         """Whether the answer is chosen block by block, so that it can be streamed while it is aligned."""
         whole = self.logprobs is not None  # they are computed when the answer is there
-        return self.stream and self.settle and self.method == "score" and self.n == 1 and not whole
+        return self.stream and self.settle and self.method in STREAMED and self.n == 1 and not whole
 
 
 def parse(data: bytes, *, chat: bool, limit: int) -> Ask:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Any
 
 from aisp_local import folders, shipped
 from aisp_local.cli.chat.settings import KEYS, options_in
 from aisp_local.errors import InputError
-from aisp_local.rewards.section import Section, nearest
+from aisp_local.rewards.section import Section, nearest, read_toml
 
 _DOCS = "docs/chat.md"
-_MAX_BYTES = 1 << 20
 
 
 def personas() -> dict[str, Path]:
@@ -31,22 +29,11 @@ def load_persona(source: str) -> dict[str, Any]:
                 f"there is no persona {source!r}; {nearest(source, sorted(known), 'they')}, or give a file"
             )
         path = known[source]
-    top = Section(_read(path), str(path), _DOCS)
+    missing = f"persona {path} does not exist; check the path"
+    read = read_toml(path, thing="a persona", missing=missing, docs=_DOCS, error=InputError)
+    top = Section(read, str(path), _DOCS)
     if top.get("format", int) != 1:
         raise InputError(f"{path}: format {top.data['format']!r} is not known; this version reads format 1")
     top.only("format", "description", *KEYS)
     top.get("description", str, "")
     return options_in(top, path.parent)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise InputError(f"{path} is larger than 1 MiB; it is not a persona")
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"persona {path} does not exist; check the path") from error
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); give a TOML file") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid TOML ({error}); repair it (see {_DOCS})") from error
