@@ -22,7 +22,8 @@ pytestmark = pytest.mark.native
 def test_every_item_on_the_shipped_model(tmp_path: Path) -> None:
     report = tmp_path / "RESULTS.md"
     report.write_text("# Results\n\nBy hand.\n", encoding="utf-8")
-    items = [part for item in speed.ITEMS if item != "growth" for part in ("--only", item)]
+    first, *others = (item for item in speed.ITEMS if item != "growth")
+    items = ["--only", first, "--only", ",".join(others)]
     done = CliRunner().invoke(main, ["bench", "speed", "--quick", *items, "--report", str(report)])
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout.strip().splitlines()[-1])

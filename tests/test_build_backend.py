@@ -152,6 +152,8 @@ def test_what_determines_a_wheel_is_in_its_key(name: str, value: str, monkeypatc
     assert before == key()
     monkeypatch.setenv(name, value)
     assert key() != before
+    monkeypatch.setenv(name, "")
+    assert key() == before
 
 
 def tool(path: Path, says: str) -> None:

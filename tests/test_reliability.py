@@ -22,8 +22,8 @@ import synthetic
 from aisp_local import Aligner
 from aisp_local.engine import Job, LlamaEngine
 from aisp_local.errors import CapacityError, DecodeError, InputError
+from aisp_local.interrupts import InterruptsBetween, Uninterrupted
 from aisp_local.native import Context
-from aisp_local.native.binding import Uninterrupted
 from aisp_local.native.graph import GraphControl
 from aisp_local.rewards import Reward
 from aisp_local.seeds import RowSeeds
@@ -220,6 +220,45 @@ def test_an_interrupt_waits_for_the_end_of_a_call() -> None:
         pool.submit(Uninterrupted().__enter__).result()
     assert done == ["raises at the end", "with a handler of the user's", "handled", "ignored"]
     assert signal.getsignal(signal.SIGINT) is previous
+
+
+def test_between_calls_an_interrupt_comes_through() -> None:
+    done: list[str] = []
+
+    def interrupt() -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    def handler(*_: object) -> None:
+        done.append("handled")
+
+    previous = signal.signal(signal.SIGINT, handler)
+    try:
+        with InterruptsBetween(), InterruptsBetween():
+            with Uninterrupted():
+                interrupt()
+                with Uninterrupted():
+                    interrupt()
+                done.append("a call's end")
+            interrupt()
+            done.append("between")
+        assert done == ["a call's end", *["handled"] * 3, "between"]
+        assert signal.getsignal(signal.SIGINT) is handler
+        with InterruptsBetween():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # what was set meanwhile stays
+        with InterruptsBetween(), Uninterrupted():
+            interrupt()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with pytest.raises(KeyboardInterrupt), InterruptsBetween(), Uninterrupted():
+            interrupt()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        with InterruptsBetween(), ThreadPoolExecutor(1) as pool:
+            pool.submit(Uninterrupted().__enter__).result()
+            with pytest.raises(KeyboardInterrupt):
+                interrupt()
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def program(text: str, models: dict[str, Path]) -> subprocess.Popen[str]:

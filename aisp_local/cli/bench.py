@@ -28,7 +28,9 @@ def bench() -> None:
 
 @bench.command()
 @click.option("-m", "--model", type=MODEL, multiple=True, help="A GGUF model as well.")
-@click.option("--only", multiple=True, help="raw, methods, many, peers, growth or memory. Default: all.")
+@click.option(
+    "--only", multiple=True, help="raw, methods, many, peers, growth or memory; several with commas. Default: all."
+)
 @click.option(
     "--repeats", type=click.IntRange(1), help="Pairs a ratio is the median of. Default: 5, and 1 with --quick."
 )
@@ -45,7 +47,7 @@ def speed(
     \b
     Examples:
       aisp-local bench speed
-      aisp-local bench speed --only raw -m model.gguf
+      aisp-local bench speed --only raw,methods -m model.gguf
     """
     from aisp_local import shipped
     from aisp_local.bench import speed as measure
@@ -54,7 +56,8 @@ def speed(
     from aisp_local.files import check_output
     from aisp_local.native import check_model_file
 
-    unknown = sorted(set(only) - set(measure.ITEMS))
+    items = [item for part in only for item in part.split(",")]
+    unknown = sorted(set(items) - set(measure.ITEMS))
     if unknown:
         raise InputError(f"--only {unknown[0]} is unknown; use {', '.join(measure.ITEMS)}")
     for path in model:
@@ -68,7 +71,7 @@ def speed(
         said.append(text)
         click.echo(text)
 
-    result = measure.run(models, only or measure.ITEMS, repeats or (1 if quick else 5), quick, say)
+    result = measure.run(models, items or measure.ITEMS, repeats or (1 if quick else 5), quick, say)
     if report is not None:
         measure.write_report(report, "\n".join(said))
     click.echo(measure.as_json(result))

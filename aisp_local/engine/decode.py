@@ -18,6 +18,7 @@ from aisp_local.engine.constraint import Constraint, constrained_law
 from aisp_local.engine.head import OutputHead
 from aisp_local.engine.sampling import log_law, log_softmax, picker, sparse_law
 from aisp_local.errors import DecodeError
+from aisp_local.interrupts import InterruptsBetween
 from aisp_local.native import Context, Matcher, Model
 from aisp_local.timeline import Timeline
 from aisp_local.types import FinishReason, FloatArray, Laws, Prompt, Rollouts, Sampling, Step, Want
@@ -109,7 +110,12 @@ class _Column:
     """The rows of a step, the same until one begins or ends."""
 
     rows: Ints  # [k]
+    index: Ints  # 0 to k - 1
     sequences: Ints
+    origins: Ints  # position less step
+    limits: Ints
+    forced: bool  # some of the tokens of some row
+    nothing: npt.NDArray[np.bool_]  # false, k times
     owners: list[_Open]
     want: frozenset[Want]
     needs_head: bool
@@ -145,7 +151,7 @@ class Decoder:
         self._index = np.zeros(0, np.int64)  # of the rollout in its job
         self._step = np.zeros(0, np.int64)
         self._limit = np.zeros(0, np.int64)
-        self._position = np.zeros(0, np.int64)
+        self._origin = np.zeros(0, np.int64)  # position less step
         self._current = np.zeros(0, np.int32)
         self._tokens = np.zeros((0, 0), np.int32)
         self._uniforms = np.zeros((0, 0))
@@ -159,8 +165,9 @@ class Decoder:
     def run(self, lane: Lane) -> None:
         """Decode the lane's jobs until its feed has no more, or stops. Raises its error."""
         self._enter(lane)
-        while self._lanes:
-            self._advance()
+        with InterruptsBetween():
+            while self._lanes:
+                self._advance()
         if lane.error is not None:
             raise lane.error
 
@@ -215,7 +222,7 @@ class Decoder:
         size = rows, max(self._tokens.shape[1], lane.max_tokens)
         if size == self._tokens.shape:
             return
-        for name in ("_index", "_step", "_limit", "_position", "_current", "_controlled", "_forced", "_kl"):
+        for name in ("_index", "_step", "_limit", "_origin", "_current", "_controlled", "_forced", "_kl"):
             setattr(self, name, _grown(getattr(self, name), (rows,)))
         for name in ("_tokens", "_uniforms", "_logprobs"):
             setattr(self, name, _grown(getattr(self, name), size))
@@ -247,7 +254,12 @@ class Decoder:
             samplings.setdefault(job.job.controls.sampling, []).append(mine)
         return _Column(
             rows,
+            np.arange(len(rows)),
             self._first + rows,
+            self._origin[rows],
+            self._limit[rows],
+            bool(self._forced[rows].any()),
+            np.zeros(len(rows), np.bool_),
             owners,
             want,
             bool(want & {"kl", "logprobs"}) and bool(self._controlled[rows].any()),
@@ -348,7 +360,7 @@ class Decoder:
         self._column = None
         self._index[row] = index
         self._step[row], self._limit[row] = 0, owner.limit
-        self._position[row], self._current[row] = start.position, start.token
+        self._origin[row], self._current[row] = start.position, start.token
         self._bytes[row] = bytearray()
         self._kl[row] = 0.0
         if not job.controls.sampling.greedy:
@@ -399,7 +411,7 @@ class Decoder:
             self._forced[row] = size
         elif size:
             read.append((self._first + row, np.array([start.token, *prefix[:-1]], np.int32), start.position))
-            self._step[row], self._position[row], self._current[row] = size, start.position + size, prefix[-1]
+            self._step[row], self._current[row] = size, prefix[-1]
             if row in self._constraints:
                 self._constraints[row].follow(prefix)
             if owner.stops:
@@ -408,29 +420,29 @@ class Decoder:
     def _decode(self, column: _Column) -> None:
         context, rows, owners, want = self._context, column.rows, column.owners, column.want
         context.want_prelogits(column.needs_head or column.needs_prelogits or "prelogits" in want)
+        step = self._step[rows]
         with self._timeline.span("decode"):
-            context.decode(self._current[rows], self._position[rows], column.sequences, outputs=True)
+            context.decode(self._current[rows], column.origins + step, column.sequences, outputs=True)
             logits = context.logits()
         with self._timeline.span("sample"):
-            step = self._step[rows]
             base = logits
             if column.processed:
                 logits = self._process(base, column)
             current = self._sample(logits, column, self._uniforms[rows, step])
-            lawful = np.isfinite(logits[np.arange(len(rows)), current])
-            for i in np.flatnonzero(~lawful).tolist():
-                owners[i].lane.error = DecodeError(
-                    f"the model gave logits that are not finite at step {int(step[i]) + 1}; "
-                    "the file may be damaged, or the control far too strong"
-                )
+            lawful = np.isfinite(logits[column.index, current])
             if not lawful.all():
+                for i in np.flatnonzero(~lawful).tolist():
+                    owners[i].lane.error = DecodeError(
+                        f"the model gave logits that are not finite at step {int(step[i]) + 1}; "
+                        "the file may be damaged, or the control far too strong"
+                    )
                 if all(owner.lane.error is not None for owner in owners):
                     return
                 base, logits = np.where(lawful[:, None], base, 0.0), np.where(lawful[:, None], logits, 0.0)
-            given = step < self._forced[rows]
-            if given.any():
+            given = stuck = column.nothing  # stuck: nothing is allowed
+            if column.forced:
+                given = step < self._forced[rows]
                 current = np.where(given, self._tokens[rows, step], current)
-            stuck = np.zeros(len(rows), np.bool_)  # nothing is allowed
             if column.constrained:
                 current, stuck = self._constrain(column, logits, current, given)
             if want:
@@ -440,22 +452,25 @@ class Decoder:
                     self._constraints[int(rows[i])].accept(int(current[i]))
             self._tokens[rows, step] = current
             self._current[rows] = current
-            self._step[rows] = step + ~stuck
-            self._position[rows] += 1
-            over = self._model.eog[current] & ~stuck
-            stopped = over.copy()
+            after = step + 1
+            self._step[rows] = after - stuck if column.constrained else after
+            over = self._model.eog[current]
+            if column.constrained:
+                over &= ~stuck
+            stopped = over.copy() if column.stopping else over
             for i in column.stopping:
                 stopped[i] |= self._found_stop(owners[i].stops, int(rows[i]), int(current[i]))
-        ended = stopped | stuck | (step + 1 >= self._limit[rows])
+        ended = stopped | stuck | (after >= column.limits)
+        ending = np.flatnonzero(ended).tolist()
         # The job that steps is told of it before it is told that it ended.
         for owner, mine in column.jobs:
             if owner.lane.error is not None:
                 continue
             owner.steps += 1
             owner.n_tokens += len(mine)
-            left = len(mine) - int(np.count_nonzero(ended[mine]))
+            left = len(mine) - int(np.count_nonzero(ended[mine])) if ending else len(mine)
             owner.lane.feed.stepped(owner.job, owner.steps, left, owner.n_tokens)
-        for i in np.flatnonzero(ended).tolist():
+        for i in ending:
             if owners[i].lane.error is not None:
                 continue
             row = int(rows[i])

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import re
-import signal
 import sys
 import threading
 import warnings
 from collections import deque
 from pathlib import Path
-from types import FrameType, ModuleType
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -66,37 +65,6 @@ def first_log() -> str:
 
 def clear_log() -> None:
     _log.lines.clear()
-
-
-class Uninterrupted:
-    """Within the block Ctrl-C waits for its end.
-
-    llama.cpp calls back into Python (its log, controls by callback), and there Python would print the interrupt and
-    forget it; and one that struck before the result of a call is assigned would leak it.
-    """
-
-    def __init__(self) -> None:
-        self._previous: Any = None
-        self._noted: list[tuple[int, FrameType | None]] = []
-
-    def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():  # no other one is interrupted
-            self._previous = signal.getsignal(signal.SIGINT)
-            if self._previous is not None:
-                signal.signal(signal.SIGINT, self._note)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self._noted.append((number, frame))
-
-    def __exit__(self, *_: object) -> None:
-        if self._previous is None:
-            return
-        signal.signal(signal.SIGINT, self._previous)
-        for number, frame in self._noted:
-            if callable(self._previous):
-                self._previous(number, frame)
-            else:
-                signal.raise_signal(number)
 
 
 def is_patched(llama: ModuleType) -> bool:

@@ -9,10 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from aisp_local.errors import BindingError, DecodeError, InputError
+from aisp_local.interrupts import Uninterrupted
 from aisp_local.native import lora
-from aisp_local.native.binding import INSTALL, Uninterrupted, binding, clear_log, is_patched, last_log
+from aisp_local.native.binding import INSTALL, binding, clear_log, is_patched, last_log
 from aisp_local.native.callback import CallbackControl, Project
-from aisp_local.native.control import Control, ControlKind
+from aisp_local.native.control import Control, ControlKind, Ints
 from aisp_local.native.graph import GraphControl
 from aisp_local.native.model import Model
 from aisp_local.types import FloatArray
@@ -99,6 +100,7 @@ class Context:
         self._logits = np.zeros(n, np.int8)
         self._seq_table = np.arange(self.n_seq_max, dtype=np.int32)
         self._seq_pointers = np.zeros(n, np.uintp)
+        self._placed: Ints | None = None  # the sequences of the last batch, if its tokens had outputs
         self._logits_place, self._logits_view = (0, 0), np.zeros((0, 0), np.float32)
         self._batch = self._llama.llama_batch(
             n_tokens=0,
@@ -116,25 +118,20 @@ class Context:
             raise InputError("the context is closed")
         return self._ctx
 
-    def decode(
-        self,
-        tokens: npt.ArrayLike,
-        positions: npt.ArrayLike,
-        sequences: npt.ArrayLike,
-        *,
-        outputs: bool,
-    ) -> None:
+    def decode(self, tokens: npt.ArrayLike, positions: Ints, sequences: Ints, *, outputs: bool) -> None:
         """Decode one batch: token i of sequence ``sequences[i]`` at ``positions[i]``.
 
-        With ``outputs`` every token is an output row, in the order of the batch; else none is.
+        With ``outputs`` every token is an output row, in the order of the batch; else none is. The same array of
+        ``sequences`` again means the same sequences.
         """
-        sequences, positions = np.atleast_1d(sequences), np.atleast_1d(positions)
         n = len(sequences)
+        if sequences is not self._placed or not outputs:
+            self._seq_pointers[:n] = self._seq_table.ctypes.data + 4 * sequences.astype(np.uintp)
+            self._logits[:n] = outputs
+            self._batch.n_tokens = n
+            self._placed = sequences if outputs else None
         self._token[:n] = tokens
         self._pos[:n] = positions
-        self._seq_pointers[:n] = self._seq_table.ctypes.data + 4 * sequences.astype(np.uintp)
-        self._logits[:n] = outputs
-        self._batch.n_tokens = n
         self._control.before(sequences, positions, outputs=outputs)
         with Uninterrupted():
             code = self._llama.llama_decode(self.pointer, self._batch)
@@ -148,6 +145,7 @@ class Context:
     def encode(self, tokens: npt.ArrayLike, sequences: int) -> None:
         """Run an encoder-decoder model's encoder on at most ``n_ubatch`` tokens; sequences 1.. will see the result."""
         n = len(np.atleast_1d(tokens))
+        self._placed = None
         self._token[:n] = tokens
         self._pos[:n] = np.arange(n)
         self._n_seq[:n] = sequences

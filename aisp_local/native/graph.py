@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from aisp_local.errors import DecodeError, ModelError
-from aisp_local.native.binding import Uninterrupted, binding, clear_log, last_log
+from aisp_local.interrupts import Uninterrupted
+from aisp_local.native.binding import binding, clear_log, last_log
 from aisp_local.native.control import Ints
 from aisp_local.native.model import Model
 from aisp_local.types import FloatArray

@@ -11,7 +11,8 @@ from typing import Any
 from gguf import LlamaFileType
 
 from aisp_local.errors import ModelError
-from aisp_local.native.binding import Uninterrupted, binding, clear_log, first_log, ggml_library
+from aisp_local.interrupts import Uninterrupted
+from aisp_local.native.binding import binding, clear_log, first_log, ggml_library
 from aisp_local.native.model import check_model_file
 
 _U32, _STRING = 4, 8  # gguf_type

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from aisp_local.errors import InputError, ModelError
-from aisp_local.native.binding import Uninterrupted, binding, clear_log, first_log
+from aisp_local.interrupts import Uninterrupted
+from aisp_local.native.binding import binding, clear_log, first_log
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from aisp_local.errors import InputError, ModelError
+from aisp_local.interrupts import Uninterrupted
 from aisp_local.native import lora
-from aisp_local.native.binding import Uninterrupted, binding, clear_log, first_log, is_patched
+from aisp_local.native.binding import binding, clear_log, first_log, is_patched
 from aisp_local.types import FloatArray
 
 

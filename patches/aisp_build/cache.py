@@ -117,7 +117,7 @@ def wheel_key(patches: Path, sdist_sha256: str, settings: Mapping[str, Any]) -> 
     environment = {
         name: value
         for name, value in os.environ.items()
-        if (name in _ENVIRONMENT or name.startswith(_PREFIXES)) and name not in _NO_PART
+        if value and (name in _ENVIRONMENT or name.startswith(_PREFIXES)) and name not in _NO_PART
     }
     native = "GGML_NATIVE=OFF" not in os.environ.get("CMAKE_ARGS", "").replace(":BOOL", "").upper()
     cuda = "CUDA" in f"{environment} {dict(settings)}".upper()

@@ -14,7 +14,7 @@ from typing import Any
 
 from aisp_local.errors import AispError, InputError
 from aisp_local.host import processors
-from aisp_local.native.binding import Uninterrupted
+from aisp_local.interrupts import Uninterrupted
 from aisp_local.reward_kit.export.network import scorer
 from aisp_local.reward_kit.train.backbone import Backbone
 from aisp_local.reward_kit.train.plan import Plan
