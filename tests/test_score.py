@@ -272,6 +272,12 @@ def test_a_budget_in_nats_is_the_strength_that_has_it() -> None:
     assert all((s.kl or 0.0) == 0.0 for s in find(letters, nats=0.0).iterations)
 
 
+@pytest.mark.parametrize("nats", [1e-8, 1e-12, 1e-16, 1e-40, 1e-300])
+def test_a_budget_that_rounding_takes_for_nothing(nats: float) -> None:
+    """What many interventions of the guard leave."""
+    assert all(0.0 <= (s.kl or 0.0) <= 1e-6 for s in find(letters, nats=nats, selection=0.0).iterations)
+
+
 @pytest.mark.parametrize("options", [{"strength": 0.0}, {"selection": 0.0}, {"unfinished": False}])
 def test_nothing_pauses_where_nothing_is_selected(options: dict[str, Any]) -> None:
     controls = score(FakeEngine(), max_tokens=40, **options).ask(16)

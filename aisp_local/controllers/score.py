@@ -210,6 +210,8 @@ class Score:
         for _ in range(_REFINEMENTS):
             factor *= math.sqrt(self._control_kl / total)
             total = divergence(y * np.float32(factor))
+            if not total > 0.0:  # too little to be told from nothing
+                break
         self._u = self._u * np.float32(factor)
 
 
