@@ -163,6 +163,33 @@ def test_the_guard_sees_worse_and_repetitive_answers() -> None:
     assert guard.look(np.array([5.0, 6.0, 7.0, 8.0]), [row[:12] for row in dull]) is None, "too short to tell"
 
 
+def test_the_guard_tells_rewards_of_noise_by_siblings() -> None:
+    rng = np.random.default_rng(0)
+    for heritable, told in ((0.0, [False, True, False]), (1.0, [False, False, False])):
+        guard, said = Guard(), []
+        for _ in range(3):
+            for _ in range(3):  # nine families each: too few in the first third
+                parents = np.repeat(np.arange(4), 4)
+                rewards = heritable * rng.normal(size=4)[parents] + rng.normal(size=16)
+                guard.compare(parents, np.append(rewards, np.nan)[:16])
+            said.append(guard.noise() is not None)
+        assert said == told, heritable
+    for rewards in (np.ones(16), np.full(16, np.nan)):  # what does not differ says nothing
+        guard.compare(parents, rewards)
+    guard = Guard()
+    guard.compare(np.arange(16), rng.normal(size=16))  # nobody has a sibling
+    assert guard.noise() is None
+
+
+def test_a_reward_of_noise_is_told_from_one_that_leads_somewhere() -> None:
+    def noise(prompt: Prompt, responses: Sequence[str]) -> list[float]:
+        return [float(np.random.default_rng(list(text.encode())).normal()) for text in responses]
+
+    for reward, told in ((noise, True), (letters, False)):
+        found = find(reward, n=64, budget=256)
+        assert any("noise" in (s.note or "") for s in found.iterations) is told
+
+
 def test_the_guard_shortens_the_control_and_says_so() -> None:
     engine = FakeEngine(d=D, vocabulary=V)
     controller = score(engine, selection=0.0, temperature=3.0, min_p=0.0)
@@ -223,11 +250,12 @@ def test_its_nats_are_those_of_the_engine() -> None:
 
 def find(reward: Any = vowels, engine: Any = None, **options: Any) -> Result:
     engine = engine or FakeEngine(d=D, vocabulary=30)
+    budget, n = options.pop("budget", 48), options.pop("n", 16)
     search_options = {name: options.pop(name) for name in ("stop", "time_limit", "clock", "want") if name in options}
     controller = score(engine, max_tokens=40, temperature=2.0, min_p=0.0, **options)
     given = reward if isinstance(reward, FakeReward) else FakeReward(reward)
     return search(
-        engine, controller, given, "", method="score", budget=48, n=16, max_tokens=40, seed=1, **search_options
+        engine, controller, given, "", method="score", budget=budget, n=n, max_tokens=40, seed=1, **search_options
     )
 
 

@@ -12,6 +12,8 @@ _STRIKES = 2  # iterations in a row that are worse than the first
 _WORSE = 2.0  # by so many of its standard deviations
 _VARIETY = 0.8  # of the first iteration's: below it, answers repeat themselves
 _TELLING = 24  # tokens: of shorter answers variety says little
+_FAMILIES = 16  # less one for each pause: of fewer, likeness says little
+_CHANCE = 2.5  # standard errors of an F of 1
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,33 @@ class Guard:
     def __init__(self) -> None:
         self._base: tuple[float, float, float] | None = None  # mean and spread of the rewards, variety
         self._strikes = 0
+        self._between, self._within = np.zeros(2), np.zeros(2)  # variance and degrees of freedom, of all pauses
+        self._noise = False
+
+    def compare(self, parents: npt.NDArray[np.int64], rewards: npt.NDArray[np.float64]) -> None:
+        """``rewards`` [n] of rollouts that begin alike where their ``parents`` [n] are the same: for ``noise``."""
+        finite = np.isfinite(rewards)
+        groups = [rewards[finite & (parents == parent)] for parent in np.unique(parents)]
+        groups = [group for group in groups if len(group) > 1]
+        total = float(np.concatenate(groups).var()) if len(groups) > 1 else 0.0
+        if not total > 0:
+            return
+        sizes, means = np.array([len(group) for group in groups]), np.array([group.mean() for group in groups])
+        within = float(sum(((group - mean) ** 2).sum() for group, mean in zip(groups, means, strict=True)))
+        between = float((sizes * (means - np.average(means, weights=sizes)) ** 2).sum())
+        # Each pause counts by its rollouts, whatever the spread of their rewards.
+        self._between += between / total, len(groups) - 1
+        self._within += within / total, sizes.sum() - len(groups)
+
+    def noise(self) -> str | None:
+        """Said once: siblings are rewarded no more alike than strangers (an F-test, R. A. Fisher 1925)."""
+        (between, groups), (within, rest) = self._between, self._within
+        if self._noise or groups < _FAMILIES or not within > 0:
+            return None
+        ratio = (between / groups) / (within / rest)
+        self._noise = bool(ratio < 1.0 + _CHANCE * np.sqrt(2 / groups + 2 / rest))
+        said = "rollouts that begin alike are rewarded no more alike than others: to this search the reward is noise"
+        return said if self._noise else None
 
     def look(self, rewards: npt.NDArray[np.float64], tokens: Sequence[npt.NDArray[np.int32]]) -> Verdict | None:
         """``rewards`` [n] and ``tokens`` of an iteration's rollouts; None: all is well."""

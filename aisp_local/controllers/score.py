@@ -137,6 +137,8 @@ class Score:
 
     def tell(self, rollouts: Rollouts, rewards: npt.NDArray[np.float64]) -> ControllerInfo:
         parents = self._parents if len(self._parents) == len(rewards) else np.zeros(len(rewards), np.int64)
+        if len(self._parents):
+            self._guard.compare(parents, rewards)
         blocks = 1 + (self._schedule.count() if self._pauses else 0)
         if rollouts.laws is not None and self._head is not None and len(rollouts.laws):
             given = [len(prefix) for prefix in self._going_on] or [0] * len(rewards)
@@ -175,8 +177,9 @@ class Score:
         if verdict is not None:
             self._u = self._u * np.float32(verdict.factor)
             self._control_kl /= 4  # half of the strength
+        notes = [note for note in (verdict and verdict.note, self._guard.noise()) if note]
         return ControllerInfo(
-            control_norm=length(self._u), kl=kl, selection_kl=self._selected, note=verdict.note if verdict else None
+            control_norm=length(self._u), kl=kl, selection_kl=self._selected, note="; ".join(notes) or None
         )
 
     def _learn(self, laws: Laws, drawn: Sequence[Tokens], advantages: Array | None, step: float) -> None:
