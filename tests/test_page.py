@@ -34,24 +34,31 @@ def server() -> Iterator[Server]:
         yield made
 
 
-@pytest.fixture
-def page(server: Server) -> Iterator[Any]:
-    """A page that must not write an error to its console, nor ask anybody else for anything."""
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
     sync_api = pytest.importorskip("playwright.sync_api", reason="THE PAGE IS NOT TESTED: no playwright here")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with sync_api.sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=BROWSER, args=ARGUMENTS)
-            made = browser.new_context(viewport={"width": 1200, "height": 800}).new_page()
-            wrong: list[str] = []
-            made.on("pageerror", lambda error: wrong.append(str(error)))
-            made.on("console", lambda message: wrong.append(message.text) if _bad(message) else None)
-            made.on("request", lambda request: wrong.append(request.url) if not _ours(request.url, server) else None)
-            made.set_default_timeout(60_000)
-            made.goto(f"http://127.0.0.1:{server.port}/")
+            made = playwright.chromium.launch(executable_path=BROWSER, args=ARGUMENTS)
             yield made
-            browser.close()
-            assert wrong == []
+            made.close()
+
+
+@pytest.fixture
+def page(browser: Any, server: Server) -> Iterator[Any]:
+    """A page that must not write an error to its console, nor ask anybody else for anything."""
+    context = browser.new_context(viewport={"width": 1200, "height": 800})
+    made = context.new_page()
+    wrong: list[str] = []
+    made.on("pageerror", lambda error: wrong.append(str(error)))
+    made.on("console", lambda message: wrong.append(message.text) if _bad(message) else None)
+    made.on("request", lambda request: wrong.append(request.url) if not _ours(request.url, server) else None)
+    made.set_default_timeout(60_000)
+    made.goto(f"http://127.0.0.1:{server.port}/")
+    yield made
+    context.close()
+    assert wrong == []
 
 
 def _bad(message: Any) -> bool:

@@ -150,7 +150,7 @@ def test_calls_of_any_kind_in_one_batch_are_what_each_is_alone(monkeypatch: pyte
         for asked, mine, other in zip(ASKED, found, alone, strict=True):
             # Rounding may turn a near tie; what score learns from it turns all that comes after.
             same = np.mean([a == b for a, b in zip(texts(mine), texts(other), strict=True)])
-            assert same > 0.8 or asked["method"] == "score"
+            assert same > 0.6 or asked["method"] == "score"
             assert mine.status == other.status and len(mine.iterations) == len(other.iterations)
             assert mine.rollouts == other.rollouts
             assert (mine.baseline is None) == (other.baseline is None)
