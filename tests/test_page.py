@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_server import Server, serving
+from test_server import Server, fake, serving
 
 from aisp_local import Aligner, shipped
 from aisp_local.server import Settings
@@ -303,6 +303,24 @@ def test_a_server_that_dies(page: Any) -> None:
     page.fill("#text", "Tell me another.")
     page.keyboard.press("Enter")
     page.locator("#error", has_text="status 502").wait_for()
+
+
+def test_a_server_that_wants_a_key_is_given_one(browser: Any) -> None:
+    with fake(api_key="secret") as server:
+        page = browser.new_page()
+        asked: list[str] = []
+        page.on(
+            "dialog", lambda dialog: (asked.append(dialog.message), dialog.accept(["wrong", "secret"][len(asked) - 1]))
+        )
+        page.goto(f"http://127.0.0.1:{server.port}/")
+        page.fill("#text", "abc")
+        page.keyboard.press("Enter")
+        page.locator("#error", has_text="the API key is missing or wrong").wait_for()
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#turns li.assistant small")
+        assert page.inner_text("#error") == "" and asked == ["API key"] * 2
+        page.locator("#model", has_text="fake").wait_for()
+        page.close()
 
 
 def test_what_something_else_left_in_the_browser(page: Any) -> None:

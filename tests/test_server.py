@@ -34,6 +34,7 @@ from aisp_local.trace import schema
 
 STORY = [{"role": "user", "content": "Tell me a story about a fox."}]
 QUICK = {"aisp": {"budget": 4, "rows": 4}}
+ONE = {"budget": 8, "rows": 8, "method": "best-of-n"}  # at temperature 0 all rollouts are the same
 
 
 class Server:
@@ -121,6 +122,15 @@ def test_several_choices_are_the_best_that_differ(server: Server) -> None:
     rewards = [(choice.model_extra or {})["aisp"]["reward"] for choice in answer.choices]
     texts = [choice.message.content for choice in answer.choices]
     assert len(set(texts)) == 3 and rewards == sorted(rewards, reverse=True)
+    # Streamed, and with fewer of them than were asked for.
+    stream = server.client().chat.completions.create(
+        model="m", messages=STORY, max_tokens=2, n=8, stream=True, temperature=0, extra_body={"aisp": ONE}
+    )
+    chunks = [chunk.choices[0] for chunk in stream]
+    assert [(c.index, c.delta.role or c.delta.content or c.finish_reason) for c in chunks][::2] == [
+        (0, "assistant"),
+        (0, "length"),
+    ]
 
 
 @pytest.mark.native

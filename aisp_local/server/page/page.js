@@ -91,6 +91,13 @@ function show(search) {
   $("export").disabled = !search.trace;
 }
 
+function nameModel() {
+  if ($("model").textContent) return;
+  fetch("v1/models", { headers: headers() }).then((answer) => (answer.ok ? answer.json() : null)).then((found) => {
+    if (found) $("model").textContent = found.data[0].id;
+  }).catch(() => {});
+}
+
 // The conversation.
 
 // Whoever reads further up stays there.
@@ -119,12 +126,14 @@ function headers() {
   return { "Content-Type": "application/json", ...(key && { Authorization: `Bearer ${key}` }) };
 }
 
+// Whether the user gave a key.
+function askForKey() {
+  const given = window.prompt("API key");
+  if (given) remember(given);
+  return Boolean(given);
+}
+
 async function refusal(answer) {
-  if (answer.status === 401) {
-    const given = window.prompt("API key");
-    if (given) remember(given);
-    return new Error("the API key was missing or wrong; send again");
-  }
   const said = await answer.json().catch(() => null);
   return new Error(said?.error?.message ?? `the server answered with status ${answer.status}`);
 }
@@ -177,8 +186,11 @@ async function ask(text) {
         events: true, candidates: true, baseline: true, judge_all: true, trace: true, settle: $("blocks").checked,
       },
     };
-    const answer = await fetch("v1/chat/completions", { method: "POST", headers: headers(), body: JSON.stringify(body), signal: mine.abort.signal }).catch(gone);
+    const post = () => fetch("v1/chat/completions", { method: "POST", headers: headers(), body: JSON.stringify(body), signal: mine.abort.signal }).catch(gone);
+    let answer = await post();
+    if (answer.status === 401 && askForKey()) answer = await post();
     if (!answer.ok) throw await refusal(answer);
+    nameModel();
     mine.id = answer.headers.get("X-Request-Id");
     for await (const [name, event] of serverSentEvents(answer.body)) {
       const search = mine.search;
@@ -314,7 +326,5 @@ $("versus").addEventListener("submit", (event) => {
 
 changed(listPast);
 listPast();
-fetch("v1/models", { headers: headers() }).then((answer) => (answer.ok ? answer.json() : null)).then((found) => {
-  if (found) $("model").textContent = found.data[0].id;
-}).catch(() => {});
+nameModel();
 $("text").focus();
