@@ -61,9 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 page.keyboard.press("Enter")
                 page.locator("#turns li.assistant").nth(1).locator("small").wait_for(timeout=1_200_000)
                 page.click("#compare")
+                page.wait_for_timeout(1000)  # until all has scrolled
                 page.screenshot(path=asked.out / "page-compare.png")
                 page.emulate_media(color_scheme="dark")
                 page.set_viewport_size({"width": 390, "height": 844})
+                page.evaluate("document.querySelector('#turns').lastChild.scrollIntoView({ block: 'end' })")
+                page.wait_for_timeout(1000)
                 page.evaluate("window.scrollTo(0, 0)")
                 page.screenshot(path=asked.out / "page-phone.png")
                 browser.close()

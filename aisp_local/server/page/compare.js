@@ -63,5 +63,6 @@ export function compare() {
   const known = a.trace && b.trace;
   $("alike").textContent = !known ? "A run that was broken off does not say what it was asked for." : differ.length ? `${differ.length} settings differ:` : "Their settings are the same.";
   $("compared").hidden = false;
-  $("compared").focus();
+  $("compared").focus({ preventScroll: true });
+  $("compared").scrollIntoView({ block: "start" });
 }
