@@ -18,6 +18,7 @@ class _Impatient(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
     """Closes a connection whose next request has not begun in time: uvicorn waits for ever for the end of a head."""
 
     seconds: float = HEAD_SECONDS
+    timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -27,11 +28,19 @@ class _Impatient(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         super().on_response_complete()
         self._wait()
 
-    def _wait(self) -> None:
-        self.loop.call_later(self.seconds, self._close, self.cycle)
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self.timer is not None:
+            self.timer.cancel()
 
-    def _close(self, cycle: object) -> None:
-        if self.cycle is cycle:
+    def _wait(self) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+        self.timer = self.loop.call_later(self.seconds, self._close, self.cycle)
+
+    def _close(self, cycle: Any) -> None:
+        # The next request may have come with the one before, and be answered by now.
+        if self.cycle is cycle and (cycle is None or cycle.response_complete):
             self.transport.close()
 
 
