@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import warnings
@@ -321,6 +322,20 @@ def test_a_server_that_wants_a_key_is_given_one(browser: Any) -> None:
         assert page.inner_text("#error") == "" and asked == ["API key"] * 2
         page.locator("#model", has_text="fake").wait_for()
         page.close()
+
+
+def test_a_run_that_is_too_large_to_be_kept_costs_no_other(page: Any, server: Server, tmp_path: Path) -> None:
+    trace = server.aligner.trace(server.aligner.generate("Tell me a story.", budget=2, n=2, max_tokens=4))
+    trace.save(tmp_path / "small.json")
+    large = json.loads((tmp_path / "small.json").read_text(encoding="utf-8"))
+    large["prompt"] = "a long one " * 200_000
+    (tmp_path / "large.json").write_text(json.dumps(large | {"created": "2026-01-01T00:00:00+00:00"}), encoding="utf-8")
+    for name, prompt in (("small", "Tell me"), ("large", "a long one")):
+        page.set_input_files("#open", tmp_path / f"{name}.json")
+        page.locator("#past li:first-child", has_text=prompt).wait_for()
+    assert page.locator("#past li").count() == 2
+    page.reload()
+    assert page.locator("#past li").all_inner_texts()[0].startswith("Tell me") and page.locator("#past li").count() == 1
 
 
 def test_what_something_else_left_in_the_browser(page: Any) -> None:

@@ -3,6 +3,7 @@
 const KEPT = "aisp-local.runs";
 const KEY = "aisp-local.key";
 const MOST_KEPT = 30;
+const MOST_WRITTEN = 2 ** 20; // characters of a run that is kept
 const LARGEST = 64 * 2 ** 20; // bytes of a file
 
 function stored() {
@@ -29,17 +30,18 @@ export const nameOf = (run) => `${run.at} ${run.answer}`;
 export function keep(run) {
   const others = runs.filter((one) => nameOf(one) !== nameOf(run)); // a trace that is opened again
   runs = [run, ...others].slice(0, MOST_KEPT);
-  // Where there is no room, the oldest are kept until the page is closed only.
-  for (let n = runs.length; n > 0; n--) {
-    unkept = runs.slice(n);
+  // Where there is no room, the largest and the oldest are kept until the page is closed only.
+  const written = new Map(runs.map((one) => [one, JSON.stringify(one.trace ? { trace: one.trace } : one)]));
+  const small = runs.filter((one) => written.get(one).length <= MOST_WRITTEN);
+  for (let n = small.length; n >= 0; n--) {
+    unkept = runs.filter((one) => !small.slice(0, n).includes(one));
     try {
-      localStorage.setItem(KEPT, JSON.stringify(runs.slice(0, n).map((one) => (one.trace ? { trace: one.trace } : one))));
+      localStorage.setItem(KEPT, `[${small.slice(0, n).map((one) => written.get(one))}]`);
       return;
     } catch {
       continue;
     }
   }
-  unkept = runs;
 }
 
 // Calls `then` when the page in another tab has kept or forgotten some.
