@@ -429,7 +429,9 @@ class Aligner:
 
     def _asked(self, prompt: Prompt) -> dict[str, Any]:
         """The prompt, in a copy, since a caller goes on with its list of messages; and how it was read."""
-        parts = self.engine.parts(prompt) if isinstance(self.engine, LlamaEngine) else []
+        parts: list[int] = []
+        with suppress(InputError):  # another thread closed the engine meanwhile: the answer is there
+            parts = self.engine.parts(prompt) if isinstance(self.engine, LlamaEngine) else []
         return {
             "prompt": prompt if isinstance(prompt, str) else [message.copy() for message in prompt],
             "prompt_parts": parts,

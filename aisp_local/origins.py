@@ -72,13 +72,14 @@ def about(
 def machine(engine: Engine, origins: Origins) -> dict[str, Any]:
     """What a search's numbers depend on beside its versions: the same here, the same bits."""
     settings: dict[str, Any] = getattr(engine, "settings", {})
+    together: int = getattr(engine, "together", 1)
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "processor": host.processor(),
         "threads": settings.get("threads"),
         "n_gpu_layers": origins.n_gpu_layers,
         "build": build(),
-    }
+    } | ({"together": together} if together > 1 else {})
 
 
 def _plain(name: str, value: Any) -> Any:

@@ -114,6 +114,8 @@ def unlike(trace: Trace, aligner: Aligner) -> list[str]:
     ]
     if beside := trace["search"]["beside"]:
         told.append(f"the search ran in one batch with {beside} others, this one runs alone: bits may differ")
+    if (together := was.get("together", 1)) > 1:
+        told.append(f"up to {together} searches shared a batch then, this one runs alone: bits may differ")
     return told
 
 

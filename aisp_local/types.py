@@ -38,6 +38,10 @@ FinishReason = Literal["stop", "length", "incomplete", "paused", "interrupted"]
 token limit, a stop string, or a place where nothing is allowed came before it was complete."""
 
 
+_COLDEST = 1e-30
+"""A temperature that logits of 32 bits can be divided by."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How a rollout picks its tokens from the (perturbed) logits.
@@ -54,6 +58,10 @@ class Sampling:
     def __post_init__(self) -> None:
         if not (0.0 <= self.temperature < float("inf")):
             raise InputError(f"temperature is {self.temperature}; it must be 0 (greedy) or greater")
+        if 0.0 < self.temperature < _COLDEST:
+            raise InputError(f"temperature is {self.temperature}; it must be 0 (greedy) or at least {_COLDEST}")
+        if self.top_k % 1 != 0:
+            raise InputError(f"top_k is {self.top_k}; it must be a whole number")
         if self.top_k < 0:
             raise InputError(f"top_k is {self.top_k}; it must be 0 (all tokens) or greater")
         if not (0.0 < self.top_p <= 1.0):

@@ -5,8 +5,10 @@
 Starts the command on the shipped models. Each good client asks again and again for short answers to a prompt of its own
 (8 rollouts, 24 tokens), half of them streamed, and waits as long as it is told when it is refused. Beside them clients
 that vanish in the middle, send a byte a second, send 10 MB, or send what is no UTF-8. At the end the server is killed
-and started again. Printed: answers, refusals, latency, processor time, fairness, resident memory; last line: one JSON
-object.
+and started again, and every answer is looked at: was it drawn with its own client's prompt and random numbers? Beside
+others logits are rounded otherwise, which may turn a draw that lies at a boundary: such an answer is the client's own,
+and counted as "rounded" where the client was answered otherwise before. All others are crossed. Printed: answers,
+refusals, latency, processor time, fairness, resident memory; last line: one JSON object.
 """
 
 from __future__ import annotations
@@ -22,14 +24,22 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from aisp_local import shipped
 from aisp_local.api import DEFAULT_TOGETHER
+from aisp_local.engine import LlamaEngine
+from aisp_local.engine.sampling import log_law
+from aisp_local.seeds import RowSeeds
+from aisp_local.types import Controls, FloatArray, Sampling, Step
 
+ROWS, TOKENS = 8, 24
+SAMPLING = Sampling(temperature=0.7)
+NEAR = 0.05  # of the law's mass, by which rounding may move the boundary between two tokens
 THINGS = ("cat", "dog", "fox", "bird", "fish", "boat", "tree", "ball", "hat", "cake", "star", "moon", "shoe", "book")
 
 
@@ -66,23 +76,96 @@ class Server:
             connection.close()
 
 
+class Alone:
+    """What the model says with nobody beside it, to tell answers of a prompt and seed from all others."""
+
+    def __init__(self) -> None:
+        self.engine = LlamaEngine(shipped.model(), threads=1)
+
+    def gave(self, prompt: str, seed: int, text: str) -> bool:
+        """Whether best-of-n with this prompt and seed may give the text: every token of it is the one that a row's
+        random number draws, or one whose share of the law begins or ends within ``NEAR`` of that number."""
+        return any(self._drew(prompt, seed, row, text) for row in range(ROWS))
+
+    def _drew(self, prompt: str, seed: int, row: int, text: str, given: Sequence[int] = ()) -> bool:
+        """Whether the row may have drawn the text; it begins with the tokens that are ``given``."""
+        tokens, logits = self._row(prompt, seed, row, given)
+        pieces, wanted, step = [self.engine.piece(token) for token in tokens], text.encode(), len(given)
+        while step < len(tokens) and pieces[step] and wanted.startswith(b"".join(pieces[: step + 1])):
+            step += 1
+        left = wanted[len(b"".join(pieces[:step])) :]
+        if not left and (step == len(tokens) or not pieces[step]):
+            return True
+        if step == TOKENS:
+            return False
+        number = RowSeeds(seed).generator(row, "sampling").random(TOKENS)[step]
+        for token in self._near(logits[step], number, left):
+            if not left or step + 1 == TOKENS:
+                if left == self.engine.piece(token):
+                    return True
+            elif self._drew(prompt, seed, row, text, [*tokens[:step], token]):
+                return True
+        return False
+
+    def _row(self, prompt: str, seed: int, row: int, given: Sequence[int]) -> tuple[list[int], dict[int, FloatArray]]:
+        """A row's tokens after those that are given, and its logits by step."""
+        seen: dict[int, FloatArray] = {}
+
+        class Look:
+            needs_prelogits = False
+
+            def __call__(self, step: Step) -> FloatArray:
+                for i, tokens, logits in zip(step.rows, step.tokens, step.logits, strict=True):
+                    if i == row:
+                        seen[len(tokens)] = logits.copy()
+                return step.logits
+
+        prefixes = [np.array(given, np.int32)] * ROWS
+        controls = Controls(ROWS, sampling=SAMPLING, processor=Look(), prefixes=prefixes if given else None)
+        messages: Any = [{"role": "user", "content": prompt}]
+        found = self.engine.rollout(messages, controls, max_tokens=TOKENS, seeds=RowSeeds(seed))
+        return found.tokens[row].tolist(), seen
+
+    def _near(self, logits: FloatArray, number: float, left: bytes) -> Iterator[int]:
+        """Tokens that the text may go on with (none left: that end it) and that the number is near to."""
+        ends = np.exp(log_law(logits[None], SAMPLING)[0]).cumsum()
+        for token in np.flatnonzero((ends > number - NEAR) & (np.append(0.0, ends[:-1]) < number + NEAR)).tolist():
+            piece = self.engine.piece(token)
+            if (piece and left.startswith(piece)) if left else self.engine.model.eog[token]:
+                yield token
+
+
 class Tally:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.seconds: list[list[float]] = []
-        self.refused = self.wrong = self.answered = 0
+        self.texts: dict[int, dict[str, int]] = {}  # of each client, with how often
+        self.refused = self.answered = 0
         self.problems: list[str] = []
+
+    def compared(self, alone: Alone) -> tuple[int, int]:
+        """How many answers are other than the client's first, and how many were not drawn for it."""
+        rounded = crossed = 0
+        for number, texts in self.texts.items():
+            own = {text: times for text, times in texts.items() if alone.gave(prompt_of(number), number, text)}
+            crossed += sum(texts.values()) - sum(own.values())
+            rounded += sum(list(own.values())[1:])
+        return rounded, crossed
+
+
+def prompt_of(number: int) -> str:
+    rng = random.Random(number)
+    return "Tell me a story about " + " and ".join(f"a {rng.choice(THINGS)}" for _ in range(1 + number % 7)) + "."
 
 
 def good(server: Server, number: int, end: float, tally: Tally) -> None:
-    """Asks for as long as it may; its own prompt's number of tokens comes back with each answer."""
-    rng = random.Random(number)
-    prompt = "Tell me a story about " + " and ".join(f"a {rng.choice(THINGS)}" for _ in range(1 + number % 7)) + "."
-    body: dict[str, Any] = {"messages": [{"role": "user", "content": prompt}], "max_tokens": 24, "seed": number}
-    body["aisp"] = {"budget": 8, "rows": 8, "settle": False, "method": "best-of-n"}
+    """Asks for as long as it may."""
+    messages = [{"role": "user", "content": prompt_of(number)}]
+    body: dict[str, Any] = {"messages": messages, "max_tokens": TOKENS, "seed": number}
+    options = {"temperature": SAMPLING.temperature}
+    body["aisp"] = {"budget": ROWS, "rows": ROWS, "settle": False, "method": "best-of-n", "options": options}
     if number % 2:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
-    expected: str | None = None
     while time.monotonic() < end:
         began = time.monotonic()
         try:
@@ -101,10 +184,9 @@ def good(server: Server, number: int, end: float, tally: Tally) -> None:
             if text is None:
                 tally.problems.append(f"client {number}: {status} {data[:200]!r}")
                 continue
-            # The same seed and prompt: the same answer every time, or somebody else's came.
-            expected = expected or text
+            mine = tally.texts.setdefault(number, {})
+            mine[text] = mine.get(text, 0) + 1
             tally.answered += 1
-            tally.wrong += text != expected
             tally.seconds[number].append(time.monotonic() - began)
 
 
@@ -185,6 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     restarted = again.request(json.dumps(body).encode())[0]
     again.process.terminate()
     again.process.wait()
+    rounded, crossed = tally.compared(Alone())
     each = [len(times) for times in tally.seconds]
     seconds = np.array([value for times in tally.seconds for value in times] or [float("nan")])
     figures = {
@@ -192,7 +275,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "minutes": asked.minutes,
         "answered": tally.answered,
         "refused": tally.refused,
-        "wrong": tally.wrong,
+        "rounded": rounded,
+        "crossed": crossed,
         "problems": len(tally.problems),
         "latency": [float(x) for x in np.quantile(seconds, [0.5, 0.95, 1.0])],
         "processor": used / max(1, tally.answered),
@@ -201,8 +285,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "after_a_kill": restarted,
     }
     print("| what | found |\n|---|---|")
-    counts = f"{tally.answered}, {tally.refused}, {tally.wrong}, {len(tally.problems)}"
-    print(f"| answered, refused with 429, wrong, other problems | {counts} |")
+    counts = f"{tally.answered}, {tally.refused}, {crossed}, {len(tally.problems)}"
+    print(f"| answered, refused with 429, crossed, other problems | {counts} |")
+    print(f"| answers that rounding made others | {rounded} |")
     print("| latency: median, 95%, longest, s | {:.1f}, {:.1f}, {:.1f} |".format(*figures["latency"]))
     print(f"| processor seconds of the server an answer | {figures['processor']:.3f} |")
     print("| answers a client: fewest, median, most | {}, {:.0f}, {} |".format(*figures["answers_a_client"]))
@@ -211,7 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for problem in tally.problems[:10]:
         print(problem, file=sys.stderr)
     print(json.dumps(figures))
-    sys.exit(bool(tally.wrong or tally.problems or restarted != 200))
+    sys.exit(bool(crossed or tally.problems or restarted != 200))
 
 
 if __name__ == "__main__":

@@ -16,10 +16,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import uvicorn
-
 from aisp_local import Aligner
-from aisp_local.server import Settings, make_app
+from aisp_local.server import Server, Settings, make_app
 
 PROMPT = "Tell me a story about a fox."
 
@@ -35,14 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from playwright.sync_api import sync_playwright
 
     with Aligner.load(threads=asked.threads, judge="judge") as aligner:
-        server = uvicorn.Server(
-            uvicorn.Config(make_app(aligner, Settings(max_tokens=160)), port=0, log_level="warning")
-        )
+        server = Server(make_app(aligner, Settings(max_tokens=160)))
         thread = threading.Thread(target=server.run)
         thread.start()
         while not server.started:
             time.sleep(0.05)
-        port = server.servers[0].sockets[0].getsockname()[1]
+        port = server.addresses[0][1]
         try:
             with sync_playwright() as playwright:
                 arguments_ = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
@@ -65,9 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 page.keyboard.press("Enter")
                 page.locator("#turns li.assistant").nth(1).locator("small").wait_for(timeout=1_200_000)
                 page.click("#compare")
+                page.wait_for_timeout(1000)  # until all has scrolled
                 page.screenshot(path=asked.out / "page-compare.png")
                 page.emulate_media(color_scheme="dark")
                 page.set_viewport_size({"width": 390, "height": 844})
+                page.evaluate("document.querySelector('#turns').lastChild.scrollIntoView({ block: 'end' })")
+                page.wait_for_timeout(1000)
                 page.evaluate("window.scrollTo(0, 0)")
                 page.screenshot(path=asked.out / "page-phone.png")
                 browser.close()

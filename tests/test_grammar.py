@@ -124,6 +124,10 @@ REFUSED: list[tuple[Any, str]] = [
     ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "'oneOf' may overlap"),
     ({"type": "object", "required": ["a"], "additionalProperties": False}, "required and not allowed"),
     ({"type": "string", "enum": [1]}, "no value is left"),
+    ({"const": True, "enum": [1, "a"]}, "no value is left"),
+    ({"enum": [float("inf")]}, "a value is no JSON"),
+    ({"enum": [f"value {i}" for i in range(30_000)]}, "at most 100000 are taken"),  # without comparing all pairs
+    ({"oneOf": [{"const": i} for i in range(101)]}, "'oneOf' has 101 parts"),
     ({"not": {}}, "'not'"),
 ]
 

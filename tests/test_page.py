@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import warnings
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_server import Server, serving
+from test_server import Server, fake, serving
 
 from aisp_local import Aligner, shipped
 from aisp_local.server import Settings
@@ -34,29 +35,36 @@ def server() -> Iterator[Server]:
         yield made
 
 
-@pytest.fixture
-def page(server: Server) -> Iterator[Any]:
-    """A page that must not write an error to its console, nor ask anybody else for anything."""
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
     sync_api = pytest.importorskip("playwright.sync_api", reason="THE PAGE IS NOT TESTED: no playwright here")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with sync_api.sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=BROWSER, args=ARGUMENTS)
-            made = browser.new_page(viewport={"width": 1200, "height": 800})
-            wrong: list[str] = []
-            made.on("pageerror", lambda error: wrong.append(str(error)))
-            made.on("console", lambda message: wrong.append(message.text) if _bad(message) else None)
-            made.on("request", lambda request: wrong.append(request.url) if not _ours(request.url, server) else None)
-            made.set_default_timeout(60_000)
-            made.goto(f"http://127.0.0.1:{server.port}/")
+            made = playwright.chromium.launch(executable_path=BROWSER, args=ARGUMENTS)
             yield made
-            browser.close()
-            assert wrong == []
+            made.close()
+
+
+@pytest.fixture
+def page(browser: Any, server: Server) -> Iterator[Any]:
+    """A page that must not write an error to its console, nor ask anybody else for anything."""
+    context = browser.new_context(viewport={"width": 1200, "height": 800})
+    made = context.new_page()
+    wrong: list[str] = []
+    made.on("pageerror", lambda error: wrong.append(str(error)))
+    made.on("console", lambda message: wrong.append(message.text) if _bad(message) else None)
+    made.on("request", lambda request: wrong.append(request.url) if not _ours(request.url, server) else None)
+    made.set_default_timeout(60_000)
+    made.goto(f"http://127.0.0.1:{server.port}/")
+    yield made
+    context.close()
+    assert wrong == []
 
 
 def _bad(message: Any) -> bool:
     """An error of the page; the browser also notes every answer that is a refusal."""
-    return message.type == "error" and "status of 400" not in message.text
+    return message.type == "error" and not re.search("status of (400|502)|ERR_FAILED", message.text)
 
 
 def _ours(url: str, server: Server) -> bool:
@@ -79,7 +87,7 @@ def test_a_conversation_and_its_search(page: Any, tmp_path: Path) -> None:
     first = page.inner_text("#candidates li:first-child details")
     assert answer.split("\n")[0][:40] in first
     assert page.locator("#candidates li").count() > 3 and page.locator("#candidates mark").count() > 0
-    assert "reward" in page.inner_text("#baseline")
+    assert "reward" in page.inner_text("#baseline") and page.inner_text("#aligned")[:40] in answer
     # The second turn knows the first.
     page.check("#blocks")
     say(page, "Tell me another one.")
@@ -185,15 +193,156 @@ def test_text_of_models_is_never_markup(page: Any) -> None:
     assert page.title() == "aisp-local"
 
 
-def test_stopping_keeps_the_best_so_far(page: Any) -> None:
+def begin(page: Any, text: str) -> None:
+    """A long search, until something of it is there."""
     page.select_option("#effort", "high")
-    page.fill("#text", "Tell me a story about a dog.")
+    page.fill("#text", text)
     page.keyboard.press("Enter")
     page.wait_for_selector("#plot circle")
-    page.click("#stop")
+
+
+def test_stopping_keeps_the_best_so_far(page: Any, tmp_path: Path) -> None:
+    begin(page, "Tell me a story about a dog.")
+    assert "under way" in page.inner_text("#past li:first-child")
+    page.focus("#stop")
+    page.keyboard.press("Enter")
     page.wait_for_selector("#turns li.assistant small")
     assert "interrupted" in page.inner_text("#turns li.assistant small")
     assert page.is_enabled("#send") and page.is_disabled("#stop")
+    # It is a run like others: exported, opened again, compared.
+    exported(page, tmp_path / "trace.json")
+    found = Trace.load(tmp_path / "trace.json")["result"]
+    assert found["status"] == "interrupted" and 32 <= len(found["candidates"]) < 512
+    assert page.locator("#turns li.assistant").text_content().startswith(found["answer"])
+    page.reload()
+    page.click("#past button")
+    page.locator("#status", has_text="interrupted").wait_for()
+    assert page.inner_text("#aligned") == found["answer"] and page.is_enabled("#export")
+    page.select_option("#effort", "low")
+    say(page, "Tell me a story about a dog.")
+    page.click("#compare")
+    differ = page.locator("#differ th").all_inner_texts()
+    assert "budget" in differ and page.locator("#curves polyline").count() == 2
+
+
+def test_a_second_stop_does_not_wait_for_the_server(page: Any) -> None:
+    page.route("**/cancel", lambda route: None)  # never answered
+    begin(page, "Tell me a story about a dog.")
+    page.click("#stop")
+    page.click("#stop", timeout=5000)
+    page.wait_for_selector("#turns li.assistant small")
+    assert "interrupted" in page.inner_text("#turns li.assistant small") and page.is_disabled("#export")
+
+
+def test_a_new_conversation_has_nothing_of_the_one_under_way(page: Any) -> None:
+    begin(page, "Tell me a story about a dog.")
+    page.click("#new")
+    page.wait_for_selector("#send:enabled")
+    assert page.locator("#turns li").count() == 0 and page.input_value("#text") == ""
+    page.select_option("#effort", "low")
+    with page.expect_request("**/v1/chat/completions") as asked:
+        say(page, "Tell me a story about a cat.")
+    assert [message["content"] for message in asked.value.post_data_json["messages"]] == [
+        "Tell me a story about a cat."
+    ]
+    assert page.locator("#turns li").count() == 2
+
+
+def test_a_past_search_is_looked_at_while_another_runs(page: Any) -> None:
+    say(page, "Tell me a story about a cat.")
+    begin(page, "Tell me a story about a dog.")
+    page.click("#past li:nth-child(2) button")
+    assert "cat" in page.inner_text("#status")
+    page.wait_for_timeout(1000)
+    assert "cat" in page.inner_text("#status") and page.inner_text("#now") == ""
+    page.click("#past li:nth-child(1) button")
+    page.locator("#status", has_text="iteration").wait_for()
+    page.click("#stop")
+    page.locator("#status", has_text="dog").wait_for()
+
+
+def test_two_tabs_know_of_each_others_searches(page: Any) -> None:
+    other = page.context.new_page()
+    other.goto(page.url)
+    say(other, "Tell me a story about a cat.")
+    page.locator("#past li", has_text="cat").wait_for()
+    say(page, "Tell me a story about a dog.")
+    other.locator("#past li", has_text="dog").wait_for()
+    assert page.locator("#past li").count() == other.locator("#past li").count() == 2
+    other.reload()
+    assert other.locator("#past li").count() == 2
+    page.click("#forget")
+    other.wait_for_selector("#past li", state="detached")
+
+
+SEEN = """event: aisp.iteration
+data: {"iteration": 1, "iterations": 4, "rollouts": 32, "budget": 128, "best": 2.0, "mean": 1.0, "best_so_far": 2.0,
+data: "ess": null, "kl": null, "seconds": 3.0, "text": "Once upon a time.",
+data: "candidates": [{"row": 0, "reward": 2.0, "text": "Once upon a time."}]}
+
+"""
+
+
+def test_a_server_that_dies(page: Any) -> None:
+    """Before it answers, and in the middle: nothing written is lost, nor what was seen."""
+    page.route("**/v1/chat/completions", lambda route: route.abort())
+    page.fill("#text", "Tell me a story.")
+    page.keyboard.press("Enter")
+    page.locator("#error", has_text="is it still running").wait_for()
+    assert page.input_value("#text") == "Tell me a story." and page.locator("#turns li").count() == 0
+    page.unroute("**/v1/chat/completions")
+    page.route(
+        "**/v1/chat/completions",
+        lambda route: route.fulfill(headers={"Content-Type": "text/event-stream", "X-Request-Id": "x"}, body=SEEN),
+    )
+    page.keyboard.press("Enter")
+    page.locator("#error", has_text="is it still running").wait_for()
+    assert page.locator("#turns li.assistant").text_content().startswith("Once upon a time.")
+    assert "interrupted" in page.inner_text("#turns li.assistant small") and page.is_enabled("#send")
+    page.unroute("**/v1/chat/completions")
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(status=502, body="<html>"))
+    page.fill("#text", "Tell me another.")
+    page.keyboard.press("Enter")
+    page.locator("#error", has_text="status 502").wait_for()
+
+
+def test_a_server_that_wants_a_key_is_given_one(browser: Any) -> None:
+    with fake(api_key="secret") as server:
+        page = browser.new_page()
+        asked: list[str] = []
+        page.on(
+            "dialog", lambda dialog: (asked.append(dialog.message), dialog.accept(["wrong", "secret"][len(asked) - 1]))
+        )
+        page.goto(f"http://127.0.0.1:{server.port}/")
+        page.fill("#text", "abc")
+        page.keyboard.press("Enter")
+        page.locator("#error", has_text="the API key is missing or wrong").wait_for()
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#turns li.assistant small")
+        assert page.inner_text("#error") == "" and asked == ["API key"] * 2
+        page.locator("#model", has_text="fake").wait_for()
+        page.close()
+
+
+def test_a_run_that_is_too_large_to_be_kept_costs_no_other(page: Any, server: Server, tmp_path: Path) -> None:
+    trace = server.aligner.trace(server.aligner.generate("Tell me a story.", budget=2, n=2, max_tokens=4))
+    trace.save(tmp_path / "small.json")
+    large = json.loads((tmp_path / "small.json").read_text(encoding="utf-8"))
+    large["prompt"] = "a long one " * 200_000
+    (tmp_path / "large.json").write_text(json.dumps(large | {"created": "2026-01-01T00:00:00+00:00"}), encoding="utf-8")
+    for name, prompt in (("small", "Tell me"), ("large", "a long one")):
+        page.set_input_files("#open", tmp_path / f"{name}.json")
+        page.locator("#past li:first-child", has_text=prompt).wait_for()
+    assert page.locator("#past li").count() == 2
+    page.reload()
+    assert page.locator("#past li").all_inner_texts()[0].startswith("Tell me") and page.locator("#past li").count() == 1
+
+
+def test_what_something_else_left_in_the_browser(page: Any) -> None:
+    page.evaluate("""localStorage.setItem("aisp-local.runs", '[null, 1, {"prompt": 2}, {"trace": {}}]')""")
+    page.reload()
+    say(page, "Tell me a story.")
+    assert page.locator("#past li").count() == 1
 
 
 def test_a_keyboard_and_a_small_dark_screen_are_enough(page: Any) -> None:

@@ -211,6 +211,13 @@ def test_a_batch_of_prompts_says_so(aligner: Aligner) -> None:
     assert any("in one batch with 1 others" in sentence for sentence in replay.unlike(trace, aligner))
 
 
+def test_a_batch_that_calls_share_says_so(aligner: Aligner) -> None:
+    with Aligner.load(threads=1, together=3) as shared:
+        trace = shared.trace(shared.generate("One", budget=2, max_tokens=4))
+    assert trace["machine"]["together"] == 3
+    assert any("up to 3 searches shared a batch" in sentence for sentence in replay.unlike(trace, aligner))
+
+
 def test_what_no_trace_can_say() -> None:
     with Aligner(FakeEngine(), FakeReward(lambda prompt, texts: [1.0] * len(texts)), model_name="x.gguf") as fake:
         trace = fake.trace(fake.generate("a", **SMALL))

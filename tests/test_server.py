@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -20,11 +20,13 @@ from typing import Annotated, Any
 import openai
 import pydantic
 import pytest
-import uvicorn
+from click.testing import CliRunner
 
 from aisp_local import Aligner, shipped
 from aisp_local.api import DEFAULT_TOGETHER
-from aisp_local.errors import ScoreError
+from aisp_local.cli.serve import serve
+from aisp_local.errors import InputError, ScoreError
+from aisp_local.server import Server as Listening
 from aisp_local.server import Settings, make_app
 from aisp_local.server.request import ApiError, parse
 from aisp_local.testing import FakeEngine, FakeReward
@@ -32,6 +34,7 @@ from aisp_local.trace import schema
 
 STORY = [{"role": "user", "content": "Tell me a story about a fox."}]
 QUICK = {"aisp": {"budget": 4, "rows": 4}}
+ONE = {"budget": 8, "rows": 8, "method": "best-of-n"}  # at temperature 0 all rollouts are the same
 
 
 class Server:
@@ -60,15 +63,14 @@ class Server:
 
 
 @contextmanager
-def serving(aligner: Aligner, settings: Settings | None = None) -> Iterator[Server]:
-    config = uvicorn.Config(make_app(aligner, settings), port=0, log_level="warning", timeout_graceful_shutdown=10)
-    server = uvicorn.Server(config)
+def serving(aligner: Aligner, settings: Settings | None = None, **options: Any) -> Iterator[Server]:
+    server = Listening(make_app(aligner, settings), **options)
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
         time.sleep(0.01)
     try:
-        yield Server(server.servers[0].sockets[0].getsockname()[1], aligner)
+        yield Server(server.addresses[0][1], aligner)
     finally:
         server.should_exit = True
         thread.join()
@@ -120,6 +122,15 @@ def test_several_choices_are_the_best_that_differ(server: Server) -> None:
     rewards = [(choice.model_extra or {})["aisp"]["reward"] for choice in answer.choices]
     texts = [choice.message.content for choice in answer.choices]
     assert len(set(texts)) == 3 and rewards == sorted(rewards, reverse=True)
+    # Streamed, and with fewer of them than were asked for.
+    stream = server.client().chat.completions.create(
+        model="m", messages=STORY, max_tokens=2, n=8, stream=True, temperature=0, extra_body={"aisp": ONE}
+    )
+    chunks = [chunk.choices[0] for chunk in stream]
+    assert [(c.index, c.delta.role or c.delta.content or c.finish_reason) for c in chunks][::2] == [
+        (0, "assistant"),
+        (0, "length"),
+    ]
 
 
 @pytest.mark.native
@@ -236,12 +247,125 @@ def test_a_client_that_watches_sees_every_iteration() -> None:
         assert [name for name, _ in seen].count("aisp.result") == 1 and seen[-1] == ("", "[DONE]")
 
 
+class Stream:
+    """A streamed answer, read event by event."""
+
+    def __init__(self, server: Server, **body: Any) -> None:
+        self.connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+        asked = {"messages": STORY, "stream": True} | body
+        self.connection.request("POST", "/v1/chat/completions", json.dumps(asked).encode())
+        self.answer = self.connection.getresponse()
+        self.id = self.answer.headers["x-request-id"]
+
+    def read(self, until: str | None = None) -> list[tuple[str, Any]]:
+        """The events until the first of that name, or all that are left."""
+        found: list[tuple[str, Any]] = []
+        block = ""
+        while (line := self.answer.readline().decode()) and not (found and found[-1][0] == until):
+            block += line
+            if block.endswith("\n\n"):
+                found += events(block)
+                block = ""
+            if found and found[-1][0] == until:
+                return found
+        self.connection.close()
+        return found
+
+
+def slowly(prompt: object, texts: Sequence[str]) -> list[float]:
+    time.sleep(0.02)
+    return vowels(prompt, texts)
+
+
+LONG = {"budget": 512, "rows": 4, "method": "best-of-n", "events": True, "trace": True}  # 128 times 0.02 seconds
+
+
+def test_a_search_that_is_cancelled_gives_its_best_so_far() -> None:
+    with fake(slowly) as server:
+        stream = Stream(server, aisp=LONG)
+        begun = stream.read("aisp.iteration")
+        assert begun[0][1]["id"] == stream.id
+        path = f"/v1/chat/completions/{stream.id}/cancel"
+        said = server.send("POST", path)[2]
+        assert said == {"id": stream.id, "object": "chat.completion", "status": "cancelling"}
+        seen = stream.read()
+        results = {name: body for name, body in seen if name in ("aisp.result", "aisp.trace")}
+        assert seen[-1] == ("", "[DONE]") and results["aisp.result"]["status"] == "interrupted"
+        trace = results["aisp.trace"]
+        schema().validate(trace)
+        assert 4 <= len(trace["result"]["candidates"]) == results["aisp.result"]["rollouts"] < 512
+        choices = [body["choices"][0] for name, body in begun + seen if name == "" and body != "[DONE]"]
+        assert "".join(choice["delta"].get("content", "") for choice in choices) == trace["result"]["answer"]
+        assert choices[-1]["finish_reason"] in ("stop", "length")
+        best = max(candidate["reward"] for candidate in trace["result"]["candidates"])
+        assert trace["result"]["reward"] == best
+        status, _, body = server.send("POST", path)
+        assert status == 404 and body["error"]["code"] == "not_found"
+
+
+def test_the_openai_client_cancels_what_it_streams_and_sees_the_search() -> None:
+    with fake(slowly) as server:
+        client = server.client()
+        stream = client.chat.completions.create(model="m", messages=STORY, stream=True, extra_body={"aisp": LONG})
+        text, told = "", []
+        for chunk in stream:
+            if not chunk.choices:  # of the search
+                told.append(chunk.model_extra or {})
+                if len(told) == 1:
+                    client.post(f"/chat/completions/{stream.response.headers['x-request-id']}/cancel", cast_to=object)
+            else:
+                text += chunk.choices[0].delta.content or ""
+        assert [one["iteration"] for one in told if "iteration" in one][0] == 1
+        assert text and {"status": "interrupted"}.items() <= told[-2].items() and told[-1]["result"]["answer"] == text
+        done = client.completions.create(model="m", prompt="abc", stream=True, extra_body={"aisp": LONG})
+        client.post(f"/completions/{done.response.headers['x-request-id']}/cancel", cast_to=object)
+        assert "interrupted" in [(chunk.model_extra or {}).get("status") for chunk in done]
+
+
+def until(true: Callable[[], Any]) -> None:
+    end = time.monotonic() + 10
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def health(server: Server) -> Any:
+    return server.send("GET", "/health")[2]
+
+
+def test_one_that_waits_is_cancelled_at_once() -> None:
+    reward = Slow()
+    with fake(reward, parallel=1) as server:
+        answers: list[int] = []
+        first = threading.Thread(target=lambda: answers.append(server.chat()[0]))
+        first.start()
+        assert reward.asked.wait(10)
+        stream = Stream(server, aisp=LONG)
+        until(lambda: health(server)["waiting"] == 1)
+        assert server.send("POST", f"/v1/chat/completions/{stream.id}/cancel")[0] == 200
+        (error,) = [body["error"] for _, body in stream.read() if "error" in body]
+        assert error["code"] == "cancelled" and health(server)["waiting"] == 0
+        reward.go.set()
+        first.join()
+    assert answers == [200]
+
+
+MANY = [f"value {i}" for i in range(30_000)]
+
 RUBBISH: list[tuple[bytes, str]] = [
     (b"", "not valid JSON"),
     (b"\xff\xfe", "not valid JSON"),
     (b"[" * 100_000, "not valid JSON"),
     (b"[]", "must be a JSON object"),
     (b"{}", "messages must be a list"),
+    (b'{"messages": [{"role": "user", "content": "\\ud83d"}]}', "surrogates not allowed"),
+    (b'{"n": ' + b"9" * 5000 + b"}", "not valid JSON"),
+    (b'{"messages": [{"role": "user", "content": "x"}], "aisp": {"time_limit": 1e999}}', "time_limit must be"),
+    (
+        b'{"messages": [{"role": "user", "content": "x"}], "response_format": {"type": "json_schema", "json_schema": '
+        b'{"schema": ' + b'{"items": ' * 400 + b"{}" + b"}" * 402 + b"}",
+        "that is not a valid JSON schema",
+    ),
     (b'{"messages": []}', "messages must be a list"),
     (b'{"messages": [{"role": "user"}]}', "messages[0].content must be text"),
     (b'{"messages": [{"role": "king", "content": "x"}]}', "messages[0] needs a role"),
@@ -260,6 +384,11 @@ RUBBISH: list[tuple[bytes, str]] = [
             ({"temperature": "hot"}, "temperature must be"),
             ({"seed": -1}, "seed must be"),
             ({"tools": [{}]}, "tools are not supported"),
+            ({"echo": True}, "echo is not supported"),
+            ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"enum": MANY}}}}, "at most 100000"),
+            ({"aisp": {"target_reward": 10**400}}, "target_reward must be a number"),
+            ({"aisp": {"time_limit": 0}}, "time_limit must be a number of at least"),
+            ({"aisp": {"x" * 5000: 1}}, "aisp.xxx"),
             ({"response_format": {"type": "xml"}}, "response_format.type must be"),
             ({"response_format": "json"}, "response_format must be an object"),
             ({"response_format": {"type": "json_schema"}}, "json_schema.schema must be an object"),
@@ -280,7 +409,16 @@ RUBBISH: list[tuple[bytes, str]] = [
             ({"aisp": {"strength": 2}}, "strength must be"),
             ({"aisp": {"method": "best-of-n", "strength": 0.5}}, "has no strength"),
             ({"aisp": {"options": {"seed": 1}}}, "has no option 'seed'"),
-            ({"aisp": {"options": {"blocks": "x"}}}, "cannot use its options"),
+            ({"aisp": {"options": {"blocks": "x"}}}, "'blocks' must be a number"),
+            ({"aisp": {"options": {"blocks": None}}}, "cannot use its options"),
+            ({"aisp": {"options": {"blocks": 1.5}}}, "'blocks' must be a whole number"),
+            ({"aisp": {"options": {"commit": 1}}}, "'commit' must be true or false"),
+            ({"aisp": {"method": "aisp", "options": {"window": 2.5}}}, "'window' must be a whole number"),
+            ({"aisp": {"method": "re-control", "options": {"value": "/etc/hostname"}}}, "'value' must be a number"),
+            ({"aisp": {"options": {"steering": [0.1]}}}, "'steering' must be a number"),
+            ({"aisp": {"method": "args", "options": {"candidates": 10**9}}}, "must be at most 40"),
+            ({"aisp": {"method": "best-of-n"}, "temperature": 1e-300}, "must be 0 (greedy) or at least"),
+            ({"aisp": {"method": "best-of-n", "options": {"top_k": 1.5}}}, "'top_k' must be a whole number"),
             ({"aisp": {"nonsense": 1}}, "aisp.nonsense is unknown"),
             ({"aisp": {"time_limit": float("nan")}}, "time_limit must be"),
         )
@@ -294,6 +432,20 @@ def test_rubbish_is_refused_in_openais_shape(body: bytes, message: str) -> None:
         parse(body, chat=True, limit=512)
     assert caught.value.status == 400 and message in caught.value.message
     assert set(caught.value.body()["error"]) == {"message", "type", "param", "code"}
+    assert len(json.dumps(caught.value.body())) < 2500
+
+
+def test_what_clients_send_beside_what_is_understood_is_passed_over() -> None:
+    nothing = {"tools": [], "logit_bias": {}, "stream_options": None, "response_format": None, "stop": None, "n": None}
+    more = {"user": "x", "metadata": {}, "store": False, "parallel_tool_calls": True, "frequency_penalty": 0.5}
+    body = {"messages": STORY, "aisp": {"budget": None, "time_limit": None}} | nothing | more
+    body |= {"max_tokens": 9, "max_completion_tokens": 7, "seed": 3, "stop": "."}
+    parts = [{"type": "text", "text": "\ud83d\ude00 a"}, {"type": "text", "text": " fox"}]
+    body["messages"] = [{"role": "developer", "content": "Be kind."}, {"role": "user", "content": parts}]
+    ask = parse(json.dumps(body).encode(), chat=True, limit=512)
+    assert ask.prompt == [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "\U0001f600 a fox"}]
+    assert (ask.max_tokens, ask.seed, ask.stop, ask.time_limit) == (7, 3, (".",), None)
+    assert parse(json.dumps(body | {"aisp": None}).encode(), chat=True, limit=512).budget == 32
 
 
 def test_refusals_over_the_wire() -> None:
@@ -311,6 +463,10 @@ def test_refusals_over_the_wire() -> None:
             (404, "/v1/nothing", None, auth),
             (404, "/v1/models/other", None, auth),
             (405, "/v1/models", b"{}", auth),
+            (404, "/v1/chat/completions/", good, auth),  # redirects nowhere
+            (401, "/v1/chat/completions/x/cancel", b"", {}),
+            (403, "/v1/chat/completions/x/cancel", b"", auth | {"Origin": "http://evil.example"}),
+            (404, "/v1/chat/completions/x/cancel", b"", auth),
         ):
             found, _, answer = server.send("GET" if body is None else "POST", path, body, headers)
             assert (found, set(answer["error"])) == (status, {"message", "type", "param", "code"})
@@ -322,6 +478,42 @@ def test_refusals_over_the_wire() -> None:
             slow.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer secret\r\n")
             slow.sendall(b"Content-Length: 100\r\n\r\n{")
             assert b" 408 " in slow.recv(2000)
+        assert server.send("GET", "/v1/models", None, {"Authorization": "bearer secret"})[0] == 200
+        assert server.send("GET", "/v1/models", None, {"Authorization": "secret"})[0] == 401
+
+
+def test_pages_that_may_call_the_server_are_told_so() -> None:
+    with fake(origins=("http://page.example",)) as server:
+        asked = {"Origin": "http://page.example", "Access-Control-Request-Method": "POST"}
+        asked |= {"Access-Control-Request-Headers": "authorization,content-type"}
+        status, headers, _ = server.send("OPTIONS", "/v1/chat/completions", None, asked)
+        assert status == 200 and headers["access-control-allow-origin"] == "http://page.example"
+        assert "authorization" in headers["access-control-allow-headers"]
+        for path, status in (("/v1/models", 200), ("/v1/models/other", 404)):
+            found = server.send("GET", path, None, {"Origin": "http://page.example"})
+            assert found[0] == status and found[1]["access-control-allow-origin"] == "http://page.example"
+        found = server.send("GET", "/v1/models", None, {"Origin": "http://other.example"})
+        assert found[0] == 403 and "access-control-allow-origin" not in found[1]
+    with fake(origins=("*",)) as server:
+        assert server.send("GET", "/v1/models", None, {"Origin": "http://other.example"})[0] == 200
+
+
+def test_a_head_that_never_ends_is_not_waited_for() -> None:
+    aligner = Aligner(FakeEngine(), FakeReward(slowly), model_name="fake.gguf")
+    with serving(aligner, Settings(), head_seconds=0.3) as server:
+        with socket.create_connection(("127.0.0.1", server.port)) as silent:
+            with socket.create_connection(("127.0.0.1", server.port)) as slow:
+                slow.settimeout(10)
+                slow.sendall(b"GET /health HTTP/1.1\r\nHost: local")
+                assert slow.recv(100) == b""
+            assert silent.recv(100) == b""
+        # An answer that takes longer is no head, also to a request that came with another.
+        body = json.dumps({"messages": STORY, "aisp": {"budget": 128, "rows": 4, "method": "best-of-n"}}).encode()
+        asked = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
+        with socket.create_connection(("127.0.0.1", server.port)) as two, two.makefile("rb") as answers:
+            two.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" + asked + body)
+            found = answers.read()  # until the server closes
+        assert found.count(b"200 OK") == 2 and float(re.findall(rb'"seconds":([\d.]+)', found)[0]) > 0.3
 
 
 class Slow:
@@ -381,16 +573,24 @@ def test_a_client_that_goes_away_while_it_waits_is_not_served() -> None:
         assert reward.asked.wait(10)
         gone = http.client.HTTPConnection("127.0.0.1", server.port)
         gone.request("POST", "/v1/chat/completions", json.dumps({"messages": STORY} | QUICK).encode())
-        while server.send("GET", "/health")[2]["waiting"] < 1:
-            time.sleep(0.01)
+        until(lambda: health(server)["waiting"] == 1)
         gone.close()
-        time.sleep(0.2)
+        until(lambda: health(server)["waiting"] == 0)  # its place is free before its turn would have come
         reward.go.set()
         first.join()
-        while server.send("GET", "/health")[2]["waiting"] > 0:
-            time.sleep(0.01)
         metrics = server.send("GET", "/metrics")[2]
     assert "aisp_cancelled_total 1" in metrics and "aisp_answered_total 1" in metrics
+
+
+def test_clients_that_go_away_at_once_leave_nothing_behind() -> None:
+    with fake(slowly) as server:
+        body = json.dumps({"messages": STORY, "aisp": LONG, "stream": True}).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+        for _ in range(20):
+            with socket.create_connection(("127.0.0.1", server.port)) as one:
+                one.sendall(head.encode() + body)
+        until(lambda: "aisp_cancelled_total 20" in metrics(server))
+        assert health(server)["running"] == health(server)["waiting"] == 0
 
 
 @pytest.mark.native
@@ -436,8 +636,9 @@ def metrics(server: Server) -> str:
 
 @pytest.mark.native
 def test_a_prompt_that_is_too_long_is_the_clients_fault(server: Server) -> None:
-    status, _, body = server.chat(messages=[{"role": "user", "content": "a fox " * 2000}])
-    assert status == 400 and body["error"]["code"] == "context_length_exceeded"
+    for stream in (False, True):
+        status, _, body = server.chat(messages=[{"role": "user", "content": "a fox " * 2000}], stream=stream)
+        assert status == 400 and body["error"]["code"] == "context_length_exceeded"
 
 
 def test_a_reward_that_fails_is_the_servers_fault_and_the_next_request_is_served() -> None:
@@ -480,26 +681,28 @@ def test_texts_never_cross() -> None:
 
 
 def test_closing_gives_the_best_so_far_and_refuses_those_that_wait() -> None:
-    reward = Slow()
     answers: dict[str, tuple[int, Any]] = {}
-    with fake(reward, parallel=1) as server:
+    scored: list[int] = []
 
-        def ask(name: str) -> None:
-            status, _, body = server.chat(aisp={"budget": 8, "rows": 4, "method": "best-of-n"})
-            answers[name] = status, body
+    def counted(prompt: object, texts: Sequence[str]) -> list[float]:
+        scored.append(len(texts))
+        return slowly(prompt, texts)
 
-        first = threading.Thread(target=ask, args=("first",))
-        first.start()
-        assert reward.asked.wait(10)
-        second = threading.Thread(target=ask, args=("second",))
-        second.start()
-        while server.send("GET", "/health")[2]["waiting"] < 1:
-            time.sleep(0.01)
-        closing = threading.Thread(target=lambda: (time.sleep(0.3), reward.go.set()))
-        closing.start()
-    for thread in (first, second, closing):
+    def ask(name: str) -> None:
+        status, _, body = server.chat(aisp={"budget": 512, "rows": 4, "method": "best-of-n"})
+        answers[name] = status, body
+
+    threads = [threading.Thread(target=ask, args=(name,)) for name in ("first", "second")]
+    with fake(counted, parallel=1) as server:
+        for thread, key in zip(threads, ("running", "waiting"), strict=True):
+            thread.start()
+            until(lambda key=key: health(server)[key] == 1)  # type: ignore[misc]
+        until(lambda: len(scored) > 2)
+    for thread in threads:
         thread.join()
-    assert answers["first"][0] == 200 and answers["second"][0] in (200, 503)
+    first, second = (answers[name] for name in ("first", "second"))
+    assert first[0] == 200 and first[1]["aisp"]["status"] == "interrupted" and first[1]["aisp"]["rollouts"] < 512
+    assert second[0] == 503 and "shutting down" in second[1]["error"]["message"]
 
 
 @pytest.mark.native
@@ -516,6 +719,21 @@ def test_the_command_serves_until_ctrl_c() -> None:
         client.close()
         process.send_signal(signal.SIGINT)
         assert process.wait(30) in (0, 130)
+
+
+REFUSED = {
+    ("--api-key", " "): "the API key is empty",
+    ("--allow-origin", "page.example"): "is no origin",
+    ("--allow-origin", "http://page.example/path"): "is no origin",
+    ("--host", "no.such.name.invalid"): "there is no address 'no.such.name.invalid' to listen on",
+    ("--host", "192.0.2.1"): "cannot listen on 192.0.2.1 port 8080",
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED.items())
+def test_options_that_are_refused(arguments: tuple[str, str], message: str) -> None:
+    found = CliRunner().invoke(serve, list(arguments))
+    assert isinstance(found.exception, InputError) and message in str(found.exception)
 
 
 def test_the_command_says_what_is_wrong() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import threading
@@ -149,7 +150,7 @@ def test_calls_of_any_kind_in_one_batch_are_what_each_is_alone(monkeypatch: pyte
         for asked, mine, other in zip(ASKED, found, alone, strict=True):
             # Rounding may turn a near tie; what score learns from it turns all that comes after.
             same = np.mean([a == b for a, b in zip(texts(mine), texts(other), strict=True)])
-            assert same > 0.8 or asked["method"] == "score"
+            assert same > 0.6 or asked["method"] == "score"
             assert mine.status == other.status and len(mine.iterations) == len(other.iterations)
             assert mine.rollouts == other.rollouts
             assert (mine.baseline is None) == (other.baseline is None)
@@ -169,6 +170,37 @@ def test_a_call_with_nobody_beside_it_is_to_the_bit_what_it_is_alone(asked: dict
         assert key(aligner.generate(PROMPTS[1], **asked)) == key(one.generate(PROMPTS[1], **asked))
         many = aligner.generate_many(PROMPTS[:3], **asked), one.generate_many(PROMPTS[:3], **asked)
         assert list(map(key, many[0])) == list(map(key, many[1]))
+
+
+def test_beside_others_rounding_turns_only_draws_that_are_near_a_boundary() -> None:
+    """As benchmarks/load.py tells an answer that rounding made another from one that is another client's."""
+    path = Path(__file__).parents[1] / "benchmarks" / "load.py"
+    spec = importlib.util.spec_from_file_location("load_benchmark", path)
+    assert spec is not None and spec.loader is not None
+    load = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(load)
+    alone, clients = load.Alone(), range(8)
+
+    def ask(i: int) -> Result:
+        messages: Any = [{"role": "user", "content": load.prompt_of(i)}]
+        return aligner.generate(messages, method="best-of-n", budget=load.ROWS, n=load.ROWS, max_tokens=24, seed=i)
+
+    with sharing(together=6) as (aligner, pool):
+        found = list(pool.map(ask, [*clients, *clients]))
+    with Aligner(alone.engine, FakeReward(vowels)) as aligner:
+        texts = [{one.row: one.text for one in ask(i).candidates} for i in clients]
+        for i, result in zip([*clients, *clients], found, strict=True):
+            for one in result.candidates:
+                assert one.text == texts[i][one.row] or alone._drew(load.prompt_of(i), i, one.row - 1, one.text)
+        # What another client was told is neither, however alike the prompts are.
+        for i in clients[:4]:
+            assert alone.gave(load.prompt_of(i), i, found[i].answer)
+            assert not alone.gave(load.prompt_of(i), i + 100, found[i].answer)
+            assert not alone.gave(load.prompt_of(i + 7), i, found[i].answer)
+            assert not alone.gave(load.prompt_of(i), i, found[i].answer[:-1])
+        tally = load.Tally()
+        tally.texts = {1: {found[1].answer: 2}, 2: {found[2].answer: 1, found[3].answer: 3}}
+        assert tally.compared(alone) == (0, 3)
 
 
 def test_a_call_joins_while_another_decodes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
+import re
+import socket
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -63,9 +65,14 @@ def serve(
     """
     if find_spec("starlette") is None or find_spec("uvicorn") is None:
         raise InputError("serve needs starlette and uvicorn: pip install 'aisp-local[server]'")
-    import uvicorn
+    from aisp_local.server import Server, Settings, make_app
 
-    from aisp_local.server import Settings, make_app
+    if api_key is not None and not api_key.strip():
+        raise InputError("the API key is empty; give one, or leave --api-key out")
+    for origin in origins:
+        if origin not in ("*", "null") and not re.fullmatch(r"https?://[^/?#@\s]+/?", origin):
+            raise InputError(f"--allow-origin {origin!r} is no origin; it must look like https://example.org:3000")
+    _check_free(host, port)  # before a large model is loaded
 
     if not _loopback(host):
         what = (
@@ -83,27 +90,41 @@ def serve(
     settings = Settings(
         api_key=api_key,
         hosts=names,
-        origins=origins,
+        origins=tuple(origin.rstrip("/").lower() for origin in origins),
         parallel=parallel,
         waiting=waiting,
         max_tokens=max_tokens,
         max_rollouts=max_rollouts,
     )
-    config = uvicorn.Config(
-        make_app(aligner, settings),
-        host=host,
-        port=port,
-        log_level="warning",
-        timeout_graceful_shutdown=30,
-        access_log=False,
-    )
-    server = _announced(config, f"{Path(aligner.model_name).name} with {aligner.reward.name}")
+    what = f"{Path(aligner.model_name).name} with {aligner.reward.name}"
+
+    def announce(host: str, port: int) -> None:
+        click.echo(f"{what} at http://{f'[{host}]' if ':' in host else host}:{port}/v1 (Ctrl-C ends it)", err=True)
+
     try:
-        server.run()
+        Server(make_app(aligner, settings), host=host, port=port, started_at=announce).run()
     except SystemExit as error:  # uvicorn could not listen, and has said why
-        raise InputError(f"cannot listen on {host} port {port}; is it in use? choose another with --port") from error
+        raise _taken(host, port) from error
     finally:
         aligner.close()
+
+
+def _check_free(host: str, port: int) -> None:
+    """Raises InputError where nothing can listen."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.create_server(address, family=family):
+            pass
+    except (socket.gaierror, UnicodeError) as error:
+        raise InputError(f"there is no address {host!r} to listen on; choose another with --host") from error
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise InputError(f"cannot listen on {host} port {port}: {error.strerror}") from error
+        raise _taken(host, port) from error
+
+
+def _taken(host: str, port: int) -> InputError:
+    return InputError(f"cannot listen on {host} port {port}; is it in use? choose another with --port")
 
 
 def _loopback(host: str) -> bool:
@@ -111,19 +132,3 @@ def _loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _announced(config: Any, what: str) -> Any:
-    """A server that says where it listens once it does."""
-    import uvicorn
-
-    class Announced(uvicorn.Server):
-        async def startup(self, sockets: Any = None) -> None:
-            await super().startup(sockets)
-            for one in self.servers:
-                for socket in one.sockets:
-                    host, port = socket.getsockname()[:2]
-                    shown = f"[{host}]" if ":" in host else host
-                    click.echo(f"{what} at http://{shown}:{port}/v1 (Ctrl-C ends it)", err=True)
-
-    return Announced(config)

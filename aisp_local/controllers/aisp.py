@@ -45,7 +45,7 @@ class Aisp:
         window: int | None = None,
         temperature: float = 0.0,
     ) -> None:
-        steps = max_tokens if window is None else window
+        steps = max_tokens if window is None else min(window, max_tokens)
         if sigma < 0 or not math.isfinite(sigma):
             raise InputError(f"sigma is {sigma}; it must be 0 or greater")
         if lambda_ <= 0 or not math.isfinite(lambda_):

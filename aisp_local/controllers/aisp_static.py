@@ -34,7 +34,7 @@ class AispStatic:
         temperature: float = 0.0,
         mean: FloatArray | None = None,
     ) -> None:
-        self._steps, self._d = max_tokens if window is None else window, d
+        self._steps, self._d = max_tokens if window is None else min(window, max_tokens), d
         if sigma < 0 or not math.isfinite(sigma):
             raise InputError(f"sigma is {sigma}; it must be 0 or greater")
         if self._steps < 1:

@@ -44,7 +44,7 @@ class Misvo:
             raise InputError(f"lambda is {lambda_}; it must be 0 or greater")
         if not temperature > 0:
             raise InputError(f"temperature is {temperature}; misvo samples, so it must be greater than 0")
-        steps = max_tokens if window is None else window
+        steps = max_tokens if window is None else min(window, max_tokens)
         if steps < 1:
             raise InputError(f"the control window is {steps} steps; it must be at least 1")
         self._eta, self._lambda = eta, lambda_

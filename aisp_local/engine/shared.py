@@ -84,7 +84,7 @@ class SharedEngine(LlamaEngine):
         if together < 1:
             raise InputError(f"together is {together} calls; it must be at least 1")
         super().__init__(model, **options)
-        self._together = together
+        self.together = together
         self._run = object()
         self._changed = threading.Condition()
         self._queue: deque[_Guest] = deque()  # the thread alone takes something away
@@ -131,7 +131,7 @@ class SharedEngine(LlamaEngine):
         """Make room for those that wait, and decode until none is left for which there is room."""
         first, wanted = self._queue[0].claim, self._wanted()
         # Room for others like it, or they would wait for its end, as long as that takes half of the memory.
-        ample = self._together_with(wanted, [first] * (self._together - wanted.runs), spare=2)
+        ample = self._together_with(wanted, [first] * (self.together - wanted.runs), spare=2)
         try:
             decoder = self._decoder_for(ample, wanted, first)
         except BaseException as error:
@@ -159,7 +159,7 @@ class SharedEngine(LlamaEngine):
     def _wanted(self) -> Claim:
         """What the oldest call needs, with those after it that may decode beside it."""
         first, *others = [guest.claim for guest in list(self._queue)]
-        return self._together_with(first, others[: self._together - 1])
+        return self._together_with(first, others[: self.together - 1])
 
     def _together_with(self, claim: Claim, others: Iterable[Claim], spare: int = 1) -> Claim:
         """The claim and as many of the others as there may be room for, ``spare`` times."""
@@ -191,7 +191,7 @@ class SharedEngine(LlamaEngine):
         if not self._guests:
             return (self._fresh or self._holds(self._wanted())) and self._holds(claim)
         both = sum((guest.claim for guest in self._guests[1:]), self._guests[0].claim) + claim
-        if len(self._guests) >= self._together or claim.long != self._long or not self._allowed(both):
+        if len(self._guests) >= self.together or claim.long != self._long or not self._allowed(both):
             return False
         # A larger context has to wait until nobody decodes. One call after the other would fit before that for ever.
         self._draining = self._draining or (not self._holds(both) and self._affordable(both))

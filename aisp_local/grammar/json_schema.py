@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from aisp_local.errors import AispError, InputError
@@ -36,6 +36,7 @@ _REFUSED = frozenset(
     + ("multipleOf", "pattern", "unevaluatedProperties", "unevaluatedItems", "additionalItems")
     + ("$dynamicRef", "$recursiveRef")
 )
+_MOST_PARTS = 100  # of oneOf, all pairs of which are compared
 _DIGITS = 16  # of a number: what a double tells apart
 _LARGEST = 10**_DIGITS - 1
 _MONTHS = (
@@ -173,6 +174,8 @@ class _Converter:
         if name == "allOf" and len(parts) > 1:
             raise self._refuse(at, "a grammar cannot hold a response to 'allOf' with several parts; write one schema")
         if name == "oneOf":
+            if len(parts) > _MOST_PARTS:
+                raise self._refuse(at, f"'oneOf' has {len(parts)} parts; at most {_MOST_PARTS} are compared")
             parts = [self._resolved(part) for part in parts]
             for i, one in enumerate(parts):
                 if any(not _apart(one, other) for other in parts[:i]):
@@ -214,7 +217,8 @@ class _Converter:
 
     def _choice(self, schema: Mapping[str, Any], at: str) -> str:
         values = [schema["const"]] if "const" in schema else list(schema["enum"])
-        values = [v for v in values if "enum" not in schema or any(_same(v, other) for other in schema["enum"])]
+        if "const" in schema and "enum" in schema and not _keys(values) & _keys(schema["enum"]):
+            values = []
         kinds = schema.get("type")
         if kinds is not None:
             kinds = [kinds] if isinstance(kinds, str) else kinds
@@ -414,7 +418,7 @@ def _kind(value: Any) -> str:
     if isinstance(value, bool):
         return "boolean"
     if _number(value):
-        return "integer" if value == int(value) else "number"
+        return "integer" if isinstance(value, int) or value.is_integer() else "number"
     return "string" if isinstance(value, str) else "array" if isinstance(value, Sequence) else "object"
 
 
@@ -422,9 +426,18 @@ def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _same(one: Any, other: Any) -> bool:
-    """Whether two JSON values are equal: true is not 1."""
-    return _kind(one) == _kind(other) and bool(one == other)
+def _keys(values: Iterable[Any]) -> set[Hashable]:
+    """Of JSON values, the same for those that are equal: true is not 1."""
+    return {_key(value) for value in values}
+
+
+def _key(value: Any) -> Hashable:
+    kind = _kind(value)
+    if kind == "array":
+        return kind, tuple(_key(item) for item in value)
+    if kind == "object":
+        return kind, frozenset((name, _key(item)) for name, item in value.items())
+    return kind, value
 
 
 def _types(schema: Any) -> set[str]:
@@ -463,5 +476,5 @@ def _chosen_apart(one: Any, other: Any) -> bool:
     for schema in (one, other):
         if not isinstance(schema, Mapping) or not {"const", "enum"} & set(schema):
             return False
-        choices.append([schema["const"]] if "const" in schema else schema["enum"])
-    return not any(_same(a, b) for a in choices[0] for b in choices[1])
+        choices.append(_keys([schema["const"]] if "const" in schema else schema["enum"]))
+    return not choices[0] & choices[1]

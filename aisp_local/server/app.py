@@ -16,6 +16,8 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -41,6 +43,7 @@ _PAGE_HEADERS = {
     "Cache-Control": "no-cache",
 }
 _FINISH = {"stop": "stop", "length": "length"}
+_OBJECT = {True: "chat.completion", False: "text_completion"}
 
 
 @dataclass(frozen=True)
@@ -77,10 +80,24 @@ def make_app(aligner: Aligner, settings: Settings | None = None) -> Starlette:
         Route("/v1/models", server.models),
         Route("/v1/models/{name:path}", server.model),
         Route("/v1/chat/completions", server.chat, methods=["POST"]),
+        Route("/v1/chat/completions/{id}/cancel", server.cancel, methods=["POST"]),
         Route("/v1/completions", server.complete, methods=["POST"]),
+        Route("/v1/completions/{id}/cancel", server.cancel, methods=["POST"]),
     ]
     handlers: dict[Any, Any] = {ApiError: _refused, HTTPException: _http, Exception: _failed}
-    return Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
+    # So that a page of another origin may read what it is answered.
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=server.settings.origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=["X-Request-Id", "Retry-After"],
+    )
+    middleware = [cors] if server.settings.origins else []
+    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers, middleware=middleware)
+    app.router.redirect_slashes = False  # to where the request's host says, which nobody has checked
+    app.state.desk = server.desk
+    return app
 
 
 async def _refused(request: Request, error: Exception) -> Response:
@@ -109,6 +126,7 @@ class _Server:
         self.name = Path(aligner.model_name or "model").stem
         self.desk = Desk(aligner, parallel=settings.parallel, waiting=settings.waiting, max_tokens=settings.max_tokens)
         self.started = int(time.time())
+        self.jobs: dict[str, Job] = {}  # that wait or are searched for, by the id of their answer
 
     # What may call.
 
@@ -118,13 +136,15 @@ class _Server:
         if "*" not in self.settings.hosts and name.lower() not in self.settings.hosts:
             raise ApiError(403, f"the host {host!r} is not this server's; start it with --allow-host", code="host")
         origin = request.headers.get("origin")
-        if origin is not None and origin not in self.settings.origins:
+        if origin is not None and not {"*", origin.lower()} & set(self.settings.origins):
             allowed = {f"{scheme}://{host}" for scheme in ("http", "https")}
             if origin not in allowed:
                 raise ApiError(403, f"pages of {origin!r} may not call this server", code="origin")
         if self.settings.api_key is not None and not open_to_all:
-            given = request.headers.get("authorization", "").removeprefix("Bearer ")
-            if not hmac.compare_digest(given.encode(), self.settings.api_key.encode()):
+            scheme, _, given = request.headers.get("authorization", "").partition(" ")
+            # What is not ASCII comes as its bytes.
+            same = hmac.compare_digest(given.strip().encode("latin-1"), self.settings.api_key.encode())
+            if scheme.lower() != "bearer" or not same:
                 raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
 
     async def _body(self, request: Request) -> bytes:
@@ -188,55 +208,74 @@ class _Server:
 
     async def _answer(self, request: Request, *, chat: bool) -> Response:
         self._check(request)
-        ask = parse(await self._body(request), chat=chat, limit=self.settings.max_rollouts)
+        # A megabyte takes its time; the others are served meanwhile.
+        ask, room = await asyncio.to_thread(self._read, await self._body(request), chat)
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
 
         def put(event: Event) -> None:
             try:
                 loop.call_soon_threadsafe(events.put_nowait, event)
             except RuntimeError:  # the server's loop is over
-                job.cancelled.set()
+                job.gone.set()
 
-        job = Job(ask, put)
+        job, name = Job(ask, room, put), f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex[:24]}"
         self.desk.submit(job)
+        self.jobs[name] = job
+        watching = asyncio.create_task(self._watch(request, name))
         head = {
-            "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex[:24]}",
-            "object": "chat.completion" if chat else "text_completion",
+            "id": name,
+            "object": _OBJECT[chat],
             "created": int(time.time()),
             "model": self.name,
         }
+        headers = {"X-Request-Id": name, "Cache-Control": "no-store"}
+        told = self._events(name, watching, events)
         if ask.stream:
-            stream = self._stream(request, ask, job, events, head)
-            return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        async for kind, value in self._events(request, job, events):
+            return StreamingResponse(self._stream(ask, told, head), media_type="text/event-stream", headers=headers)
+        async for kind, value in told:
             if kind == "done":
-                return JSONResponse(finite(self._whole(ask, head, value)))
+                return JSONResponse(finite(self._whole(ask, head, value)), headers=headers)
             if kind == "failed":
                 raise as_error(value)
         return Response(status_code=499)  # nobody is there to read it
 
-    async def _events(self, request: Request, job: Job, events: asyncio.Queue[Event]) -> AsyncIterator[Event]:
-        """Until the last one; a client that goes away cancels its search."""
+    def _read(self, data: bytes, chat: bool) -> tuple[Ask, int]:
+        ask = parse(data, chat=chat, limit=self.settings.max_rollouts)
+        return ask, self.desk.room(ask)
 
-        async def watch() -> None:
-            while (await request.receive())["type"] != "http.disconnect":
-                pass
-            job.cancelled.set()
+    async def cancel(self, request: Request) -> Response:
+        """The search ends with its best so far, which its own request is answered with."""
+        self._check(request)
+        name = request.path_params["id"]
+        job = self.jobs.get(name)
+        if job is None:
+            raise ApiError(404, f"no search for {name!r} waits or runs; it may be over", code="not_found")
+        self.desk.cancel(job)
+        return JSONResponse({"id": name, "object": _OBJECT[job.ask.chat], "status": "cancelling"})
 
-        watching = asyncio.create_task(watch())
+    async def _watch(self, request: Request, name: str) -> None:
+        """A client that goes away cancels its search."""
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        self._leave(name)
+
+    def _leave(self, name: str) -> None:
+        if (job := self.jobs.pop(name, None)) is not None:
+            self.desk.cancel(job, gone=True)
+
+    async def _events(
+        self, name: str, watching: asyncio.Task[None], events: asyncio.Queue[Event]
+    ) -> AsyncIterator[Event]:
+        """Until the last one, with which the search is over."""
         try:
-            while True:
-                event = await events.get()
+            while (event := await events.get())[0] not in ("done", "failed"):
                 yield event
-                if event[0] in ("done", "failed"):
-                    return
         finally:
             watching.cancel()
-            job.cancelled.set()
+            self._leave(name)
+        yield event
 
-    async def _stream(
-        self, request: Request, ask: Ask, job: Job, events: asyncio.Queue[Event], head: Mapping[str, Any]
-    ) -> AsyncIterator[str]:
+    async def _stream(self, ask: Ask, told: AsyncIterator[Event], head: Mapping[str, Any]) -> AsyncIterator[str]:
         head = {**head, "object": "chat.completion.chunk" if ask.chat else "text_completion"}
         sent = ""
 
@@ -256,9 +295,8 @@ class _Server:
             return _event({**head, "choices": [choice]})
 
         if ask.chat:
-            for index in range(ask.n):
-                yield chunk(index, "", role=True)
-        async for kind, value in self._events(request, job, events):
+            yield chunk(0, "", role=True)
+        async for kind, value in told:
             if kind == "settled":
                 yield chunk(0, value[len(sent) :])
                 sent = value
@@ -269,6 +307,8 @@ class _Server:
                 return
             else:
                 for index, candidate in enumerate(distinct(value, ask.n)):
+                    if ask.chat and index:
+                        yield chunk(index, "", role=True)
                     text = candidate.text
                     # What was cut short may end in another answer than the one that settled: it keeps what was sent.
                     rest = text[len(sent) :] if text.startswith(sent) else ""

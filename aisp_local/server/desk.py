@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,17 +25,28 @@ class _Gone(Exception):
     """The client is: nobody wants even the best so far, which might have to be scored first."""
 
 
+def _closed() -> ApiError:
+    return ApiError(503, "the server is shutting down", kind="server_error", retry_after=5)
+
+
+def _stopped() -> ApiError:
+    return ApiError(409, "the search was stopped before it had an answer", code="cancelled")
+
+
 Event = tuple[str, Any]
 """``settled`` (text), ``progress`` and ``iteration`` (figures), then ``done`` (Result) or ``failed`` (an exception)."""
 
 
 @dataclass(eq=False)
 class Job:
-    """A request in the queue. ``put``: gives its client an event, from any thread."""
+    """A request. ``room``: tokens that there are for its answer; ``put``: gives its client an event, from any thread.
+    ``gone``: the client is; ``stopped``: it wants the best so far."""
 
     ask: Ask
+    room: int
     put: Callable[[Event], None]
-    cancelled: threading.Event = field(default_factory=threading.Event)
+    gone: threading.Event = field(default_factory=threading.Event)
+    stopped: threading.Event = field(default_factory=threading.Event)
 
 
 @dataclass
@@ -61,8 +72,9 @@ class Desk:
         self.aligner, self.max_tokens = aligner, max_tokens
         self.counts = Counts()
         self.busy = 0  # threads that search
-        self._lock = threading.Lock()  # of these figures
-        self._queue: queue.Queue[Job | None] = queue.Queue(waiting)
+        self._most = waiting
+        self._changed = threading.Condition()  # guards these figures and the queue
+        self._queue: deque[Job] = deque()
         self._closing = threading.Event()
         self._lately = 0.5  # seconds that a search takes: a guess, until some have ended
         self._threads = [
@@ -73,54 +85,87 @@ class Desk:
 
     @property
     def waiting(self) -> int:
-        return self._queue.qsize()
+        return len(self._queue)
 
     def _count(self, **more: float) -> None:
-        with self._lock:
+        with self._changed:
             for name, value in more.items():
                 setattr(self.counts, name, getattr(self.counts, name) + value)
+
+    def room(self, ask: Ask) -> int:
+        """Tokens that an answer may have. Raises ApiError for a prompt that leaves none, or that cannot be read."""
+        try:
+            room = self.aligner.engine.room(ask.prompt)
+        except InputError as error:
+            raise as_error(error) from error
+        if room < 1:
+            size = self.aligner.engine.n_ctx
+            why = f"the prompt has {size - room} tokens and the model's context {size}; shorten it"
+            raise as_error(CapacityError(why))
+        return room
 
     def submit(self, job: Job) -> None:
         """Raises ApiError, 503 while closing and 429 where the queue is full."""
         self._count(requests=1)
-        if self._closing.is_set():
-            self._count(refused=1)
-            raise ApiError(503, "the server is shutting down", kind="server_error", retry_after=5)
-        try:
-            self._queue.put_nowait(job)
-        except queue.Full:
-            self._count(refused=1)
-            turns = (self._queue.maxsize + 1) / len(self._threads)
-            wait = min(_LONGEST_WAIT, max(1, round(self._lately * turns)))
-            raise ApiError(
-                429,
-                f"{self._queue.maxsize} requests wait already; try again in about {wait} s",
-                kind="rate_limit_error",
-                code="rate_limit_exceeded",
-                retry_after=wait,
-            ) from None
+        with self._changed:
+            if self._closing.is_set():
+                self.counts.refused += 1
+                raise _closed()
+            if len(self._queue) >= self._most + len(self._threads) - self.busy:
+                self.counts.refused += 1
+                turns = (self._most + 1) / len(self._threads)
+                wait = min(_LONGEST_WAIT, max(1, round(self._lately * turns)))
+                raise ApiError(
+                    429,
+                    f"{len(self._queue)} requests wait already; try again in about {wait} s",
+                    kind="rate_limit_error",
+                    code="rate_limit_exceeded",
+                    retry_after=wait,
+                )
+            self._queue.append(job)
+            self._changed.notify()
+
+    def cancel(self, job: Job, *, gone: bool = False) -> None:
+        """End its search with the best so far, which nobody wants if the client is ``gone``.
+
+        One that waits has none, and gives its place in the queue away. Nothing happens to one that is over.
+        """
+        (job.gone if gone else job.stopped).set()
+        with self._changed:
+            if job not in self._queue:
+                return
+            self._queue.remove(job)
+            self.counts.cancelled += 1
+        job.put(("failed", _Gone() if gone else _stopped()))
+
+    def end(self) -> None:
+        """The searches that run give their best so far; those that wait are refused, and all that come."""
+        with self._changed:
+            self._closing.set()
+            refused, self._queue = self._queue, deque()
+            self._changed.notify_all()
+        for job in refused:
+            job.put(("failed", _closed()))
 
     def close(self) -> None:
-        """The searches that run give their best so far; those that wait are refused. Returns when all are told."""
-        self._closing.set()
-        for _ in self._threads:
-            self._queue.put(None)
+        """``end``, and wait until all are told."""
+        self.end()
         for thread in self._threads:
             thread.join()
 
+    def _next(self) -> Job | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._queue or self._closing.is_set())
+            if not self._queue:
+                return None
+            self.busy += 1
+            return self._queue.popleft()
+
     def _work(self) -> None:
-        while (job := self._queue.get()) is not None:
-            if self._closing.is_set():
-                job.put(("failed", ApiError(503, "the server is shutting down", kind="server_error", retry_after=5)))
-            elif job.cancelled.is_set():
-                self._count(cancelled=1)
-                job.put(("failed", ApiError(499, "the client went away")))
-            else:
-                self._serve(job)
+        while (job := self._next()) is not None:
+            self._serve(job)
 
     def _serve(self, job: Job) -> None:
-        with self._lock:
-            self.busy += 1
         began = time.perf_counter()
         try:
             result = self._search(job)
@@ -129,7 +174,7 @@ class Desk:
             job.put(("failed", error))
         except KeyboardInterrupt:  # stopped before there was an answer
             self._count(cancelled=1)
-            job.put(("failed", ApiError(503, "the search was stopped before it had an answer", kind="server_error")))
+            job.put(("failed", _closed() if self._closing.is_set() else _stopped()))
         except Exception as error:
             self._count(failed=1)
             job.put(("failed", error))
@@ -138,18 +183,13 @@ class Desk:
             job.put(("done", result))
         finally:
             seconds = time.perf_counter() - began
-            with self._lock:
+            with self._changed:
                 self.busy -= 1
                 self.counts.seconds += seconds
                 self._lately = 0.8 * self._lately + 0.2 * seconds
 
     def _search(self, job: Job) -> Result:
-        ask, engine = job.ask, self.aligner.engine
-        room = engine.room(ask.prompt)
-        if room < 1:
-            raise CapacityError(
-                f"the prompt has {engine.n_ctx - room} tokens and the model's context {engine.n_ctx}; shorten it"
-            )
+        ask = job.ask
         options = dict(ask.options)
         if ask.settles:
             options |= STREAMED[ask.method]
@@ -167,16 +207,16 @@ class Desk:
                 job.put(("progress", _underway(now)))
 
         def stop() -> bool:
-            if job.cancelled.is_set():
+            if job.gone.is_set():
                 raise _Gone
-            return self._closing.is_set()
+            return job.stopped.is_set() or self._closing.is_set()
 
         result = self.aligner.generate(
             ask.prompt,
             method=ask.method,
             budget=ask.budget,
             n=ask.budget if ask.settles else ask.rows,
-            max_tokens=min(ask.max_tokens or self.max_tokens, room),
+            max_tokens=min(ask.max_tokens or self.max_tokens, job.room),
             seed=ask.seed,
             stop_strings=ask.stop,
             grammar=ask.grammar,

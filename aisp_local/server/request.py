@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from aisp_local.api import DEFAULT_EFFORT, DEFAULT_METHOD, DEFAULT_SEED, EFFORT, STREAMED, check_search
-from aisp_local.controllers import options_of
+from aisp_local.controllers import defaults_of
 from aisp_local.errors import InputError
 from aisp_local.grammar import Grammar
 from aisp_local.types import Message, Prompt
@@ -24,7 +25,13 @@ _UNSUPPORTED = {
     "functions": "functions are not supported",
     "logit_bias": "logit_bias is not supported",
     "audio": "audio is not supported",
+    "echo": "echo is not supported",
+    "suffix": "suffix is not supported",
 }
+_MOST = {"candidates": 40}  # options with which a decode step, which all wait for, would take too long
+_WHOLE = {"window"}  # options of which the default does not say it
+_LONGEST_MESSAGE = 1000  # characters of what a client sent come back in it
+_HALF = re.compile(r"\\u[dD][89abAB]")  # of a character that JSON writes as two
 _SEARCH = {"effort", "budget", "rows", "method", "strength", "seed", "time_limit", "target_reward", "patience"}
 
 
@@ -41,6 +48,8 @@ class ApiError(Exception):
         code: str | None = None,
         retry_after: int | None = None,
     ) -> None:
+        if len(message) > _LONGEST_MESSAGE:
+            message = message[:_LONGEST_MESSAGE] + "…"
         super().__init__(message)
         self.status, self.message, self.kind, self.param, self.code = status, message, kind, param, code
         self.retry_after = retry_after
@@ -91,7 +100,10 @@ class Ask:
 def parse(data: bytes, *, chat: bool, limit: int) -> Ask:
     """The request in a body of JSON. ``limit``: rollouts that one request may ask for. Raises ApiError."""
     try:
-        body = json.loads(data.decode("utf-8"))
+        text = data.decode("utf-8")
+        body = json.loads(text)
+        if _HALF.search(text):
+            json.dumps(body, ensure_ascii=False).encode("utf-8")  # an error for a half without the other
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not valid JSON in UTF-8 ({error})") from error
     if not isinstance(body, dict):
@@ -99,27 +111,30 @@ def parse(data: bytes, *, chat: bool, limit: int) -> Ask:
     for name, message in _UNSUPPORTED.items():
         if body.get(name):
             raise ApiError(400, f"{message}; leave it out", param=name, code="unsupported_parameter")
-    more = body.get(KEY, {})
+    more = {} if body.get(KEY) is None else body[KEY]
     if not isinstance(more, dict):
         raise ApiError(400, f"{KEY} must be an object", param=KEY)
+    more = {name: value for name, value in more.items() if value is not None}
     method = _text(more, "method", DEFAULT_METHOD)
     try:
-        known = options_of(method)
+        known = defaults_of(method)
     except InputError as error:
         raise ApiError(400, str(error), param=f"{KEY}.method") from error
     unknown = sorted(
         set(more) - _SEARCH - {"events", "candidates", "baseline", "judge_all", "trace", "settle", "options"}
     )
     if unknown:
-        raise ApiError(400, f"{KEY}.{unknown[0]} is unknown", param=f"{KEY}.{unknown[0]}")
+        raise ApiError(400, f"{KEY}.{unknown[0]} is unknown", param=KEY)
     options = dict(_object(more, "options"))
     if "strength" in more and "strength" not in known:
         raise ApiError(400, f"the method {method!r} has no strength", param=f"{KEY}.strength")
     if "strength" in more:
         options["strength"] = _number(more, "strength", 0.0, 1.0)
-    for name in options:
+    for name, value in options.items():
         if name not in known:
-            raise ApiError(400, f"the method {method!r} has no option {name!r}", param=f"{KEY}.options.{name}")
+            raise ApiError(400, f"the method {method!r} has no option {name!r}", param=f"{KEY}.options")
+        if (wrong := _wrong(name, value, known[name])) is not None:
+            raise ApiError(400, f"the option {name!r} must be {wrong}", param=f"{KEY}.options")
     for name in ("temperature", "top_p"):  # clients send them with every request: for a method that has none, no error
         if body.get(name) is not None:
             value = _number(body, name, 0.0, 2.0 if name == "temperature" else 1.0)
@@ -140,7 +155,7 @@ def parse(data: bytes, *, chat: bool, limit: int) -> Ask:
         method=method,
         budget=budget,
         rows=_whole(more, "rows", 1, limit) if "rows" in more else None,
-        time_limit=_number(more, "time_limit", 0.0, math.inf) if "time_limit" in more else None,
+        time_limit=_number(more, "time_limit", 1e-3, math.inf) if "time_limit" in more else None,
         target_reward=_number(more, "target_reward", -math.inf, math.inf) if "target_reward" in more else None,
         patience=_whole(more, "patience", 1, 2**20) if "patience" in more else None,
         events=_flag(more, "events"),
@@ -160,6 +175,19 @@ def parse(data: bytes, *, chat: bool, limit: int) -> Ask:
     except InputError as error:
         raise ApiError(400, str(error), param=KEY) from error
     return ask
+
+
+def _wrong(name: str, value: Any, default: Any) -> str | None:
+    """What an option must be, if it is not. Texts name files of this machine, which are no client's business."""
+    if value is None:
+        return None
+    if isinstance(default, bool):
+        return None if isinstance(value, bool) else "true or false"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "a number"
+    if (name in _WHOLE or isinstance(default, int)) and not isinstance(value, int):
+        return "a whole number"
+    return None if value <= _MOST.get(name, math.inf) else f"at most {_MOST[name]}"
 
 
 def _effort(more: Mapping[str, Any]) -> str:
@@ -190,6 +218,8 @@ def _grammar(body: Mapping[str, Any]) -> Grammar | None:
         return None if not given else Grammar.of(given)
     except InputError as error:
         raise ApiError(400, str(error), param=param) from error
+    except RecursionError as error:
+        raise ApiError(400, f"{param} is nested too deeply", param=param) from error
 
 
 def _chat_logprobs(body: Mapping[str, Any]) -> int | None:
@@ -285,6 +315,14 @@ def _whole(body: Mapping[str, Any], name: str, low: int, high: int) -> int:
 
 def _number(body: Mapping[str, Any], name: str, low: float, high: float) -> float:
     value = body[name]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise ApiError(400, f"{name} must be a number from {low:g} to {high:g}", param=name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high or not _finite(value):
+        least = "" if low == -math.inf else f" from {low:g}" if high < math.inf else f" of at least {low:g}"
+        raise ApiError(400, f"{name} must be a number{least}{f' to {high:g}' if high < math.inf else ''}", param=name)
     return float(value)
+
+
+def _finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that is larger than any other kind
+        return False

@@ -1,15 +1,21 @@
 // Two runs side by side.
 
 import { $, bestPlot, element, marked, number, rowOf } from "./draw.js";
+import { nameOf } from "./runs.js";
 
 function label(run) {
   return `${run.prompt.slice(0, 50)} (reward ${number(run.result?.reward)}, ${run.at?.slice(0, 16).replace("T", " ") ?? ""})`;
 }
 
+const chosen = { first: null, second: null }; // what the user chose
+
 // The choices, of all runs; at first the newest two.
 export function offer(runs) {
-  ["first", "second"].forEach((id, chosen) => {
-    $(id).replaceChildren(...runs.map((run, i) => element("option", label(run), { value: String(i), run, selected: i === chosen })));
+  Object.keys(chosen).forEach((id, newest) => {
+    const known = runs.some((run) => nameOf(run) === chosen[id]);
+    const options = runs.map((run, i) => element("option", label(run), { value: String(i), run, selected: known ? nameOf(run) === chosen[id] : i === newest }));
+    $(id).replaceChildren(...options);
+    $(id).onchange = () => (chosen[id] = nameOf($(id).selectedOptions[0].run));
   });
   $("compare").disabled = runs.length < 2;
   if (runs.length < 2) $("compared").hidden = true;
@@ -55,7 +61,8 @@ export function compare() {
   $("differ").querySelector("tbody").replaceChildren(...differ.map((name) => rowOf([name, short(sa[name]), short(sb[name])], true)));
   $("differ").hidden = differ.length === 0;
   const known = a.trace && b.trace;
-  $("alike").textContent = !known ? "A run that was stopped does not say what it was asked for." : differ.length ? `${differ.length} settings differ:` : "Their settings are the same.";
+  $("alike").textContent = !known ? "A run that was broken off does not say what it was asked for." : differ.length ? `${differ.length} settings differ:` : "Their settings are the same.";
   $("compared").hidden = false;
-  $("compared").focus();
+  $("compared").focus({ preventScroll: true });
+  $("compared").scrollIntoView({ block: "start" });
 }

@@ -69,7 +69,9 @@ export function rewardPlot(iterations) {
     if (Number.isFinite(c.reward)) axes.svg.append(draw("circle", { cx: axes.x(c.iteration) + ((c.row * 7) % 13) - 6, cy: axes.y(c.reward), r: 3 }));
   }
   for (const [kind, key] of [["best", "best_so_far"], ["mean", "mean"]]) {
-    line(axes, kind, iterations.filter((i) => Number.isFinite(i[key])).map((i) => [i.iteration, i[key]]));
+    const points = iterations.filter((i) => Number.isFinite(i[key])).map((i) => [i.iteration, i[key]]);
+    // Of a single iteration a level line.
+    line(axes, kind, points.length === 1 ? [[0.5, points[0][1]], [iterations.length + 0.5, points[0][1]]] : points);
   }
   return axes.svg;
 }

@@ -1,26 +1,42 @@
 // Runs: read from traces, kept in this browser and nowhere else, opened from files and written to them.
 
 const KEPT = "aisp-local.runs";
+const KEY = "aisp-local.key";
 const MOST_KEPT = 30;
+const MOST_WRITTEN = 2 ** 20; // characters of a run that is kept
 const LARGEST = 64 * 2 ** 20; // bytes of a file
 
 function stored() {
   try {
-    const found = JSON.parse(localStorage.getItem(KEPT) ?? "[]");
-    return found.map((run) => (run.trace ? viewOf(checked(run.trace)) : run));
+    return JSON.parse(localStorage.getItem(KEPT) ?? "[]").map(restored).filter(Boolean);
   } catch {
     // Not allowed, or written by something else.
     return [];
   }
 }
 
+function restored(run) {
+  try {
+    if (run.trace) return viewOf(checked(run.trace));
+    return isText(run.prompt) && isText(run.at) && isText(run.answer) && Array.isArray(run.iterations) ? run : null;
+  } catch {
+    return null;
+  }
+}
+
+// What tells a run from all others.
+export const nameOf = (run) => `${run.at} ${run.answer}`;
+
 export function keep(run) {
-  const others = runs.filter((one) => one.at !== run.at || one.answer !== run.answer); // a trace that is opened again
+  const others = runs.filter((one) => nameOf(one) !== nameOf(run)); // a trace that is opened again
   runs = [run, ...others].slice(0, MOST_KEPT);
-  // Where there is no room, the oldest are kept until the page is closed only.
-  for (let n = runs.length; n > 0; n--) {
+  // Where there is no room, the largest and the oldest are kept until the page is closed only.
+  const written = new Map(runs.map((one) => [one, JSON.stringify(one.trace ? { trace: one.trace } : one)]));
+  const small = runs.filter((one) => written.get(one).length <= MOST_WRITTEN);
+  for (let n = small.length; n >= 0; n--) {
+    unkept = runs.filter((one) => !small.slice(0, n).includes(one));
     try {
-      localStorage.setItem(KEPT, JSON.stringify(runs.slice(0, n).map((one) => (one.trace ? { trace: one.trace } : one))));
+      localStorage.setItem(KEPT, `[${small.slice(0, n).map((one) => written.get(one))}]`);
       return;
     } catch {
       continue;
@@ -28,8 +44,17 @@ export function keep(run) {
   }
 }
 
+// Calls `then` when the page in another tab has kept or forgotten some.
+export function changed(then) {
+  window.addEventListener("storage", (event) => {
+    if (event.key !== KEPT && event.key !== null) return;
+    runs = [...stored(), ...unkept];
+    then();
+  });
+}
+
 export function forget() {
-  runs = [];
+  runs = unkept = [];
   localStorage.removeItem(KEPT);
 }
 
@@ -117,5 +142,25 @@ export function judgement(run) {
 
 // The runs that the page knows, newest first. One has a trace, or was stopped and has what was seen of it.
 let runs = stored();
+let key = null; // where the browser keeps nothing
+let unkept = []; // of them those that there is no room for
 
 export const past = () => runs;
+
+// The API key, until the tab is closed.
+export function remember(given) {
+  key = given;
+  try {
+    sessionStorage.setItem(KEY, given);
+  } catch {
+    // Not allowed.
+  }
+}
+
+export function remembered() {
+  try {
+    return sessionStorage.getItem(KEY) ?? key;
+  } catch {
+    return key;
+  }
+}
