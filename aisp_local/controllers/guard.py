@@ -55,7 +55,7 @@ class Guard:
             return None
         ratio = (between / groups) / (within / rest)
         self._noise = bool(ratio < 1.0 + _CHANCE * np.sqrt(2 / groups + 2 / rest))
-        said = "rollouts that begin alike are rewarded no more alike than others: to this search the reward is noise"
+        said = "rollouts that begin alike are rewarded hardly more alike than others: this reward is mostly noise"
         return said if self._noise else None
 
     def look(self, rewards: npt.NDArray[np.float64], tokens: Sequence[npt.NDArray[np.int32]]) -> Verdict | None:

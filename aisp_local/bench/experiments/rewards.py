@@ -49,7 +49,7 @@ def _noise(lab: Lab) -> Finding:
             "method",
             "what the search saw",
             "true reward of its answer",
-            "iterations with a warning",
+            "searches with a warning",
         ],
     )
     data = []
@@ -64,9 +64,10 @@ def _noise(lab: Lab) -> Finding:
             zero = 0.0 if share >= 1.0 else middle
             seen = (float(np.mean([result.reward for result in results])) - zero) / spread
             got = (float(np.mean(true)) - middle) / spread
-            warned = sum(stats.note is not None for result in results for stats in result.iterations)
-            total = sum(len(result.iterations) for result in results)
-            made.rows.append([f"{100 * share:.0f}%", method, f"{seen:+.2f}", f"{got:+.2f}", f"{warned} of {total}"])
+            warned = sum(any(stats.note for stats in result.iterations) for result in results)
+            made.rows.append(
+                [f"{100 * share:.0f}%", method, f"{seen:+.2f}", f"{got:+.2f}", f"{warned} of {len(results)}"]
+            )
             data.append({"share": share, "method": method, "seen": seen, "true": got, "warned": warned})
     return Finding([made], data=data)
 
@@ -75,7 +76,7 @@ NOISE = Experiment(
     "noise",
     "What is left of each method's gain as its reward becomes noise?",
     "what the search sees stays high, as it picks the luckiest errors, while the true reward falls towards the base's; "
-    "with noise alone every method is random search: 0. Methods that learn must not fall below 0, and a guard should "
-    "speak where steering makes answers worse or repetitive.",
+    "with noise alone every method is random search: 0. Methods that learn must not fall below 0, and score's "
+    "guard should say that rewards are noise, or that answers became worse or repetitive.",
     _noise,
 )
