@@ -19,11 +19,11 @@ from click.testing import CliRunner
 from onnx_files import write_reward
 
 from aisp_local import Aligner, shipped
-from aisp_local.api import EFFORT
 from aisp_local.cli.chat import chat, layout
 from aisp_local.cli.chat.layout import told_apart
 from aisp_local.cli.generate import generate
 from aisp_local.cli.live import ProgressLine
+from aisp_local.defaults import EFFORT
 from aisp_local.errors import InputError
 from aisp_local.files import write_output
 from aisp_local.finite import finite

@@ -23,8 +23,8 @@ import pytest
 from click.testing import CliRunner
 
 from aisp_local import Aligner, shipped
-from aisp_local.api import DEFAULT_TOGETHER
 from aisp_local.cli.serve import serve
+from aisp_local.defaults import DEFAULT_TOGETHER
 from aisp_local.errors import InputError, ScoreError
 from aisp_local.server import Server as Listening
 from aisp_local.server import Settings, make_app
