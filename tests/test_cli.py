@@ -36,7 +36,7 @@ STORY = "Tell me a story about a fox."
 
 def aisp(*arguments: str, stdin: bytes | None = None, cwd: Path | None = None) -> subprocess.CompletedProcess[bytes]:
     command = Path(sys.executable).with_name("aisp-local")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("AISP_")}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("AISP_") or k == "AISP_THREADS"}
     return subprocess.run(
         [str(command), *arguments], input=stdin, capture_output=True, timeout=300, cwd=cwd, env=environment, check=False
     )

@@ -129,7 +129,7 @@ def test_a_bad_row_is_named_after_the_good_ones_were_scored(folder: Path) -> Non
 
 
 def test_verify_passes_and_fails_by_its_exit_code(folder: Path, tmp_path: Path) -> None:
-    done = run("verify", shipped.reward())
+    done = run("verify", shipped.judge())
     assert done.exit_code == 0, done.output
     assert [line.split()[:2] for line in done.stdout.splitlines()][:2] == [["ok", "files"], ["ok", "provider"]]
     done = run("verify", folder, "--json")  # it knows no English
