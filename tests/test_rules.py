@@ -98,6 +98,7 @@ def test_length() -> None:
     assert one(rule, "") == -2
     assert one(Length(words=[0, 3], unit=1), "it's a well-known fact, isn't it") == -3
     assert one(Length(characters=[10, float("inf")]), "  12345  ") == pytest.approx(-0.1)
+    assert one(Length(words=[3, 3], unit=1), "हिन्दी में कहानी") == 0, "vowel signs part no words"
     stops = Length(sentences=[2, 2])
     assert one(stops, 'He paid 3.50 dollars... "Why?"') == 0
     assert one(stops, "One. Two! Three? Four") == -2
