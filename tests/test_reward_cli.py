@@ -208,7 +208,10 @@ def test_list_and_show(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     for part in (*known, "mine  ", "licence: MIT", "broken  broken: ", "tiny  "):
         assert part in done.stdout, part
     rows = {row["name"]: row for row in json.loads(run("list", folder, "--json").stdout)}
-    assert set(rows) == {"story-reward", "story-judge", "cheer", "cheer-judge", "mine", "broken", "tiny"}
+    folders = {"story-reward", "story-judge", "cheer", "cheer-judge", "mine", "broken", "tiny"}
+    assert {name for name, row in rows.items() if row["kind"] == "folder"} == folders
+    assert set(rows) - folders == set(shipped.recipes()) and f"kind-and-safe  recipe  {RECIPES}" in done.stdout
+    assert "People who help" in rows["kind-and-safe"]["description"]
     assert rows["mine"]["bytes"] > 0 and "not valid JSON" in rows["broken"]["error"]
     shown = run("show", shipped.reward())
     assert shown.exit_code == 0
@@ -270,6 +273,7 @@ def test_a_recipe_whose_scale_was_not_measured_scores_nothing(tmp_path: Path) ->
     assert run("score", mine, "a b c").exit_code == 0
 
 
+RECIPES = shipped.recipes()["kind-and-safe"]
 RECIPE = """
 format = 1
 name = "mi\\u001bx"

@@ -82,6 +82,12 @@ def read_recipe(source: str | os.PathLike[str], *, judge: bool = True) -> Recipe
     return Recipe(path, description, reward, ingredients, judged_by)
 
 
+def description_of(path: Path) -> str:
+    """What a recipe says of itself; nothing of what it names is loaded. Raises RewardError."""
+    read = read_toml(path, thing="a description of a reward", missing=f"{path} does not exist", docs=_DOCS)
+    return str(Section(read, str(path), _DOCS).get("description", str, ""))
+
+
 def _part(row: Section, folder: Path) -> tuple[Part, Ingredient]:
     kinds = [kind for kind in _KINDS if kind in row.data]
     if len(kinds) != 1:
