@@ -42,11 +42,11 @@ class Measured:
     scores: tuple[float, ...]
 
 
-def measure(path: Path, child: str = "speed.child") -> Measured:
-    """Measure a reward folder in a new process, which calls ``child`` of this package. Raises AispError."""
+def measure(path: Path, module: str = "speed") -> Measured:
+    """Measure a reward in a new process, which calls ``child`` of a module of this package. Raises AispError."""
     root = str(Path(__file__).resolve().parents[2])
     places = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    code = f"from aisp_local.reward_kit import {child.split('.')[0]}; {child}()"
+    code = f"from aisp_local.reward_kit.{module} import child; child()"
     env = {**os.environ, "PYTHONPATH": places}
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, env=env, check=False)
     if done.returncode != 0:

@@ -145,7 +145,7 @@ def _local(reward: Composite, path: Path) -> Iterator[Check]:
     measured: Measured | None = None
     slow = ""
     try:
-        measured = speed.measure(path, "verify_recipe.child")
+        measured = speed.measure(path, "verify_recipe")
     except AispError as error:
         slow = str(error)
     yield determinism(reward, measured, "a part is not a function of the text alone: verify the models")
