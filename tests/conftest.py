@@ -1,22 +1,26 @@
-"""What all tests share."""
+"""What all tests share: one thread a product, and interrupts.
+
+Threads of llama.cpp and of numpy's OpenBLAS spin while they wait for one another. What tests multiply is so small that
+a second one gains little, and beside anything else that runs they take ten times as long.
+"""
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
+import os
 
-import pytest
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # read when numpy is loaded, here and in commands
 
-from aisp_local.engine import llama
+import signal  # noqa: E402
+from collections.abc import Iterator  # noqa: E402
+
+import pytest  # noqa: E402
+
+from aisp_local.engine import llama  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> Iterator[None]:
-    """One thread decodes, here and in commands, where a test asks for no number.
-
-    The threads of llama.cpp spin while they wait for one another. The shipped models gain little by a second one, and
-    beside anything else that runs they lose ten times as much.
-    """
+    """One thread decodes, here and in commands, where a test asks for no number."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(llama, "available_cores", lambda: 1)
         patched.setenv("AISP_THREADS", "1")
