@@ -106,3 +106,7 @@ __all__ = [
     "Trace",
     "__version__",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

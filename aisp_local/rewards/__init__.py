@@ -39,3 +39,7 @@ __all__ = [
     "load_reward",
     "score_prefixes",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
