@@ -10,6 +10,7 @@ import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # read when numpy is loaded, here and in commands
 
+import gc  # noqa: E402
 import signal  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
 
@@ -32,3 +33,12 @@ def interrupts() -> None:
     """Ctrl-C interrupts, here and in commands, also where a shell that runs the tests in its background ignores it."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def no_gc_callbacks() -> Iterator[None]:
+    """For Ctrl-C at any time: what is raised in a callback of the collector, such as Hypothesis's, is lost."""
+    kept = gc.callbacks[:]
+    gc.callbacks.clear()
+    yield
+    gc.callbacks[:] = kept
