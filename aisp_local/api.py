@@ -14,6 +14,16 @@ from typing import Any
 
 from aisp_local import controllers, shipped
 from aisp_local.background import Work, aevents, events
+from aisp_local.defaults import (
+    DEFAULT_EFFORT,
+    DEFAULT_MAX_TOKENS,
+    DEFAULT_METHOD,
+    DEFAULT_N,
+    DEFAULT_N_WHOLE,
+    DEFAULT_SEED,
+    budget_of,
+    check_search,
+)
 from aisp_local.engine import Engine, LlamaEngine, SharedEngine
 from aisp_local.engine.prompts import check_prompts
 from aisp_local.errors import AispError, DecodeError, InputError
@@ -47,43 +57,6 @@ from aisp_local.types import (
     TokenLogprob,
     Want,
 )
-
-EFFORT = {"low": 32, "medium": 128, "high": 512}
-"""Rollouts in all, by the name of the effort."""
-
-DEFAULT_EFFORT = "low"
-DEFAULT_METHOD = "score"
-DEFAULT_N = 32
-DEFAULT_N_WHOLE = 16
-"""Where responses are scored at their end only, an iteration can but learn from the one before: more, smaller ones."""
-
-DEFAULT_MAX_TOKENS = 256
-DEFAULT_SEED = 0
-DEFAULT_TOGETHER = 4
-"""Calls that a server decodes in one batch: more gain nothing and make everybody late (docs/server.md)."""
-
-
-STREAMED: dict[str, dict[str, Any]] = {"score": {"commit": True}}
-"""Methods that can choose an answer block by block, with what makes them do so."""
-
-
-def budget_of(budget: int | None, effort: str = DEFAULT_EFFORT) -> int:
-    """Rollouts in all. Raises InputError for an unknown effort."""
-    if budget is None and effort not in EFFORT:
-        raise InputError(f"effort {effort!r} is unknown; use one of {', '.join(EFFORT)}")
-    return EFFORT[effort] if budget is None else budget
-
-
-def check_search(*, method: str, budget: int, n: int | None, max_tokens: int, seed: int, **options: Any) -> None:
-    """Raises InputError for what ``Aligner.generate`` would refuse: before a model is loaded for it."""
-    if budget < 1:
-        raise InputError(f"the budget is {budget} rollouts; it must be at least 1")
-    if n is not None and n < 1:
-        raise InputError(f"n is {n} rollouts an iteration; it must be at least 1")
-    if max_tokens < 1:
-        raise InputError(f"max_tokens is {max_tokens}; it must be at least 1")
-    RowSeeds(seed)
-    controllers.create(method, d=1, max_tokens=1, seed=seed, **options)
 
 
 class Aligner:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from aisp_local.api import DEFAULT_MAX_TOKENS, EFFORT, Aligner
+from aisp_local.api import Aligner
 from aisp_local.controllers.blocks import BLOCKS
+from aisp_local.defaults import DEFAULT_MAX_TOKENS, EFFORT
 from aisp_local.engine import LlamaEngine
 from aisp_local.errors import CapacityError
 from aisp_local.host import available_memory

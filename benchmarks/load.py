@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from aisp_local import shipped
-from aisp_local.api import DEFAULT_TOGETHER
+from aisp_local.defaults import DEFAULT_TOGETHER
 from aisp_local.engine import LlamaEngine
 from aisp_local.engine.sampling import log_law
 from aisp_local.seeds import RowSeeds

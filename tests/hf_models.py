@@ -6,6 +6,9 @@ BOS, EOS, padding and chat templates are as the architecture's known models have
 from __future__ import annotations
 
 import json
+import re
+import string
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +44,25 @@ MISTRAL = (
 )
 
 
+CORPUS = [text for pair in PAIRS for text in pair]
+
+
+def _pieces(special: Sequence[str], inner: str) -> dict[str, int]:
+    """Ids of special tokens, characters and words. The trainers of WordPiece and Unigram give others each time.
+
+    ``inner`` marks pieces inside a word; "": those at its beginning are marked, as Metaspace does.
+    """
+    words = Counter(word for text in CORPUS for word in re.findall(r"\w+|[^\w\s]", text.lower()))
+    ascii_ = string.ascii_letters + string.digits + string.punctuation
+    known = sorted(set("".join(CORPUS).lower() + ascii_) - {" ", "\n"})
+    whole = sorted(words, key=lambda word: (-words[word], word))[:200]
+    if inner:
+        pieces = [*special, *whole, *known, *(inner + character for character in known)]
+    else:
+        pieces = [*special, *("▁" + word for word in whole), "▁", *known]
+    return {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
+
+
 def tokenizer(family: str) -> Any:
     """A transformers tokenizer of a few hundred tokens."""
     from transformers import PreTrainedTokenizerFast
@@ -73,32 +95,29 @@ def tokenizer(family: str) -> Any:
         template = MISTRAL
     extra = [token for token in special if token not in names.values()]
 
-    corpus = [text for pair in PAIRS for text in pair]
     made: Any
-    trainer: Any
     if family == "Bert":
-        made = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        made = Tokenizer(models.WordPiece(_pieces(special, "##"), unk_token="[UNK]"))
         made.normalizer, made.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
         made.decoder = decoders.WordPiece()
-        trainer = trainers.WordPieceTrainer(vocab_size=400, special_tokens=special, show_progress=False)
     elif family == "DebertaV2":
-        made = Tokenizer(models.Unigram())
+        scored = [(piece, 0.0 if piece in special else -1.0 - i / 100) for piece, i in _pieces(special, "").items()]
+        made = Tokenizer(models.Unigram(scored, special.index("[UNK]")))
         made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-        trainer = trainers.UnigramTrainer(
-            vocab_size=400, special_tokens=special, unk_token="[UNK]", show_progress=False
-        )
     elif family in ("Gemma2", "Mistral"):
         made = Tokenizer(models.BPE(unk_token="<unk>"))
         made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-        trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)
     else:
         made = Tokenizer(models.BPE())
         made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(
-            vocab_size=480, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    if family in ("Bert", "DebertaV2"):
+        made.add_special_tokens(special)
+    else:
+        alphabet = [] if family in ("Gemma2", "Mistral") else pre_tokenizers.ByteLevel.alphabet()
+        trainer: Any = trainers.BpeTrainer(
+            vocab_size=480 if alphabet else 400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
         )
-    made.train_from_iterator(corpus, trainer)
+        made.train_from_iterator(CORPUS, trainer)
     ids = {token: made.token_to_id(token) for token in special}
 
     def around(single: str, pair: str) -> Any:

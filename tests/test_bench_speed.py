@@ -14,7 +14,6 @@ from click.testing import CliRunner
 from aisp_local.bench import sizes, speed
 from aisp_local.bench.tables import paired, ratio
 from aisp_local.cli.main import main
-from aisp_local.engine import llama
 
 pytestmark = pytest.mark.native
 
@@ -47,7 +46,6 @@ def test_every_item_on_the_shipped_model(tmp_path: Path) -> None:
 
 def test_growth_is_small_with_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(llama, "available_cores", lambda: 1)  # beside other work two threads take seconds
     repeats: list[int] = []
 
     def counted(runs: Any, count: int) -> Any:

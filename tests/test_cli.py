@@ -19,11 +19,12 @@ from click.testing import CliRunner
 from onnx_files import write_reward
 
 from aisp_local import Aligner, shipped
-from aisp_local.api import EFFORT
 from aisp_local.cli.chat import chat, layout
 from aisp_local.cli.chat.layout import told_apart
 from aisp_local.cli.generate import generate
 from aisp_local.cli.live import ProgressLine
+from aisp_local.cli.main import main
+from aisp_local.defaults import EFFORT
 from aisp_local.errors import InputError
 from aisp_local.files import write_output
 from aisp_local.finite import finite
@@ -36,7 +37,7 @@ STORY = "Tell me a story about a fox."
 
 def aisp(*arguments: str, stdin: bytes | None = None, cwd: Path | None = None) -> subprocess.CompletedProcess[bytes]:
     command = Path(sys.executable).with_name("aisp-local")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("AISP_")}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("AISP_") or k == "AISP_THREADS"}
     return subprocess.run(
         [str(command), *arguments], input=stdin, capture_output=True, timeout=300, cwd=cwd, env=environment, check=False
     )
@@ -131,22 +132,30 @@ BAD = {
 }
 
 
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of files that are no models."""
+    folder = tmp_path_factory.mktemp("broken")
+    (folder / "text.txt").write_text("hello")
+    (folder / "half.gguf").write_bytes(shipped.model().read_bytes()[:400_000])
+    (folder / "header.gguf").write_bytes(shipped.model().read_bytes()[:10])
+    synthetic.write_vocab_only(folder / "vocabulary.gguf")
+    synthetic.write_llama(folder / "weights.gguf", vocab="none")
+    return folder
+
+
 @pytest.mark.parametrize("name", sorted(BAD))
-def test_bad_input_is_one_sentence_and_exit_code_2(name: str, tmp_path: Path) -> None:
+def test_bad_input_is_one_sentence_and_exit_code_2(name: str, broken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments, message = BAD[name]
-    (tmp_path / "text.txt").write_text("hello")
-    (tmp_path / "half.gguf").write_bytes(shipped.model().read_bytes()[:400_000])
-    (tmp_path / "header.gguf").write_bytes(shipped.model().read_bytes()[:10])
-    synthetic.write_vocab_only(tmp_path / "vocabulary.gguf")
-    synthetic.write_llama(tmp_path / "weights.gguf", vocab="none")
-    out = aisp("generate", STORY, *arguments, cwd=tmp_path)
+    out = aisp("generate", STORY, *arguments, cwd=broken)
     stderr = out.stderr.decode()
     assert out.returncode == 2, stderr
     assert out.stdout == b""
     assert message in stderr
     assert len(stderr.strip().splitlines()) == 1, stderr
     assert "Traceback" not in stderr
-    debug = aisp("--debug", "generate", STORY, *arguments, cwd=tmp_path).stderr.decode()
+    monkeypatch.chdir(broken)
+    debug = CliRunner().invoke(main, ["--debug", "generate", STORY, *arguments]).stderr
     assert "Traceback" in debug and message in debug
 
 

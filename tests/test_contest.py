@@ -29,14 +29,25 @@ def play(out: Path, *arguments: str) -> tuple[int, str]:
 
 
 @pytest.mark.native
-def test_every_shipped_pair_and_method(tmp_path: Path) -> None:
-    code, output = play(tmp_path / "out", "--budget", "8", "--budget", "16")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param(["--pair", "stories-words"], id="every method"),
+        pytest.param(["--method", "score"], id="every pair"),
+        pytest.param([], id="every method on every pair", marks=pytest.mark.slow),
+    ],
+)
+def test_shipped_pairs_and_methods(tmp_path: Path, arguments: list[str]) -> None:
+    code, output = play(tmp_path / "out", "--budget", "8", "--budget", "16", *arguments)
     assert code == 0, output
     report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
-    assert [pair["pair"] for pair in report["pairs"]] == [pair.name for pair in contest_run.shipped_pairs()]
+    pairs = [pair.name for pair in contest_run.shipped_pairs()]
+    assert [pair["pair"] for pair in report["pairs"]] == (["stories-words"] if "--pair" in arguments else pairs)
+    labels = [entry.label for entry in contest.ENTRIES if entry.label != "re-control" or find_spec("torch")]
     for pair in report["pairs"]:
-        labels = [entry.label for entry in contest.ENTRIES if entry.label != "re-control" or find_spec("torch")]
-        assert [row["method"] for row in pair["rows"]] == labels
+        assert [row["method"] for row in pair["rows"]] == (
+            ["score", "best-of-n"] if "--method" in arguments else labels
+        )
         for row in pair["rows"]:
             mean, low, high = row["best_16"]
             assert low <= mean <= high and mean >= row["best_8"][0]

@@ -208,9 +208,7 @@ def elsewhere(work: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("HOME", str(work / "home"))
     for name in [name for name in os.environ if name.startswith(("AISP_", "XDG_"))]:
         monkeypatch.delenv(name)
-    # One thread: what runs beside the tests shares the cores.
-    alone = patch("aisp_local.engine.llama.available_cores", lambda: 1)
-    with alone, patch.dict(METHODS), patch.dict(RULES), warnings.catch_warnings():
+    with patch.dict(METHODS), patch.dict(RULES), warnings.catch_warnings():
         yield
 
 

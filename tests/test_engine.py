@@ -25,7 +25,7 @@ WARM = Sampling(0.8, top_p=0.9)
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[LlamaEngine]:
-    with LlamaEngine(shipped.model(), threads=2) as made:
+    with LlamaEngine(shipped.model()) as made:
         yield made
 
 
@@ -49,7 +49,7 @@ def test_the_same_seeds_are_the_same_run_and_the_prompt_is_prefilled_once(engine
 def test_a_longer_conversation_reuses_the_prefix(engine: LlamaEngine) -> None:
     longer: list[Message] = [*CHAT, {"role": "assistant", "content": "Once."}, {"role": "user", "content": "More!"}]
     warm = roll(engine, Controls(n=2), prompt=longer)
-    with LlamaEngine(shipped.model(), threads=2) as fresh:
+    with LlamaEngine(shipped.model()) as fresh:
         assert same(warm, roll(fresh, Controls(n=2), prompt=longer))
     assert same(roll(engine, Controls(n=2)), roll(engine, Controls(n=2)))
 

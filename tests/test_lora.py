@@ -82,7 +82,7 @@ def test_a_model_with_an_adapter_is_the_merged_model(made: tuple[Path, Path, Pai
     want: frozenset[Want] = frozenset({"prelogits", "kl", "logprobs"})
     vectors = np.random.default_rng(1).standard_normal((2, TOKENS, merged.d)).astype(np.float32)
     vectors[0] = 0
-    with LlamaEngine(path, threads=2, loras=[Lora(adapter, scale)]) as engine:
+    with LlamaEngine(path, loras=[Lora(adapter, scale)]) as engine:
         rollouts = engine.rollout(PROMPT, Controls(2, vectors), max_tokens=TOKENS, seeds=RowSeeds(0), want=want)
         prompt = engine.tokens(PROMPT).tolist()
     assert rollouts.prelogits is not None and rollouts.kl is not None and rollouts.base_logprobs is not None
@@ -109,7 +109,7 @@ def test_adapters_add_up(made: tuple[Path, Path, Pairs], tmp_path: Path) -> None
     other = pairs_of(oracle.Llama(path), NAMES[1:3], seed=5)
     second = write_adapter(tmp_path / "second.gguf", other)
     merged = merge(merge(oracle.Llama(path), pairs, 0.5), other)
-    with LlamaEngine(path, threads=2, loras=[Lora(adapter, 0.5), second]) as engine:
+    with LlamaEngine(path, loras=[Lora(adapter, 0.5), second]) as engine:
         want: frozenset[Want] = frozenset({"prelogits"})
         rollouts = engine.rollout(PROMPT, Controls(1), max_tokens=1, seeds=RowSeeds(0), want=want)
         prompt = engine.tokens(PROMPT).tolist()

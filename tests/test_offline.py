@@ -63,7 +63,7 @@ def audited(
     code: str, arguments: Sequence[str], places: dict[str, Path], *, stdin: str = "", prefix: Sequence[str] = ()
 ) -> tuple[subprocess.CompletedProcess[str], list[list[str]]]:
     """Run Python code with nothing but these places; what it did to the world, devnull excepted."""
-    keep = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH")
+    keep = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "AISP_THREADS", "OPENBLAS_NUM_THREADS")
     environment = {name: os.environ[name] for name in keep if name in os.environ}
     environment |= {"HOME": str(places["home"]), "TMPDIR": str(places["tmp"])}
     environment |= {f"XDG_{n}_HOME": str(places["home"] / n.lower()) for n in ("CACHE", "CONFIG", "DATA", "STATE")}

@@ -31,7 +31,7 @@ GoOn = Callable[[Rollouts], list[Tokens]]
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[LlamaEngine]:
-    with LlamaEngine(shipped.model(), threads=2) as made:
+    with LlamaEngine(shipped.model()) as made:
         yield made
 
 
@@ -141,7 +141,7 @@ def test_every_kind_of_memory_goes_on_from_any_rollout(tmp_path: Path, arch: str
 def test_rows_that_went_to_others_are_read_again(engine: LlamaEngine, reads: list[int]) -> None:
     """Three rows for seven rollouts: only the last three of a block are still held."""
     whole = engine.rollout(CHAT, Controls(7, sampling=WARM), max_tokens=STEPS, seeds=RowSeeds(3))
-    with LlamaEngine(shipped.model(), threads=2, parallel=3) as small:
+    with LlamaEngine(shipped.model(), parallel=3) as small:
         blocks = in_blocks(small, 7, [6, 15])
     for x, y in zip(blocks[-1].tokens, whole.tokens, strict=True):
         np.testing.assert_array_equal(x[:6], y[:6])

@@ -26,7 +26,7 @@ WARM = Sampling(0.8, min_p=0.05)
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[LlamaEngine]:
-    with LlamaEngine(shipped.model(), threads=2) as made:
+    with LlamaEngine(shipped.model()) as made:
         yield made
 
 
@@ -77,7 +77,7 @@ def test_prefixes_of_other_responses_and_of_many_rows(engine: LlamaEngine) -> No
     """More prefixes than fit into one batch, more rollouts than rows."""
     first = roll(engine, Controls(n=1, sampling=WARM))
     prefix = first.tokens[0][:20]
-    with LlamaEngine(shipped.model(), threads=2, parallel=30, n_ubatch=64) as small:
+    with LlamaEngine(shipped.model(), parallel=30, n_ubatch=64) as small:
         rollouts = roll(small, Controls(n=70, sampling=WARM, prefixes=[prefix] * 70))
     assert all(np.array_equal(tokens[:20], prefix) for tokens in rollouts.tokens)
     assert len({tuple(tokens) for tokens in rollouts.tokens}) > 10

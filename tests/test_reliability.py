@@ -170,6 +170,7 @@ def test_an_interrupt_at_any_call_of_llama_cpp_leaves_no_trace(
                 assert answers(one) == expected, (at, after)
 
 
+@pytest.mark.usefixtures("no_gc_callbacks")
 @pytest.mark.parametrize("control", ["graph", "callback"])
 def test_ctrl_c_at_any_time(models: dict[str, Path], control: Any) -> None:
     """A real signal, at times that nobody chooses: while a context is made, a step decodes, a token is drawn."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -128,10 +129,10 @@ def test_a_bad_row_is_named_after_the_good_ones_were_scored(folder: Path) -> Non
 
 
 def test_verify_passes_and_fails_by_its_exit_code(folder: Path, tmp_path: Path) -> None:
-    done = run("verify", shipped.reward())
+    done = run("verify", shipped.judge())
     assert done.exit_code == 0, done.output
     assert [line.split()[:2] for line in done.stdout.splitlines()][:2] == [["ok", "files"], ["ok", "provider"]]
-    done = run("verify", folder, "--json")  # random weights rank nothing
+    done = run("verify", folder, "--json")  # it knows no English
     found = json.loads(done.stdout)
     assert done.exit_code == 1 and found["passed"] is False
     ranking = next(check for check in found["checks"] if check["name"] == "ranking")
@@ -207,7 +208,10 @@ def test_list_and_show(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     for part in (*known, "mine  ", "licence: MIT", "broken  broken: ", "tiny  "):
         assert part in done.stdout, part
     rows = {row["name"]: row for row in json.loads(run("list", folder, "--json").stdout)}
-    assert set(rows) == {"story-reward", "story-judge", "cheer", "cheer-judge", "mine", "broken", "tiny"}
+    folders = {"story-reward", "story-judge", "cheer", "cheer-judge", "mine", "broken", "tiny"}
+    assert {name for name, row in rows.items() if row["kind"] == "folder"} == folders
+    assert set(rows) - folders == set(shipped.recipes()) and f"kind-and-safe  recipe  {RECIPES}" in done.stdout
+    assert "People who help" in rows["kind-and-safe"]["description"]
     assert rows["mine"]["bytes"] > 0 and "not valid JSON" in rows["broken"]["error"]
     shown = run("show", shipped.reward())
     assert shown.exit_code == 0
@@ -255,14 +259,11 @@ def test_a_manifest_cannot_speak_to_the_terminal(tmp_path: Path) -> None:
         assert "x?]0;owned??31mRED" in done.stdout and "one?ok fake  1 MB??[2J?é" in done.stdout
 
 
-def test_a_recipe_where_a_folder_or_a_measured_reward_is_needed(tmp_path: Path) -> None:
+def test_a_recipe_whose_scale_was_not_measured_scores_nothing(tmp_path: Path) -> None:
     mine = tmp_path / "mine.toml"
     mine.write_text('format = 1\n[[part]]\nreward = "shipped"\n[[part]]\nrule = "repetition"\n')
     path = write_rows(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
     for recipe in ("short-and-plain", mine):
-        for command in ("show", "verify"):
-            done = run(command, recipe)
-            assert done.exit_code == 2 and f"{recipe} is a recipe" in done.stderr and ".toml" in done.stderr
         for arguments in (("score", recipe, "a b c"), ("eval", recipe, path)):
             done = run(*arguments)
             assert done.exit_code == 2 and "'mean' and 'std'" in done.stderr
@@ -270,6 +271,108 @@ def test_a_recipe_where_a_folder_or_a_measured_reward_is_needed(tmp_path: Path) 
     text = mine.read_text().replace('"shipped"', '"shipped"\nmean = 1.0\nstd = 2.0')
     mine.write_text(text)
     assert run("score", mine, "a b c").exit_code == 0
+
+
+RECIPES = shipped.recipes()["kind-and-safe"]
+RECIPE = """
+format = 1
+name = "mi\\u001bx"
+description = "foxes"
+combine = "cautious"
+k = 0.5
+judge = "tiny"
+[[part]]
+reward = "tiny"
+weight = 2
+[[part]]
+rule = "length"
+words = [2, inf]
+name = "long"
+normalise = true
+mean = -1
+std = 2.0
+[[part]]
+rule = "forbidden"
+words = ["bad", "wörse"]
+patterns = ['\\bfox(es)?\\b']
+"""
+
+
+def test_show_says_what_a_recipe_is_made_of(folder: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "mix.toml"
+    recipe.write_text(RECIPE, encoding="utf-8")
+    shown = run("show", recipe)
+    assert shown.exit_code == 0, shown.output
+    digest = hashlib.sha256(recipe.read_bytes()).hexdigest()
+    model = hashlib.sha256((folder / "model.onnx").read_bytes()).hexdigest()
+    for part in (
+        "name         mi?x",
+        f"file         {recipe}, sha256 {digest}",
+        "less 0.5 of their standard deviations",
+        f"judge        tiny ({folder})",
+        "part 1       tiny: weight 2, normalised by what 16 responses",
+        f"model.onnx sha256 {model}",
+        "part 2       long: weight 1, (score - -1) / 2",
+        "words = [2, inf]",
+        'words = ["bad", "wörse"]',
+        "fox(es)?",
+    ):
+        assert part in shown.stdout, part
+    found = json.loads(run("show", recipe, "--json").stdout)
+    assert (found["sha256"], found["combine"], found["k"], found["uncalibrated"]) == (digest, "cautious", 0.5, True)
+    assert found["judge"] == {"name": "tiny", "path": str(folder)}
+    assert [(p["name"], p["kind"], p["weight"], p["mean"]) for p in found["parts"]] == [
+        ("tiny", "reward", 2, None),
+        ("long", "rule", 1, -1),
+        ("forbidden", "rule", 1, None),
+    ]
+    assert found["parts"][0]["model"]["files"]["model.onnx"] == model
+    assert found["parts"][1]["keys"] == {"rule": "length", "words": [2, None]} and found["parts"][1]["model"] is None
+    for name in shipped.recipes():
+        shown = run("show", name)
+        assert shown.exit_code == 0 and f"name         {name}\n" in shown.stdout and "story-reward: " in shown.stdout
+    assert "does not exist" in run("show", tmp_path / "none.toml").stderr
+
+
+def test_verify_checks_what_a_recipe_is_made_of(folder: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "mix.toml"
+    recipe.write_text(RECIPE.replace('judge = "tiny"', "").replace("weight = 2", "weight = 2\nname = 'm'"), "utf-8")
+    good = {"prompt": "tell", "chosen": "a long good day", "rejected": "bad bad foxes"}
+    rows = write_rows(tmp_path / "pairs.jsonl", [good] * 8)
+    done = run("verify", recipe, "--pairs", rows, "--json")
+    checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    assert list(checks) == ["recipe", "model", "finite", "spread", "determinism", "speed", "given pairs"]
+    assert checks["recipe"]["says"] == "1 model, 2 rules; 1 regular expression compiles"
+    assert [name for name, check in checks.items() if not check["passed"]] == ["model"]  # it knows no English
+    assert done.exit_code == 1 and checks["model"]["advice"] == f"aisp-local reward verify {folder}"
+    assert checks["model"]["figures"]["failed"] == ["tokens", "ranking"]
+    assert set(checks["spread"]["figures"]["spreads"]) == {"m", "long", "forbidden"}
+    assert "in another process" in checks["determinism"]["says"]
+    assert all(size["scores_per_s"] > 0 for size in checks["speed"]["figures"]["sizes"])
+
+    (folder / "model.onnx").write_bytes(b"other")
+    done = run("verify", recipe)
+    assert done.exit_code == 1 and done.stdout.startswith("FAILED  recipe") and "part 1" in done.stdout
+    recipe.write_text("format = 1\n[[part]]\nrule = 'forbidden'\npatterns = ['(']")
+    done = run("verify", recipe)
+    assert done.exit_code == 1 and "part 1: 'patterns': '(' is no regular expression" in done.stdout
+
+
+def test_verify_of_a_recipe_of_rules_and_of_a_server_that_is_not_there(tmp_path: Path) -> None:
+    recipe = tmp_path / "short.toml"
+    rule = "format = 1\n[[part]]\nrule = 'length'\nwords = [1, 3]\n"
+    recipe.write_text(rule)
+    pairs = [{"prompt": "a", "chosen": "b " * 9, "rejected": "c " * 4}] * 8
+    done = run("verify", recipe, "--pairs", write_rows(tmp_path / "pairs.jsonl", pairs))
+    names = [line.split()[:2] for line in done.stdout.splitlines() if not line.startswith(" ")]
+    assert names[:-1] == [["ok", name] for name in ("recipe", "finite", "spread", "determinism", "speed")]
+    assert names[-1] == ["FAILED", "given"] and "turn the sign of a weight" in done.stdout
+    server = "[[part]]\nserver = 'http://127.0.0.1:9'\nprompt = '{response}'\nretries = 0\n"
+    for failure in ("stop", "worst"):
+        recipe.write_text("format = 1\n" + server + f"on_failure = '{failure}'\n")
+        done = run("verify", recipe)
+        assert done.exit_code == 1 and "ok      recipe       1 server" in done.stdout
+        assert "FAILED  server       server 127.0.0.1:9: " in done.stdout and "-> start it" in done.stdout
 
 
 def test_the_kit_needs_no_torch() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,9 @@ def test_any_text_gets_a_score_of_at_most_0_that_is_its_own(texts: list[str]) ->
         "\ud800" * 1_000_000,
         "'-" * 500_000,
         "9" * 10**6,
+        "a" + "\u0301\u0316" * 500_000,
     ],
-    ids=["letters", "stops", "words", "brackets", "surrogates", "marks", "digits"],
+    ids=["letters", "stops", "words", "brackets", "surrogates", "marks", "digits", "accents"],
 )
 def test_a_million_characters_do_not_hang(text: str) -> None:
     for rule in rules():
@@ -96,6 +98,7 @@ def test_length() -> None:
     assert one(rule, "") == -2
     assert one(Length(words=[0, 3], unit=1), "it's a well-known fact, isn't it") == -3
     assert one(Length(characters=[10, float("inf")]), "  12345  ") == pytest.approx(-0.1)
+    assert one(Length(words=[3, 3], unit=1), "हिन्दी में कहानी") == 0, "vowel signs part no words"
     stops = Length(sentences=[2, 2])
     assert one(stops, 'He paid 3.50 dollars... "Why?"') == 0
     assert one(stops, "One. Two! Three? Four") == -2
@@ -129,6 +132,68 @@ def test_forbidden_counts_and_required_misses(n: int, m: int) -> None:
     assert one(Forbidden(words=["bad", "worse"]), "bad good " * n + "worse " * m) == -(n + m)
     names = [f"word{i}" for i in range(30)]
     assert one(Required(words=names), " ".join(names[:n])) == n - 30
+
+
+# Letters that have composed and decomposed forms, apostrophes, cases of unequal length, and what is none of it.
+WRITTEN = st.text(
+    "aeE\u00e9\u00c5\u212b\u0301\u0327\u1e69\u0323ßSſİıΣσς'’ʼ`´ﬁｆ２²\u2011- .,\u00a0\u00adक\u093f\uac00", max_size=12
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(WRITTEN, WRITTEN)
+def test_it_does_not_matter_how_unicode_writes_a_text(word: str, text: str) -> None:
+    forms = [unicodedata.normalize(form, text) for form in ("NFC", "NFD")]
+    for rule in rules():
+        if not isinstance(rule, JsonSchema):
+            assert one(rule, forms[0]) == one(rule, forms[1]), rule.name
+    seen = unicodedata.normalize("NFKC", word.replace("\u00ad", "")).strip()
+    if not seen:
+        return
+    for ignore_case in (True, False):
+        rule = Forbidden(words=[word], ignore_case=ignore_case)
+        sentence = f"x, {word}, {text}"
+        assert one(rule, sentence) <= -1, "a word is found in itself"
+        written = {unicodedata.normalize(form, sentence) for form in ("NFC", "NFD", "NFKC")}
+        written |= {sentence.replace("'", "’"), sentence.replace(" ", "\n"), sentence.replace("e", "e\u00ad")}
+        if ignore_case:
+            written |= {sentence.casefold()}
+        if not {"`", "´"} & set(sentence):  # apostrophes between letters only, which NFKC may bring
+            assert {one(rule, other) for other in written} == {one(rule, sentence)}
+        assert one(Required(words=[word], ignore_case=ignore_case), sentence) == 0
+
+
+def test_words_are_found_however_they_are_written() -> None:
+    for word, texts in {
+        "don't": ("Don’t go", "DON'T!", "donʼt", "don´t", "don`t"),
+        "don’t": ("I don't",),
+        "café": ("Un CAFE\u0301.", "café’s"),
+        "Straße": ("STRASSE", "straße"),
+        "ΟΔΟΣ": ("οδος", "οδοσ"),
+        "final": ("a ﬁnal word", "ｆｉｎａｌ", "fi\u00adnal"),
+        "ice  cream": ("Ice\u00a0cream", "ice\n cream"),
+        "well-known": ("well\u2011known",),
+        "fox": ("the fox's den", "FOX’S", "the fox’ll come"),
+    }.items():
+        for text in texts:
+            assert one(Forbidden(words=[word]), text) == -1, (word, text)
+    for word, texts in {
+        "won": ("He won't go.", "He won’t go.", "WON'T"),
+        "can": ("can’t", "cannot"),
+        "cafe": ("cafe\u0301", "café"),
+        "कम": ("कमी",),
+        "2": ("m²",),
+        "'": ("a `word`",),
+    }.items():
+        for text in texts:
+            assert one(Forbidden(words=[word]), text) == 0, (word, text)
+    assert one(Forbidden(words=["`"]), "don't") == 0
+    assert one(Forbidden(words=["Straße"], ignore_case=False), "STRASSE straße Straße") == -1
+    with pytest.raises(RewardError, match="without any visible character"):
+        Forbidden(words=["\u00ad"])
+    # Patterns see the text as it is, but for composed letters.
+    assert one(Forbidden(patterns=["cafe\u0301", "don't"]), "café cafe\u0301 don’t ﬁ") == -2
+    assert one(Forbidden(patterns=["’", "ﬁ", r"\xa0"]), "don’t ﬁ\u00a0x") == -3
 
 
 def test_a_pathological_pattern_takes_linear_time() -> None:

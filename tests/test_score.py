@@ -225,7 +225,7 @@ def test_options_that_are_none(options: dict[str, Any], message: str) -> None:
 @pytest.mark.native
 def test_its_nats_are_those_of_the_engine() -> None:
     """On the shipped model, against llama.cpp's own logits and the whole base law."""
-    with LlamaEngine(shipped.model(), threads=2) as engine:
+    with LlamaEngine(shipped.model()) as engine:
         prompt: Prompt = [{"role": "user", "content": "Tell me a story about a fox."}]
         controller = score(engine, max_tokens=32, step=3.0, temperature=1.0, min_p=0.001, selection=0.0)
         rollouts = roll(engine, controller, 8, 1, 32, prompt)
@@ -388,10 +388,10 @@ def test_rewards_that_are_not_finite_go_on_with_nothing() -> None:
 @pytest.mark.native
 def test_on_the_shipped_model_blocks_are_better_than_best_of_n() -> None:
     prompts: list[Prompt] = [
-        [{"role": "user", "content": f"Tell me a story about a {animal}."}] for animal in ("fox", "boat", "bear")
+        [{"role": "user", "content": f"Tell me a story about a {animal}."}] for animal in ("fox", "boat")
     ]
-    common: dict[str, Any] = {"budget": 32, "n": 32, "max_tokens": 64, "seed": 2}
-    with Aligner.load(threads=2) as aligner:
+    common: dict[str, Any] = {"budget": 32, "n": 32, "max_tokens": 48, "seed": 2}
+    with Aligner.load() as aligner:
         ours = aligner.generate_many(prompts, method="score", **common)
         base = aligner.generate_many(prompts, method="best-of-n", temperature=1.0, min_p=0.05, **common)
         means = [np.mean([result.reward for result in found if isinstance(result, Result)]) for found in (ours, base)]

@@ -420,6 +420,7 @@ def test_rewards_of_one_call_keep_no_other_waiting() -> None:
         assert held.result().status == "complete" and late.result().status == "time-limit"
 
 
+@pytest.mark.usefixtures("no_gc_callbacks")
 def test_ctrl_c_ends_the_call_that_waits_in_the_main_thread() -> None:
     asked: dict[str, Any] = {"method": "best-of-n", "n": 4, "max_tokens": 40}
     with sharing() as (aligner, pool):

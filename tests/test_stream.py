@@ -87,10 +87,10 @@ def test_an_interrupt_prints_another_answer_anew(capsys: pytest.CaptureFixture[s
 
 @pytest.mark.native
 def test_the_command_streams_the_answer_of_python() -> None:
-    arguments = ("generate", STORY, "--budget", "8", "--max-tokens", "24", "--seed", "3", "--stream", "--threads", "2")
+    arguments = ("generate", STORY, "--budget", "8", "--max-tokens", "24", "--seed", "3", "--stream")
     out = aisp(*arguments)
     assert out.returncode == 0, out.stderr.decode()
-    with Aligner.load(threads=2) as aligner:
+    with Aligner.load() as aligner:
         result = aligner.generate(
             [{"role": "user", "content": STORY}], budget=8, n=8, max_tokens=24, seed=3, commit=True
         )

@@ -97,3 +97,16 @@ def test_a_strict_consumer_passes_and_its_mistakes_are_found(tmp_path: Path) -> 
 def test_everything_public_has_a_name_and_words() -> None:
     for name in aisp_local.__all__:
         assert getattr(aisp_local, name).__doc__ or name == "Prompt", name
+
+
+def test_names_are_loaded_when_they_are_used() -> None:
+    code = (
+        "import sys, aisp_local, aisp_local.rewards, aisp_local.cli.main as cli\n"
+        "early = [m for m in ('aisp_local.engine', 'aisp_local.rewards.onnx', 'jinja2', 'gguf') if m in sys.modules]\n"
+        "assert not early, early\n"
+        "for package in (aisp_local, aisp_local.rewards):\n"
+        "    assert set(package.__all__) <= set(dir(package))\n"
+        "    assert all(hasattr(package, name) for name in package.__all__) and not hasattr(package, 'nothing')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -188,7 +188,7 @@ def _speed(report: Report, aligner: Aligner) -> None:
 
 
 def _add_speed(report: Report, speed: Speed) -> None:
-    from aisp_local.api import DEFAULT_MAX_TOKENS
+    from aisp_local.defaults import DEFAULT_MAX_TOKENS
 
     for n, rate in speed.tokens_per_s.items():
         report.add("", f"{rate:.4g} tokens/s with {n} rollout{'s' if n > 1 else ''} at once")

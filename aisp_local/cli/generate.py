@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from aisp_local.api import DEFAULT_EFFORT, EFFORT, check_search
 from aisp_local.cli.batch import DEFAULT_AT_ONCE, Batch, content
 from aisp_local.cli.help import ExamplesFirst
 from aisp_local.cli.live import BatchLine, ProgressLine, Streamed, stop_on_interrupt
 from aisp_local.cli.options import load, method_options, model_options, read_grammar, search_options
 from aisp_local.cli.output import print_answer
 from aisp_local.controllers import builder
+from aisp_local.defaults import DEFAULT_EFFORT, EFFORT, check_search
 from aisp_local.errors import InputError
 from aisp_local.files import check_output, write_output
 from aisp_local.finite import finite

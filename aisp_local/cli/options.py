@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from aisp_local.api import DEFAULT_MAX_TOKENS, DEFAULT_METHOD, DEFAULT_N, DEFAULT_N_WHOLE, DEFAULT_SEED, STREAMED
 from aisp_local.cli.names import MODEL, REWARD
 from aisp_local.controllers import method_names, options_of
+from aisp_local.defaults import DEFAULT_MAX_TOKENS, DEFAULT_METHOD, DEFAULT_N, DEFAULT_N_WHOLE, DEFAULT_SEED, STREAMED
 from aisp_local.errors import InputError
 from aisp_local.grammar import Grammar
 

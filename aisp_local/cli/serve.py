@@ -11,9 +11,9 @@ from pathlib import Path
 
 import click
 
-from aisp_local.api import DEFAULT_MAX_TOKENS, DEFAULT_TOGETHER
 from aisp_local.cli.help import ExamplesFirst
 from aisp_local.cli.options import load, model_options
+from aisp_local.defaults import DEFAULT_MAX_TOKENS, DEFAULT_TOGETHER
 from aisp_local.errors import InputError
 
 

@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from aisp_local import shipped
-from aisp_local.api import DEFAULT_METHOD, STREAMED, Aligner
+from aisp_local.api import Aligner
 from aisp_local.background import events
+from aisp_local.defaults import DEFAULT_METHOD, STREAMED
 from aisp_local.engine import LlamaEngine
 from aisp_local.errors import InputError
 from aisp_local.grammar import Grammar

@@ -8,8 +8,9 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from aisp_local.api import DEFAULT_EFFORT, DEFAULT_METHOD, Aligner, budget_of, check_search
+from aisp_local.api import Aligner
 from aisp_local.controllers import options_of
+from aisp_local.defaults import DEFAULT_EFFORT, DEFAULT_METHOD, budget_of, check_search
 from aisp_local.errors import InputError
 from aisp_local.types import Message, Sampling
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from aisp_local.errors import InputError
-from aisp_local.reward_kit.jsonl import messages, parse_row, prompt_of, read_lines
+from aisp_local.jsonl import messages, parse_row, prompt_of, read_lines
 from aisp_local.types import Message, Prompt
 
 _SHOWN = 5  # bad rows that an error names

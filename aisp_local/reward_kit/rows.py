@@ -9,7 +9,7 @@ from itertools import islice
 import numpy as np
 
 from aisp_local.errors import InputError
-from aisp_local.reward_kit.jsonl import parse_row, prompt_of
+from aisp_local.jsonl import parse_row, prompt_of
 from aisp_local.rewards.base import Reward, call
 from aisp_local.rewards.onnx import OnnxReward
 from aisp_local.types import Prompt

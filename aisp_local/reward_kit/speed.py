@@ -15,6 +15,7 @@ from typing import Any
 
 from aisp_local.errors import AispError
 from aisp_local.reward_kit.good_bad import PAIRS
+from aisp_local.rewards.base import Reward
 from aisp_local.rewards.onnx import OnnxReward
 
 LENGTHS = (128, 512, 2048)
@@ -41,12 +42,13 @@ class Measured:
     scores: tuple[float, ...]
 
 
-def measure(folder: Path) -> Measured:
-    """Measure in a new process. Raises AispError when that fails."""
+def measure(path: Path, module: str = "speed") -> Measured:
+    """Measure a reward in a new process, which calls ``child`` of a module of this package. Raises AispError."""
     root = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    command = [sys.executable, "-c", "from aisp_local.reward_kit import speed; speed.child()", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, check=False)
+    places = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    code = f"from aisp_local.reward_kit.{module} import child; child()"
+    env = {**os.environ, "PYTHONPATH": places}
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, env=env, check=False)
     if done.returncode != 0:
         last = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
         raise AispError(f"the process that measures the reward failed ({last})")
@@ -57,32 +59,47 @@ def measure(folder: Path) -> Measured:
 def child() -> None:
     """What that process does: print one JSON object."""
     reward = OnnxReward.load(Path(sys.argv[1]), golden=False)
-    sizes = [vars(_size(reward, asked)) for asked in LENGTHS]
-    print(json.dumps({"sizes": sizes, "scores": builtin_scores(reward)}))
+    report(reward, [_size(reward, asked) for asked in LENGTHS])
 
 
-def builtin_scores(reward: OnnxReward) -> list[float]:
+def report(reward: Reward, sizes: Sequence[Size]) -> None:
+    """Print what ``measure`` reads."""
+    print(json.dumps({"sizes": list(map(vars, sizes)), "scores": builtin_scores(reward)}))
+
+
+def builtin_scores(reward: Reward) -> list[float]:
     """Scores of the built-in pairs, one call a pair."""
     return [float(s) for pair in PAIRS for s in reward.score(pair.prompt, [pair.chosen, pair.rejected])]
 
 
 def text_of(reward: OnnxReward, tokens: int) -> str:
     """A response that, with the prompt "Tell me a story.", takes about so many tokens."""
-    words = _SENTENCE.split()
     low, high = 1, tokens
     while low < high:
         middle = (low + high) // 2
-        text = " ".join(words[i % len(words)] for i in range(middle))
-        if reward.lengths("Tell me a story.", [text])[0] < tokens:
+        if reward.lengths("Tell me a story.", [words(middle)])[0] < tokens:
             low = middle + 1
         else:
             high = middle
-    return " ".join(words[i % len(words)] for i in range(low))
+    return words(low)
+
+
+def words(n: int) -> str:
+    """A text of n words."""
+    given = _SENTENCE.split()
+    return " ".join(given[i % len(given)] for i in range(n))
 
 
 def _size(reward: OnnxReward, asked: int) -> Size:
     tokens = min(asked, reward.manifest.max_length)
     text = text_of(reward, tokens)
+    scores_per_s = speed_of(reward, text)
+    read = reward.lengths("Tell me a story.", [text])[0]
+    return Size(asked, read, scores_per_s, peak())
+
+
+def speed_of(reward: Reward, text: str) -> float:
+    """Scores a second of several responses at once."""
     rows: Sequence[str] = [text] * _ROWS
     began = time.perf_counter()
     reward.score("Tell me a story.", rows[:1])
@@ -93,11 +110,10 @@ def _size(reward: OnnxReward, asked: int) -> Size:
         began = time.perf_counter()
         reward.score("Tell me a story.", rows)
         seconds.append(time.perf_counter() - began)
-    read = reward.lengths("Tell me a story.", [text])[0]
-    return Size(asked, read, len(rows) / statistics.median(seconds), _peak())
+    return len(rows) / statistics.median(seconds)
 
 
-def _peak() -> int | None:
+def peak() -> int | None:
     """Most bytes of memory that this process has held. From /proc: what getrusage says, a child inherits."""
     try:
         for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,12 @@ from aisp_local.reward_kit.good_bad import PAIRS
 from aisp_local.reward_kit.pairs import Pair
 from aisp_local.reward_kit.speed import Measured, builtin_scores, measure, text_of
 from aisp_local.reward_kit.statistics import share_right, wilson
+from aisp_local.rewards.base import Reward
 from aisp_local.rewards.manifest import check_files, read_manifest
 from aisp_local.rewards.onnx import OnnxReward
 
+HARD = ("", " ", "a", "\ud800 and \udfff", "\x00", "🦊" * 50, "word " * 50_000)
+"""Responses that a reward must survive."""
 DRIFT = 0.01
 """Share of the scores' spread by which company in a batch may move a score."""
 
@@ -42,12 +45,23 @@ def verify(
 
     ``pairs``: preferences to rank besides the built-in ones.
     """
+    return told(_checks(folder, pairs), on_check)
+
+
+def told(checks: Iterable[Check], on_check: Callable[[Check], None] | None) -> list[Check]:
+    """All of them, ``on_check`` called after each."""
     found = []
-    for check in _checks(folder, pairs):
+    for check in checks:
         found.append(check)
         if on_check is not None:
             on_check(check)
     return found
+
+
+def not_loaded(name: str, error: AispError) -> Check:
+    """The failed check of what does not load; the error's sentence ends with what to do."""
+    what, _, advice = str(error).rpartition("; ")
+    return Check(name, False, what or advice, advice if what else "restore the folder")
 
 
 def _checks(folder: Path, pairs: Sequence[Pair] | None) -> Iterator[Check]:
@@ -59,9 +73,7 @@ def _checks(folder: Path, pairs: Sequence[Pair] | None) -> Iterator[Check]:
             warnings.simplefilter("always")
             reward = OnnxReward.load(folder, golden=False)
     except AispError as error:
-        # The sentence ends with what to do.
-        what, _, advice = str(error).rpartition("; ")
-        yield Check("load", False, what or advice, advice if what else "restore the folder")
+        yield not_loaded("load", error)
         return
     yield _provider(reward, [str(w.message) for w in said])
     yield _guarded(_golden, reward, "golden")
@@ -79,9 +91,9 @@ def _checks(folder: Path, pairs: Sequence[Pair] | None) -> Iterator[Check]:
     else:
         yield _guarded(lambda r: _determinism(r, measured), reward, "determinism")
         yield _speed(measured)
-    yield _guarded(lambda r: _ranking("ranking", r, PAIRS), reward, "ranking")
+    yield _guarded(lambda r: ranking("ranking", r, PAIRS), reward, "ranking")
     if pairs is not None:
-        yield _guarded(lambda r: _ranking("given pairs", r, pairs), reward, "given pairs")
+        yield _guarded(lambda r: ranking("given pairs", r, pairs), reward, "given pairs")
 
 
 def _guarded(check: Callable[[OnnxReward], Check], reward: OnnxReward, name: str) -> Check:
@@ -118,8 +130,7 @@ def _golden(reward: OnnxReward) -> Check:
 
 
 def _finite(reward: OnnxReward) -> Check:
-    hard = ["", " ", "a", "\ud800 and \udfff", "\x00", "🦊" * 50, "word " * 50_000]
-    scores = np.concatenate([reward.score("", hard), builtin_scores(reward)])
+    scores = np.concatenate([reward.score("", HARD), builtin_scores(reward)])
     bad = int((~np.isfinite(scores)).sum())
     return Check(
         "finite",
@@ -184,6 +195,11 @@ def _tokens(reward: OnnxReward, folder: Path) -> Check:
 
 
 def _determinism(reward: OnnxReward, measured: Measured | None) -> Check:
+    return determinism(reward, measured, "a random operator (dropout?) is left in the graph: export in evaluation mode")
+
+
+def determinism(reward: Reward, measured: Measured | None, advice: str) -> Check:
+    """Whether built-in responses get the same bits twice, and in the process that measured."""
     first = builtin_scores(reward)
     again = builtin_scores(reward)
     elsewhere = list(measured.scores) if measured else first
@@ -195,7 +211,7 @@ def _determinism(reward: OnnxReward, measured: Measured | None) -> Check:
         "the same bits twice" + (", and in another process" if measured else "")
         if same
         else f"scores of the same responses differ by {apart:.2g}",
-        "a random operator (dropout?) is left in the graph: export in evaluation mode",
+        advice,
         {"largest_difference": apart},
     )
 
@@ -209,8 +225,17 @@ def _speed(measured: Measured) -> Check:
     return Check("speed", True, "; ".join(parts), figures={"sizes": [vars(size) for size in measured.sizes]})
 
 
-def _ranking(name: str, reward: OnnxReward, pairs: Sequence[Pair]) -> Check:
-    """Passed where the share of pairs ranked right is above one half beyond chance."""
+_FED = (
+    "look at input.kind, template, index and sign in reward.json; or it was made for other texts than these",
+    "it prefers the worse answers: turn graph.sign in reward.json",
+)
+
+
+def ranking(name: str, reward: Reward, pairs: Sequence[Pair], advice: tuple[str, str] = _FED) -> Check:
+    """Passed where the share of pairs ranked right is above one half beyond chance.
+
+    ``advice``: for a reward that ranks by chance, and for one that ranks the wrong way round.
+    """
     scores = score_pairs(reward, pairs)
     scores[~np.isfinite(scores).all(axis=1)] = (0, 1)  # no ranking at all is a wrong one
     share = share_right(scores)
@@ -218,13 +243,10 @@ def _ranking(name: str, reward: OnnxReward, pairs: Sequence[Pair]) -> Check:
     groups = sorted({pair.source for pair in pairs})
     detail = {group: share_right(scores[[pair.source == group for pair in pairs]]) for group in groups}
     shown = ", ".join(f"{group} {value:.2f}" for group, value in detail.items()) if 1 < len(groups) <= 4 else ""
-    advice = "look at input.kind, template, index and sign in reward.json; or it was made for other texts than these"
-    if high < 0.5:
-        advice = "it prefers the worse answers: turn graph.sign in reward.json"
     return Check(
         name,
         low > 0.5,
         f"{share:.3f} ({low:.3f} to {high:.3f}) of {len(pairs)} pairs ranked right" + (f": {shown}" if shown else ""),
-        advice,
+        advice[high < 0.5],
         {"pairs": len(pairs), "share": share, "low": low, "high": high, "by_source": detail},
     )

@@ -22,7 +22,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from aisp_local.api import DEFAULT_MAX_TOKENS, DEFAULT_TOGETHER, Aligner
+from aisp_local.api import Aligner
+from aisp_local.defaults import DEFAULT_MAX_TOKENS, DEFAULT_TOGETHER
 from aisp_local.engine import LlamaEngine
 from aisp_local.finite import finite
 from aisp_local.server.desk import LOGPROBS, Desk, Event, Job, as_error, distinct

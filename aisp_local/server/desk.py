@@ -9,7 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from aisp_local.api import DEFAULT_MAX_TOKENS, DEFAULT_TOGETHER, STREAMED, Aligner
+from aisp_local.api import Aligner
+from aisp_local.defaults import DEFAULT_MAX_TOKENS, DEFAULT_TOGETHER, STREAMED
 from aisp_local.errors import CapacityError, InputError
 from aisp_local.server.request import ApiError, Ask
 from aisp_local.types import Candidate, Progress, Result

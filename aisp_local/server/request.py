@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from aisp_local.api import DEFAULT_EFFORT, DEFAULT_METHOD, DEFAULT_SEED, EFFORT, STREAMED, check_search
 from aisp_local.controllers import defaults_of
+from aisp_local.defaults import DEFAULT_EFFORT, DEFAULT_METHOD, DEFAULT_SEED, EFFORT, STREAMED, check_search
 from aisp_local.errors import InputError
 from aisp_local.grammar import Grammar
 from aisp_local.types import Message, Prompt

@@ -31,7 +31,7 @@ def _states(lab: Lab) -> Array:
         assert rollouts.prelogits is not None
         found.append(np.concatenate(rollouts.prelogits))
     z = np.concatenate(found).astype(np.float64)
-    keep = np.random.default_rng(0).permutation(len(z))[: lab.size(_STATES, 24)]
+    keep = np.random.default_rng(0).permutation(len(z))[: lab.size(_STATES, 12)]
     return z[keep]
 
 
@@ -60,12 +60,14 @@ def _spaces(lab: Lab) -> Finding:
     weight = head.weight.astype(np.float64) * head.gain
     rng = np.random.default_rng(1)
     logits = z @ weight.T
-    draws = [(rng.standard_normal((_DRAWS, z.shape[1])), rng.standard_normal((_DRAWS, len(weight)))) for _ in z]
+    draws: dict[str, list[Array]] = {"pre-logits": [], "logits": []}
+    for _ in z:
+        draws["pre-logits"].append(rng.standard_normal((_DRAWS, z.shape[1])) @ weight.T)
+        draws["logits"].append(rng.standard_normal((_DRAWS, len(weight))))
 
     def figures(space: str, size: float, temperature: float, top_p: float) -> dict[str, float]:
         found = []
-        for row, (on_z, on_logits) in zip(logits, draws, strict=True):
-            noise = on_z @ weight.T if space == "pre-logits" else on_logits
+        for row, noise in zip(logits, draws[space], strict=True):
             found.append(_moved(row, size * noise, temperature, top_p))
         return {key: float(np.mean([one[key] for one in found])) for key in found[0]}
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from aisp_local.errors import InputError
-from aisp_local.reward_kit.jsonl import messages, parse_row, read_lines
+from aisp_local.jsonl import messages, parse_row, read_lines
 from aisp_local.types import Prompt
 
 OWN = ("seed", "max_tokens", "budget")

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aisp_local.api import check_search
 from aisp_local.cli.batch.answers import Answers
 from aisp_local.cli.batch.questions import Question, read_questions
 from aisp_local.cli.live import BatchLine
+from aisp_local.defaults import check_search
 from aisp_local.errors import CapacityError, InputError
 from aisp_local.rewards.manifest import MANIFEST
 from aisp_local.types import Result

@@ -10,7 +10,6 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from aisp_local.api import DEFAULT_EFFORT, EFFORT
 from aisp_local.cli.chat import commands
 from aisp_local.cli.chat.conversation import Conversation, latest, path_of
 from aisp_local.cli.chat.lines import Entry, Lines
@@ -20,6 +19,7 @@ from aisp_local.cli.chat.settings import Settings
 from aisp_local.cli.help import ExamplesFirst
 from aisp_local.cli.options import load, method_options, model_options, read_grammar, search_options
 from aisp_local.controllers import options_of
+from aisp_local.defaults import DEFAULT_EFFORT, EFFORT
 from aisp_local.errors import AispError, BindingError, InputError
 
 _LATEST = " "

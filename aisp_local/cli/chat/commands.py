@@ -10,7 +10,6 @@ from pathlib import Path
 
 import click
 
-from aisp_local.api import EFFORT
 from aisp_local.cli.chat.compare import BASE, compare, keep
 from aisp_local.cli.chat.conversation import Conversation, latest, messages, names, path_of
 from aisp_local.cli.chat.layout import told_apart, wrapped
@@ -18,6 +17,7 @@ from aisp_local.cli.chat.session import Session
 from aisp_local.cli.chat.settings import words
 from aisp_local.cli.output import dim
 from aisp_local.controllers import method_names
+from aisp_local.defaults import EFFORT
 from aisp_local.errors import InputError
 
 Run = Callable[[Session, str], None]

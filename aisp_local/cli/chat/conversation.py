@@ -13,7 +13,7 @@ from aisp_local.cli.chat.settings import options_in
 from aisp_local.errors import InputError
 from aisp_local.files import check_output, write_output
 from aisp_local.finite import finite
-from aisp_local.reward_kit.jsonl import messages as checked_messages
+from aisp_local.jsonl import messages as checked_messages
 from aisp_local.rewards.section import Section, nearest
 from aisp_local.types import Message, Result
 

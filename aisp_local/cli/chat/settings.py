@@ -7,7 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from aisp_local.api import (
+from aisp_local.cli.options import method_options
+from aisp_local.controllers import method_names, options_of
+from aisp_local.defaults import (
     DEFAULT_EFFORT,
     DEFAULT_MAX_TOKENS,
     DEFAULT_METHOD,
@@ -16,8 +18,6 @@ from aisp_local.api import (
     STREAMED,
     check_search,
 )
-from aisp_local.cli.options import method_options
-from aisp_local.controllers import method_names, options_of
 from aisp_local.errors import InputError
 from aisp_local.rewards.section import Section, nearest
 

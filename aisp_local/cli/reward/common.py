@@ -28,20 +28,11 @@ PATH = click.Path(path_type=Path)
 FOLDER = _Folder()
 
 
-def _recipe(path: Path) -> Path | None:
-    """The TOML file that a path, or the name of a shipped recipe, stands for."""
-    if path.suffix == ".toml" and path.is_file():
+def recipe_file(path: Path) -> Path | None:
+    """The TOML file that a path, or the name of a shipped recipe, stands for; None for a folder."""
+    if path.suffix == ".toml" and not path.is_dir():
         return path
     return None if path.exists() else shipped.recipes().get(str(path))
-
-
-def refuse_recipe(path: Path) -> None:
-    """Raises InputError for a recipe, where only a folder has what is asked about."""
-    if (file := _recipe(path)) is not None:
-        raise InputError(
-            f"{path} is a recipe, and only a reward folder can be shown and verified; read the recipe in {file}, and "
-            "give the folders that it names"
-        )
 
 
 def load_measured(path: Path) -> Reward:
@@ -53,7 +44,7 @@ def load_measured(path: Path) -> Reward:
     if isinstance(reward, Calibrates) and reward.uncalibrated:
         raise InputError(
             f"{path} normalises scores by responses of a language model, which are not here; give its parts their "
-            f"'mean' and 'std' in {'a copy of ' if not path.exists() else ''}{_recipe(path) or path}: "
+            f"'mean' and 'std' in {'a copy of ' if not path.exists() else ''}{recipe_file(path) or path}: "
             f"aisp-local generate PROMPT -r {path} --json prints them under 'calibration'"
         )
     return reward

@@ -16,7 +16,7 @@ from aisp_local.cli.reward.common import PATH
 @click.argument("folders", nargs=-1, type=PATH)
 @click.option("--json", "json_", is_flag=True, help="Print a JSON list.")
 def list_(folders: tuple[Path, ...], json_: bool) -> None:
-    """List the shipped rewards, your own and those in FOLDERS.
+    """List the shipped rewards and recipes, your own rewards and those in FOLDERS.
 
     Your own are looked for in the folder that AISP_REWARDS names, by default ~/.local/share/aisp-local/rewards.
 
@@ -25,16 +25,18 @@ def list_(folders: tuple[Path, ...], json_: bool) -> None:
       aisp-local reward list
       aisp-local reward list my_rewards --json
     """
+    from aisp_local import shipped
     from aisp_local.cli.output import print_answer
     from aisp_local.errors import InputError
     from aisp_local.reward_kit.folders import describe, find_rewards, standard_folders
+    from aisp_local.rewards.recipe import description_of
 
     for folder in folders:
         if not folder.is_dir():
             raise InputError(f"{folder} is not a folder; give one that is a reward or holds rewards")
     rows: list[dict[str, Any]] = []
     for path in find_rewards([*standard_folders(), *folders]):
-        row: dict[str, Any] = {"folder": str(path), "name": path.name, "error": None}
+        row: dict[str, Any] = {"kind": "folder", "folder": str(path), "name": path.name, "error": None}
         try:
             about = describe(path)
         except InputError as error:
@@ -47,6 +49,10 @@ def list_(folders: tuple[Path, ...], json_: bool) -> None:
                 "licence": about.manifest.licence,
             }
         rows.append(row)
+    for name, path in shipped.recipes().items():
+        rows.append(
+            {"kind": "recipe", "folder": str(path), "name": name, "error": None, "description": description_of(path)}
+        )
     if json_:
         print_json(rows)
         return
@@ -54,9 +60,8 @@ def list_(folders: tuple[Path, ...], json_: bool) -> None:
         if row["error"]:
             print_answer(one_line(f"{row['name']}  broken: {row['error']}"))
             continue
-        print_answer(one_line(f"{row['name']}  {size_text(row['bytes'])}  {row['folder']}"))
-        for text in (row["description"], f"licence: {row['licence']}"):
+        what = "recipe" if row["kind"] == "recipe" else size_text(row["bytes"])
+        print_answer(one_line(f"{row['name']}  {what}  {row['folder']}"))
+        for text in (row["description"], f"licence: {row['licence']}" if "licence" in row else ""):
             if text:
                 print_answer(one_line(f"    {text}"))
-    if not rows:
-        print_answer("no rewards found; give a folder that holds some")

@@ -49,7 +49,7 @@ def score(folder: Path, texts: tuple[str, ...], prompt: str, input_: Path | None
     """
     from aisp_local.cli.output import print_answer
     from aisp_local.errors import InputError
-    from aisp_local.reward_kit.jsonl import read_lines
+    from aisp_local.jsonl import read_lines
     from aisp_local.reward_kit.rows import Row, read_rows, score_rows
 
     if texts and input_ is not None:

@@ -9,7 +9,7 @@ import click
 
 from aisp_local.cli.help import ExamplesFirst
 from aisp_local.cli.output import print_json
-from aisp_local.cli.reward.common import FOLDER, PATH, refuse_recipe
+from aisp_local.cli.reward.common import FOLDER, PATH, recipe_file
 
 
 @click.command(cls=ExamplesFirst)
@@ -19,19 +19,23 @@ from aisp_local.cli.reward.common import FOLDER, PATH, refuse_recipe
 def verify(folder: Path, pairs: Path | None, json_: bool) -> None:
     """Check a reward FOLDER: files, golden scores, batches, padding, tokens, speed, and whether it ranks answers.
 
-    Exit code 1 if a check fails; each that does says what to do. The built-in pairs are in English.
+    Exit code 1 if a check fails; each that does says what to do. The built-in pairs are in English. Of a recipe (its
+    TOML file, or the name of a shipped one) each model is checked so, each server is asked once, and all parts
+    together must give finite scores, the same ones again.
 
     \b
     Examples:
       aisp-local reward verify my_reward
+      aisp-local reward verify rules.toml --pairs mine.jsonl
       aisp-local reward verify my_reward --pairs mine.jsonl --json
     """
     from aisp_local.cli.output import print_answer
     from aisp_local.reward_kit.pairs import read_pairs
     from aisp_local.reward_kit.verify import Check
-    from aisp_local.reward_kit.verify import verify as run
+    from aisp_local.reward_kit.verify import verify as verify_folder
+    from aisp_local.reward_kit.verify_recipe import verify_recipe
 
-    refuse_recipe(folder)
+    recipe = recipe_file(folder)
     given = read_pairs(pairs) if pairs else None
 
     def say(check: Check) -> None:
@@ -39,7 +43,8 @@ def verify(folder: Path, pairs: Path | None, json_: bool) -> None:
         if not check.passed and check.advice:
             print_answer(f"{'':<7} {'':<12} -> {check.advice}")
 
-    found = run(folder, given, None if json_ else say)
+    report = None if json_ else say
+    found = verify_folder(folder, given, report) if recipe is None else verify_recipe(recipe, given, report)
     failed = [check.name for check in found if not check.passed]
     if json_:
         rows = [

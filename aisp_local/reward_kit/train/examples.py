@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from aisp_local.errors import InputError
-from aisp_local.reward_kit.jsonl import parse_row, prompt_of, read_lines
+from aisp_local.jsonl import parse_row, prompt_of, read_lines
 from aisp_local.reward_kit.pairs import Pair, pair_of
 from aisp_local.rewards.text import prompt_text
 from aisp_local.types import Prompt

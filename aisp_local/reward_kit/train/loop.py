@@ -114,9 +114,11 @@ class Trainer:
         self.optimiser = torch.optim.AdamW(self.groups, lr=plan.rate, weight_decay=plan.weight_decay, fused=True)
         self.per_pass = max(1, math.ceil(len(draw(0)) / plan.batch))
         self.every = max(1, self.per_pass // plan.evaluations)
-        # One core a thread waits far less than one operation spread over the cores.
-        self.threads = 1 if device != "cpu" else max(1, min(4, len(processors()), plan.batch))
-        self.half = device != "cpu" or _bfloat16_is_faster()
+        cores = 1 if device != "cpu" else max(1, min(4, len(processors()), plan.batch))
+        # One core a thread waits far less than one operation spread over the cores. But all threads draw dropout from
+        # one stream, and which draws first is the clock's to say.
+        self.threads, self.inner = (1, cores) if plan.dropout else (cores, 1)
+        self.half = device != "cpu" or _has_bfloat16()
 
     @property
     def steps(self) -> int:
@@ -135,11 +137,10 @@ class Trainer:
         losses: list[float] = []
         right = tokens = 0
         self.model.train()
-        torch.manual_seed(self.plan.seed + self.state.step)
         batches: list[list[Encoded]] = []
         drawn = -1
         threads = torch.get_num_threads()
-        with ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(self.inner,)) as pool:
             torch.set_num_threads(1)
             try:
                 while True:
@@ -323,6 +324,8 @@ class Trainer:
         """One step of the optimiser, whole or not at all; mean loss, and how many came out right."""
         import torch
 
+        if self.plan.dropout:  # at each step, so that a run that goes on from here draws the same
+            torch.manual_seed(self.plan.seed * 1_000_003 + self.state.step)
         parts = [batch[i :: self.threads] for i in range(min(self.threads, len(batch)))]
         results = list(pool.map(self._part, parts, [len(batch)] * len(parts)))
         for parameter, *values in zip(self.trained, *(gradients for gradients, _, _ in results), strict=True):
@@ -402,18 +405,11 @@ def _write(path: Path, state: Any) -> None:
         raise AispError(f"{path} cannot be written ({error}); make room, or choose another folder") from error
 
 
-def _bfloat16_is_faster() -> bool:
-    """Whether this processor has instructions for it: tried out, with a wide margin."""
+def _has_bfloat16() -> bool:
+    """Whether this processor has instructions for its products, with which these are faster.
+
+    By what it is, not by a clock: the same seed must give the same weights, however busy the machine is.
+    """
     import torch
 
-    a, b = torch.randn(256, 384), torch.randn(384, 1536)
-    best = []
-    for kind in (torch.float32, torch.bfloat16):
-        x, y = a.to(kind), b.to(kind)
-        seconds = []
-        for _ in range(6):
-            started = time.perf_counter()
-            _ = x @ y
-            seconds.append(time.perf_counter() - started)
-        best.append(min(seconds[1:]))
-    return best[1] * 1.3 < best[0]
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from aisp_local.errors import RewardError
+from aisp_local.rewards.rules.unicode import composed
 from aisp_local.rewards.text import clean
 from aisp_local.types import Prompt
 
@@ -27,12 +28,14 @@ class Rule(ABC):
     prefix = False  # whether the score means something before the response has ended
     unfinished = True  # whether a search may go by it then: those that begin better end better
     PATHS: ClassVar[tuple[str, ...]] = ()  # keys that are paths, relative to the TOML file
+    COMPOSED: ClassVar[bool] = True  # whether responses are read in composed letters (NFC)
 
     name: str
 
     def score(self, prompt: Prompt, responses: Sequence[str]) -> npt.NDArray[np.float32]:
         """Scores [n]."""
-        scores = np.array([self.one(clean(response)) for response in responses], np.float32)
+        read = (clean(response) for response in responses)
+        scores = np.array([self.one(composed(text) if self.COMPOSED else text) for text in read], np.float32)
         return scores + np.float32(0)  # no -0
 
     @abstractmethod

@@ -26,6 +26,7 @@ class JsonSchema(Rule):
     """
 
     PATHS = ("file",)
+    COMPOSED = False  # a schema's strings are compared code point by code point
     unfinished = False
 
     def __init__(

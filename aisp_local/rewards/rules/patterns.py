@@ -7,13 +7,13 @@ would make a score depend on how busy the machine is. Look-around and back-refer
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
 from aisp_local.errors import AispError, RewardError
 from aisp_local.rewards.rules.base import Rule, flag, texts, whole
+from aisp_local.rewards.rules.unicode import composed, folded, marks
 
 _MOST = 100
 """Occurrences of one word or pattern that are counted: finding all of them could take the square of the length."""
@@ -22,7 +22,8 @@ _MOST = 100
 class Required(Rule):
     """-1 for each of the words and patterns that does not occur.
 
-    ``words`` are whole words or phrases, taken literally. ``at_least``: how many of them are enough (all of them).
+    ``words`` are whole words or phrases, taken literally but for how Unicode writes them (``folded``) and the blanks
+    between them. ``at_least``: how many of them are enough (all of them).
     """
 
     def __init__(
@@ -33,13 +34,13 @@ class Required(Rule):
         at_least: int | None = None,
         ignore_case: bool = True,
     ) -> None:
-        self._counts = _counts(words, patterns, ignore_case)
-        n = len(self._counts)
+        self._sought = _Sought(words, patterns, ignore_case)
+        n = len(self._sought)
         self._enough = n if at_least is None else whole("at_least", at_least, 1, n)
         self.name = "required"
 
     def one(self, text: str) -> float:
-        return -float(max(0, self._enough - sum(count(text, 1) for count in self._counts)))
+        return -float(max(0, self._enough - sum(self._sought.counts(text, 1))))
 
 
 class Forbidden(Rule):
@@ -48,34 +49,46 @@ class Forbidden(Rule):
     prefix = True
 
     def __init__(self, *, words: Sequence[str] = (), patterns: Sequence[str] = (), ignore_case: bool = True) -> None:
-        self._counts = _counts(words, patterns, ignore_case)
+        self._sought = _Sought(words, patterns, ignore_case)
         self.name = "forbidden"
 
     def one(self, text: str) -> float:
-        return -float(sum(count(text, _MOST) for count in self._counts))
+        return -float(sum(self._sought.counts(text, _MOST)))
 
 
-Count = Callable[[str, int], int]
-"""How often something occurs in a text, counted up to a limit."""
+class _Sought:
+    """Words and patterns to count in texts. Raises RewardError."""
+
+    def __init__(self, words: Sequence[str], patterns: Sequence[str], ignore_case: bool) -> None:
+        self._ignore_case = flag("ignore_case", ignore_case)
+        self._words = [_word(word, ignore_case) for word in texts("words", words)]
+        self._patterns = [_pattern(pattern, ignore_case) for pattern in texts("patterns", patterns)]
+        if not len(self):
+            raise RewardError("give 'words', 'patterns' or both")
+
+    def __len__(self) -> int:
+        return len(self._words) + len(self._patterns)
+
+    def counts(self, text: str, most: int) -> Iterator[int]:
+        """How often each occurs, counted up to ``most``."""
+        folded_text = folded(text, self._ignore_case) if self._words else ""
+        for sought, read in ((self._words, folded_text), (self._patterns, text)):
+            yield from (sum(1 for _ in islice(one.finditer(read), most)) for one in sought)
 
 
-def _counts(words: Sequence[str], patterns: Sequence[str], ignore_case: bool) -> list[Count]:
-    flag("ignore_case", ignore_case)
-    literal = [_word(word.strip(), ignore_case) for word in texts("words", words)]
-    free = [_pattern(pattern, ignore_case) for pattern in texts("patterns", patterns)]
-    if not literal and not free:
-        raise RewardError("give 'words', 'patterns' or both")
-    return literal + free
-
-
-def _word(word: str, ignore_case: bool) -> Count:
+def _word(word: str, ignore_case: bool) -> Any:
     """A literal between word boundaries; a regular expression of literals does not backtrack."""
-    before = r"(?<!\w)" if re.match(r"\w", word) else ""
-    after = r"(?!\w)" if re.search(r"\w\Z", word) else ""
-    return partial(_count, re.compile(before + re.escape(word) + after, re.IGNORECASE if ignore_case else 0))
+    word = folded(word, ignore_case).strip()
+    if not word:
+        raise RewardError("'words' holds one without any visible character; give texts that can be seen")
+    letter = rf"[\w{marks()}]"
+    before = rf"(?<!{letter})" if re.match(letter, word) else ""
+    # "can't" is another word than "can", and "won't" than "won"; "fox's" and "we'll" begin with theirs.
+    after = rf"(?!{letter}|'[tT](?!{letter}))" if re.search(rf"{letter}\Z", word) else ""
+    return re.compile(before + r"\s+".join(map(re.escape, word.split())) + after)
 
 
-def _pattern(pattern: str, ignore_case: bool) -> Count:
+def _pattern(pattern: str, ignore_case: bool) -> Any:
     try:
         import re2
     except ImportError as error:
@@ -83,7 +96,7 @@ def _pattern(pattern: str, ignore_case: bool) -> Count:
     options = re2.Options()
     options.log_errors, options.case_sensitive = False, not ignore_case
     try:
-        compiled = re2.compile(pattern, options)
+        compiled = re2.compile(composed(pattern), options)
     except re2.error as error:
         reason = error.args[0].decode("utf-8", "replace") if isinstance(error.args[0], bytes) else str(error)
         raise RewardError(
@@ -92,8 +105,4 @@ def _pattern(pattern: str, ignore_case: bool) -> Count:
         ) from error
     if compiled.search(""):
         raise RewardError(f"'patterns': {pattern!r} is found in every text, the empty one included; make it stricter")
-    return partial(_count, compiled)
-
-
-def _count(compiled: Any, text: str, most: int) -> int:
-    return sum(1 for _ in islice(compiled.finditer(text), most))
+    return compiled

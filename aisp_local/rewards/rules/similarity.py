@@ -7,6 +7,7 @@ import numpy as np
 from aisp_local.errors import RewardError
 from aisp_local.rewards.rules.base import Rule, choice, flag
 from aisp_local.rewards.rules.ngrams import Ids, codes, orders
+from aisp_local.rewards.rules.unicode import composed
 from aisp_local.rewards.rules.units import words
 from aisp_local.rewards.text import clean
 
@@ -23,9 +24,10 @@ class Similarity(Rule):
     def __init__(self, *, reference: str, on: str = "characters", ignore_case: bool = True) -> None:
         self._on = choice("on", on, tuple(_ORDERS))
         self._ignore_case = flag("ignore_case", ignore_case)
-        if not isinstance(reference, str) or not any(self._units(clean(reference))):
+        units = self._units(composed(clean(reference))) if isinstance(reference, str) else []
+        if not any(units):
             raise RewardError(f"'reference' is {reference!r}; give a text with something in it")
-        self._reference = self._units(clean(reference))
+        self._reference = units
         self.name = f"similarity of {on}"
 
     def _units(self, text: str) -> list[str]:

@@ -1,0 +1,46 @@
+"""What a search is given where nothing is said, and what it may be given: known without loading what searches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from aisp_local import controllers
+from aisp_local.errors import InputError
+from aisp_local.seeds import RowSeeds
+
+EFFORT = {"low": 32, "medium": 128, "high": 512}
+"""Rollouts in all, by the name of the effort."""
+
+DEFAULT_EFFORT = "low"
+DEFAULT_METHOD = "score"
+DEFAULT_N = 32
+DEFAULT_N_WHOLE = 16
+"""Where responses are scored at their end only, an iteration can but learn from the one before: more, smaller ones."""
+
+DEFAULT_MAX_TOKENS = 256
+DEFAULT_SEED = 0
+DEFAULT_TOGETHER = 4
+"""Calls that a server decodes in one batch: more gain nothing and make everybody late (docs/server.md)."""
+
+
+STREAMED: dict[str, dict[str, Any]] = {"score": {"commit": True}}
+"""Methods that can choose an answer block by block, with what makes them do so."""
+
+
+def budget_of(budget: int | None, effort: str = DEFAULT_EFFORT) -> int:
+    """Rollouts in all. Raises InputError for an unknown effort."""
+    if budget is None and effort not in EFFORT:
+        raise InputError(f"effort {effort!r} is unknown; use one of {', '.join(EFFORT)}")
+    return EFFORT[effort] if budget is None else budget
+
+
+def check_search(*, method: str, budget: int, n: int | None, max_tokens: int, seed: int, **options: Any) -> None:
+    """Raises InputError for what ``Aligner.generate`` would refuse: before a model is loaded for it."""
+    if budget < 1:
+        raise InputError(f"the budget is {budget} rollouts; it must be at least 1")
+    if n is not None and n < 1:
+        raise InputError(f"n is {n} rollouts an iteration; it must be at least 1")
+    if max_tokens < 1:
+        raise InputError(f"max_tokens is {max_tokens}; it must be at least 1")
+    RowSeeds(seed)
+    controllers.create(method, d=1, max_tokens=1, seed=seed, **options)
