@@ -1,4 +1,4 @@
-"""Pictures for docs/how.md and docs/inside.md: a real search, one real step of it, and the layers of the code.
+"""Pictures for docs: a real search, one real step of it, one of its iterations by blocks, and the layers of the code.
 
     python benchmarks/pictures.py [--out docs] [--threads 1]
 
@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from aisp_local import Aligner, Controls, Result, svg
+from aisp_local import Aligner, Controls, Result, controllers, svg
 from aisp_local.engine import LlamaEngine
 from aisp_local.files import write_output
+from aisp_local.rewards.base import call_prefixes
 from aisp_local.seeds import RowSeeds
 from aisp_local.types import FloatArray, Message
 
@@ -47,6 +48,41 @@ def searched(found: Result, sampled: Result) -> str:
     axes.curve([(s.iteration, s.mean) for s in found.iterations], 1)
     axes.curve([(s.iteration, s.best_so_far) for s in sampled.iterations], 2)
     axes.legend(["best so far", "mean", "best so far of best-of-n"])
+    return axes.svg()
+
+
+def selected(aligner: Aligner) -> str:
+    """The rollouts of one iteration as they grow: the score of each at every pause, and which of them went on."""
+    engine = aligner.engine
+    controller = controllers.create("score", d=engine.d, max_tokens=MAX_TOKENS, seed=SEED, head=lambda: engine.head)
+    paths: list[tuple[tuple[float, float], tuple[float, float], bytes]] = []  # from, to, what it is there
+    ends: dict[bytes, tuple[float, float]] = {}
+    went_on: set[bytes] = set()
+    n = ROWS
+    while n:
+        controls = controller.ask(n)
+        rollouts = engine.rollout(PROMPT, controls, max_tokens=MAX_TOKENS, seeds=RowSeeds(SEED))
+        scores = call_prefixes(aligner.reward, PROMPT, rollouts.texts)
+        controller.tell(rollouts, scores)
+        begun = [prefix.tobytes() for prefix in controls.prefixes or ()]
+        went_on.update(begun)
+        keys = [tokens.tobytes() for tokens in rollouts.tokens]
+        grown = [(float(len(tokens)), float(score)) for tokens, score in zip(rollouts.tokens, scores, strict=True)]
+        paths += zip([ends[key] for key in begun] or grown, grown, keys, strict=True)
+        ends = dict(zip(keys, grown, strict=True))
+        n = rollouts.finish_reasons.count("paused")
+    values = [end[1] for _, end, _ in paths]
+    axes = svg.Axes(
+        f"One iteration of {ROWS} rollouts, block by block",
+        (0.0, float(MAX_TOKENS), "tokens"),
+        (min(values), max(values), "reward of what there is"),
+    )
+    last = max(end[0] for _, end, _ in paths)
+    for begin, end, key in sorted(paths, key=lambda path: path[2] in went_on):
+        kept = key in went_on or end[0] == last
+        axes.curve([begin, end], 0 if kept else 1)
+        axes.dot(*end, 2, 0.8 if kept else 0.3)
+    axes.legend(["gone on with", "ended here"])
     return axes.svg()
 
 
@@ -130,10 +166,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sampled = aligner.generate(PROMPT, method="best-of-n", **common)
         assert found.control is not None and isinstance(aligner.engine, LlamaEngine)
         plane, bars = stepped(aligner.engine, found.control)
+        blocks = selected(aligner)
     for name, picture in (
         ("how-search", searched(found, sampled)),
         ("how-plane", plane),
         ("how-step", bars),
+        ("methods-blocks", blocks),
         ("inside-layers", layered()),
     ):
         write_output(asked.out / f"{name}.svg", picture)
