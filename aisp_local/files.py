@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are read, or written whole or not at all, with errors that say what is wrong with them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from aisp_local.errors import InputError
+
+
+def read_bytes(path: Path, advice: str = "check the path") -> bytes:
+    """What a file holds. Raises InputError where it cannot be read, with what to do about it."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror or error}); {advice}") from error
+
+
+def read_text(path: Path, advice: str = "check the path") -> str:
+    """The text of a file, without a BOM. Raises InputError for what is no UTF-8, and as ``read_bytes`` does."""
+    try:
+        return read_bytes(path, advice).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not valid UTF-8 (byte {error.start}); convert it to UTF-8") from error
 
 
 def write_output(path: Path, content: str | bytes) -> None:

@@ -372,7 +372,7 @@ def test_what_is_kept_is_gone_on_with(talk: Session, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "cannot be read as a conversation"),
+        ("{", "is no conversation: it is not valid JSON"),
         ("[]", "holds no conversation"),
         ('{"format": 2, "messages": []}', "of format 1"),
         ("{}", "'messages' must be"),

@@ -21,7 +21,7 @@ from aisp_local import shipped
 from aisp_local.cli import config as config_command
 from aisp_local.cli import settings, version
 from aisp_local.cli.main import main
-from aisp_local.cli.models import duration
+from aisp_local.cli.output import duration
 from aisp_local.cli.version import digest, lines
 from aisp_local.errors import InputError
 
@@ -284,7 +284,8 @@ def test_completion_scripts(shell: str) -> None:
 
 
 def test_durations() -> None:
-    assert [duration(x) for x in (0.4, 59.4, 60, 185, 4800)] == [
+    assert [duration(x) for x in (-1, 0.4, 59.4, 60, 185, 4800)] == [
+        "0 s",
         "0 s",
         "59 s",
         "1 min 00 s",

@@ -12,7 +12,7 @@ from aisp_local.cli import settings
 from aisp_local.cli.help import Group
 from aisp_local.cli.output import print_answer, print_json
 from aisp_local.errors import InputError
-from aisp_local.files import check_output, write_output
+from aisp_local.files import check_output, read_text, write_output
 
 if TYPE_CHECKING:
     from tomlkit import TOMLDocument
@@ -191,7 +191,7 @@ def edit(context: click.Context) -> None:
       EDITOR=nano aisp-local config edit
     """
     main, path = _main(context), _path(context)
-    before = path.read_text(encoding="utf-8") if path.is_file() else _BEGIN
+    before = read_text(path, "check --config or AISP_CONFIG") if path.exists() else _BEGIN
     text = before
     while True:
         edited = click.edit(text, extension=".toml", require_save=False)

@@ -11,6 +11,7 @@ import click
 
 from aisp_local.cli.batch import DEFAULT_AT_ONCE, Batch, content
 from aisp_local.cli.help import ExamplesFirst
+from aisp_local.cli.input import standard_input
 from aisp_local.cli.live import BatchLine, ProgressLine, Streamed, stop_on_interrupt
 from aisp_local.cli.options import load, method_options, model_options, read_grammar, search_options
 from aisp_local.cli.output import print_answer
@@ -30,12 +31,7 @@ if TYPE_CHECKING:
 def read_prompt(prompt: str) -> str:
     """The prompt itself, or standard input for ``-``. Raises InputError if it is empty or not UTF-8."""
     if prompt == "-":
-        if sys.stdin is None:
-            raise InputError("standard input is closed; give the prompt as an argument")
-        try:
-            prompt = sys.stdin.buffer.read().decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(f"standard input is not valid UTF-8 (byte {error.start}); convert it to UTF-8") from error
+        prompt = standard_input("give the prompt as an argument")
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -168,7 +164,9 @@ def generate(
     options = method_options(method, strength, stream, more)
     rows = budget if stream else rows
     grammar = read_grammar(grammar_file, json_schema)
-    check_search(method=method, budget=budget, n=rows, max_tokens=max_tokens, seed=seed, **options)
+    check_search(
+        method=method, budget=budget, n=rows, max_tokens=max_tokens, seed=seed, time_limit=time_limit, **options
+    )
     Limits(target_reward, patience, budget_tokens)
     search = {
         "method": method,

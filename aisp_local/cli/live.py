@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from aisp_local.cli.output import print_text
+from aisp_local.cli.output import duration, print_text
 from aisp_local.types import Progress
 
 
@@ -134,14 +134,6 @@ class BatchLine(StatusLine):
             each = (time.monotonic() - self._began) / done
             line += f"  {each:.1f} s each  {duration(each * (self._prompts - self._before - done))} left"
         self._show(line + "  (Ctrl-C ends it; the same command goes on)")
-
-
-def duration(seconds: float) -> str:
-    """In the two largest units that it has."""
-    whole = max(0, round(seconds))
-    if whole < 60:
-        return f"{whole} s"
-    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole // 60 % 60} min"
 
 
 class StopFlag:

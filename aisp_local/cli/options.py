@@ -14,6 +14,7 @@ from aisp_local.cli.names import MODEL, REWARD
 from aisp_local.controllers import method_names, options_of
 from aisp_local.defaults import DEFAULT_MAX_TOKENS, DEFAULT_METHOD, DEFAULT_N, DEFAULT_N_WHOLE, DEFAULT_SEED, STREAMED
 from aisp_local.errors import InputError
+from aisp_local.files import read_text
 from aisp_local.grammar import Grammar
 
 if TYPE_CHECKING:
@@ -165,12 +166,12 @@ def read_grammar(grammar_file: Path | None, json_schema: str | None) -> Grammar 
     if grammar_file is not None and json_schema is not None:
         raise InputError("--grammar-file and --json-schema are two ways to say the same; give one of them")
     if grammar_file is not None:
-        return Grammar.of(_read(grammar_file))
+        return Grammar.of(read_text(grammar_file))
     if json_schema is None:
         return None
     inline = json_schema.lstrip().startswith("{")
     where = "--json-schema" if inline else json_schema
-    text = json_schema if inline else _read(Path(json_schema))
+    text = json_schema if inline else read_text(Path(json_schema))
     try:
         schema = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -178,15 +179,6 @@ def read_grammar(grammar_file: Path | None, json_schema: str | None) -> Grammar 
     if not isinstance(schema, dict):
         raise InputError(f"{where} holds no JSON object; a schema is one")
     return Grammar.of(schema)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not valid UTF-8 (byte {error.start}); convert it") from error
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror})") from error
 
 
 def load(

@@ -20,6 +20,7 @@ from aisp_local.api import Aligner
 from aisp_local.background import events
 from aisp_local.defaults import DEFAULT_METHOD, STREAMED
 from aisp_local.engine import LlamaEngine
+from aisp_local.engine.base import as_strings
 from aisp_local.errors import InputError
 from aisp_local.grammar import Grammar
 from aisp_local.llama import arguments
@@ -408,7 +409,7 @@ class AlignedLlama:
             prompt=text if shown is None else shown,
             tokens=tokens,
             max_tokens=room if max_tokens is None or max_tokens <= 0 else min(max_tokens, room),
-            stops=tuple(text for text in ([stop] if isinstance(stop, str) else stop or ()) if text),
+            stops=tuple(text for text in as_strings(stop or ()) if text),
             seed=seed,
             temperature=default_temperature,
             sampling={"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p},

@@ -11,6 +11,7 @@ from typing import Any
 
 from aisp_local.api import Aligner
 from aisp_local.defaults import DEFAULT_MAX_TOKENS, DEFAULT_TOGETHER, STREAMED
+from aisp_local.engine.base import check_room
 from aisp_local.errors import CapacityError, InputError
 from aisp_local.server.request import ApiError, Ask
 from aisp_local.types import Candidate, Progress, Result
@@ -96,14 +97,9 @@ class Desk:
     def room(self, ask: Ask) -> int:
         """Tokens that an answer may have. Raises ApiError for a prompt that leaves none, or that cannot be read."""
         try:
-            room = self.aligner.engine.room(ask.prompt)
+            return check_room(self.aligner.engine, ask.prompt)
         except InputError as error:
             raise as_error(error) from error
-        if room < 1:
-            size = self.aligner.engine.n_ctx
-            why = f"the prompt has {size - room} tokens and the model's context {size}; shorten it"
-            raise as_error(CapacityError(why))
-        return room
 
     def submit(self, job: Job) -> None:
         """Raises ApiError, 503 while closing and 429 where the queue is full."""

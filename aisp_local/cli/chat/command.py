@@ -17,6 +17,7 @@ from aisp_local.cli.chat.persona import load_persona
 from aisp_local.cli.chat.session import Session
 from aisp_local.cli.chat.settings import Settings
 from aisp_local.cli.help import ExamplesFirst
+from aisp_local.cli.input import standard_input
 from aisp_local.cli.options import load, method_options, model_options, read_grammar, search_options
 from aisp_local.controllers import options_of
 from aisp_local.defaults import DEFAULT_EFFORT, EFFORT
@@ -156,9 +157,4 @@ def _kept(value: Any) -> Any:
 
 
 def _piped() -> str:
-    if sys.stdin is None:
-        return ""
-    try:
-        return sys.stdin.buffer.read().decode("utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise InputError(f"standard input is not valid UTF-8 (byte {error.start}); convert it to UTF-8") from error
+    return "" if sys.stdin is None else standard_input("").strip()

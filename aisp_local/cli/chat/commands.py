@@ -19,6 +19,7 @@ from aisp_local.cli.output import dim
 from aisp_local.controllers import method_names
 from aisp_local.defaults import EFFORT
 from aisp_local.errors import InputError
+from aisp_local.files import read_text
 
 Run = Callable[[Session, str], None]
 Words = Callable[[Session, str], Sequence[str]]
@@ -250,7 +251,7 @@ def _file(session: Session, argument: str) -> None:
     if not argument:
         raise InputError("name a file: /file notes.txt What is this about?")
     path, text = _first_word(argument)
-    content = read_text(Path(path).expanduser())
+    content = _text_of(Path(path).expanduser())
     session.ask(f"{text}\n\n{content}" if text else content)
 
 
@@ -299,17 +300,12 @@ def resumed(session: Session) -> None:
 
 def text_or_file(argument: str) -> str:
     """The text itself, or what the file of ``@FILE`` holds. Raises InputError."""
-    return read_text(Path(argument[1:]).expanduser()) if argument.startswith("@") else argument
+    return _text_of(Path(argument[1:]).expanduser()) if argument.startswith("@") else argument
 
 
-def read_text(path: Path) -> str:
+def _text_of(path: Path) -> str:
     """The text of a file. Raises InputError for what is none."""
-    try:
-        text = path.read_text(encoding="utf-8-sig").strip()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not valid UTF-8 text (byte {error.start}); convert it to UTF-8") from error
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror or error}); check the path") from error
+    text = read_text(path).strip()
     if not text:
         raise InputError(f"{path} is empty; give a file with text")
     return text
