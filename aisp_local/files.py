@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from aisp_local.errors import InputError
@@ -61,6 +61,18 @@ def check_output(path: Path) -> None:
             raise InputError(f"{path} cannot be written: no permission; choose another path")
     except OSError as error:  # a folder that may not be entered, a name that is too long
         raise InputError(f"{path} cannot be written ({error.strerror}); choose another path") from error
+
+
+def check_apart(inputs: Sequence[Path | None], outputs: Sequence[Path | None]) -> None:
+    """Refuse an output that would replace an input, or another output; None is neither."""
+    taken = {path.resolve() for path in inputs if path is not None}
+    for path in outputs:
+        # A device or a pipe takes what comes, one after the other.
+        if path is None or (path.exists() and not path.is_file()):
+            continue
+        if path.resolve() in taken:
+            raise InputError(f"{path} would be written over what is read or written there as well; give another path")
+        taken.add(path.resolve())
 
 
 def check_output_folder(path: Path, marker: str, force: bool) -> None:

@@ -263,12 +263,17 @@ def test_a_long_conversation_forgets_its_oldest_turns_before_answers_are_cut() -
 
 
 def test_the_time_left_counts_down_within_an_iteration(capsys: pytest.CaptureFixture[str]) -> None:
-    line = ProgressLine(enabled=True)
-    for done, seconds in ((0, 1.0), (16, 2.0), (16, 3.0), (16, 9.0)):
+    line = ProgressLine(enabled=True, max_tokens=100)
+    for iteration, done, step, seconds in (
+        (1, 0, 0, 1.0),  # nothing is known yet
+        (1, 3, 50, 1.5),  # half of an iteration, whatever has ended of it
+        (2, 16, 0, 2.0),
+        (2, 17, 40, 3.0),
+        (2, 20, 90, 9.0),
+    ):
         line._shown = 0.0
-        line(Progress(1, 4, done, 64, step=1, rows_active=16, n_tokens=10, seconds=seconds, best=None, stats=None))
-    shown = re.findall(r"(\d+) s left", capsys.readouterr().err)
-    assert shown == ["6", "5", "0"]
+        line(Progress(iteration, 4, done, 64, step, rows_active=9, n_tokens=9, seconds=seconds, best=None, stats=None))
+    assert re.findall(r"(\d+) s left", capsys.readouterr().err) == ["10", "6", "5", "0"]
 
 
 def test_an_output_without_permission(tmp_path: Path) -> None:

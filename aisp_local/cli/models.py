@@ -176,7 +176,10 @@ def _lines(found: Found, about: Described, digest: str) -> list[str]:
             ("parameters", f"{(about.parameters or 0) / 1e6:.4g} million"),
             ("context", f"{context} tokens"),
             ("vocabulary", f"{about.vocabulary} tokens"),
-            ("chat template", "yes" if about.chat_template else "no: turns are written as plain text"),
+            (
+                "chat template",
+                "yes" if about.chat_template else "no: generate --raw goes on with text, chat cannot",
+            ),
             ("KV cache", f"{kv} bytes a token, {size_text(32 * 256 * kv)} for 32 rollouts of 256 tokens"),
         ]
     rows.append(("can be aligned", f"no: {about.refused}" if about.refused else "yes"))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from aisp_local.cli.names import MODEL, REWARD
+from aisp_local.cli.names import FILE, MODEL, REWARD
 from aisp_local.controllers import method_names, options_of
 from aisp_local.defaults import DEFAULT_MAX_TOKENS, DEFAULT_METHOD, DEFAULT_N, DEFAULT_N_WHOLE, DEFAULT_SEED, STREAMED
 from aisp_local.errors import InputError
@@ -65,14 +65,14 @@ def model_options(command: F) -> F:
         ),
         click.option(
             "--lora-scaled",
-            type=(click.Path(path_type=Path), float),
+            type=(FILE, float),
             multiple=True,
             metavar="FILE SCALE",
             help="The same, with what it adds multiplied.",
         ),
         click.option(
             "--lora",
-            type=click.Path(path_type=Path),
+            type=FILE,
             multiple=True,
             help="LoRA adapter of the model, a GGUF file. The model with it is what is aligned. Can be given again.",
         ),
@@ -98,7 +98,7 @@ def search_options(command: F) -> F:
         ),
         click.option(
             "--grammar-file",
-            type=click.Path(path_type=Path),
+            type=FILE,
             help="Answers are texts of this grammar, in llama.cpp's notation (GBNF).",
         ),
         click.option("--time-limit", type=float, help="Seconds; then the best answer so far."),

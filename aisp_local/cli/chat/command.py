@@ -11,7 +11,7 @@ import click
 from click.core import ParameterSource
 
 from aisp_local.cli.chat import commands
-from aisp_local.cli.chat.conversation import Conversation, latest, path_of
+from aisp_local.cli.chat.conversation import Conversation, latest, messages, path_of
 from aisp_local.cli.chat.lines import Entry, Lines
 from aisp_local.cli.chat.persona import load_persona
 from aisp_local.cli.chat.session import Session
@@ -72,6 +72,7 @@ def chat(context: click.Context, /, question: str | None, persona: str | None, r
     piped = None if question is None or (sys.stdin is not None and sys.stdin.isatty()) else _piped()
     names = ("model", "lora", "lora_scaled", "reward", "judge")
     aligner = load(**{name: said[name] for name in (*names, "n_gpu_layers", "threads")})
+    aligner.engine.room(messages(conversation.system, (), "Hello"))  # the chat template takes it, or says why not
     kept = {name: kept for name in names if (kept := _kept(said[name]))}
     session = Session(aligner, settings, conversation, kept, grammar)
     if question is not None and piped is not None:

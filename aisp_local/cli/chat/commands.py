@@ -11,8 +11,8 @@ from pathlib import Path
 import click
 
 from aisp_local.cli.chat.compare import BASE, compare, keep
-from aisp_local.cli.chat.conversation import Conversation, latest, messages, names, path_of
-from aisp_local.cli.chat.layout import told_apart, wrapped
+from aisp_local.cli.chat.conversation import Conversation, Turn, latest, messages, names, path_of
+from aisp_local.cli.chat.layout import columns_left, told_apart, wrapped
 from aisp_local.cli.chat.session import Session
 from aisp_local.cli.chat.settings import words
 from aisp_local.cli.output import dim
@@ -176,8 +176,10 @@ def _why(session: Session, _argument: str) -> None:
         click.echo(row if s.note is None else f"{row}  {s.note}")
     click.echo("best candidates:")
     best = session.last.candidates[:5]
-    for candidate, shown in zip(best, told_apart([c.text for c in best]), strict=True):
-        click.echo(f"  {candidate.reward:6.2f}  (iteration {candidate.iteration})  {shown}")
+    begins = [f"{candidate.reward:7.2f}  (iteration {candidate.iteration})  " for candidate in best]
+    texts = told_apart([candidate.text for candidate in best], columns_left(max(map(len, begins))))
+    for candidate, begin, shown in zip(best, begins, texts, strict=True):
+        click.echo(begin + shown)
         if candidate.parts:
             click.echo("          " + ", ".join(f"{name} {score:.2f}" for name, score in candidate.parts.items()))
 
@@ -242,7 +244,7 @@ def _show(session: Session, _argument: str) -> None:
         click.echo(f"kept in      {conversation.path}")
     context = aligner.engine.n_ctx
     used = context - aligner.engine.room(messages(conversation.system, session.turns, ""))
-    click.echo(f"context      {used} of {context} tokens, {len(session.turns)} turns")
+    click.echo(f"context      {used} of {context} tokens, {_turns(session.turns)}")
     click.echo("\n".join(session.settings.lines()))
 
 
@@ -293,9 +295,12 @@ def _quit(_session: Session, _argument: str) -> None:
 def resumed(session: Session) -> None:
     """Say what is gone on with."""
     turns = session.turns
-    said = f"{len(turns)} turn{'' if len(turns) == 1 else 's'}"
     last = f", the last: {told_apart([turns[-1].question], 60)[0]}" if turns else ""
-    click.echo(dim(f"[{said}{last}; /history shows all]"))
+    click.echo(dim(f"[{_turns(turns)}{last}; /history shows all]"))
+
+
+def _turns(turns: Sequence[Turn]) -> str:
+    return f"{len(turns)} turn{'' if len(turns) == 1 else 's'}"
 
 
 def text_or_file(argument: str) -> str:

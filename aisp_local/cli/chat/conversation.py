@@ -146,7 +146,7 @@ def names() -> list[str]:
 def path_of(name: str) -> Path:
     """A bare word names a conversation in the user's folder; what has a folder or an ending is a file."""
     path = Path(name).expanduser()
-    return path if path.suffix or len(path.parts) > 1 else folder() / f"{name}.json"
+    return path if path.suffix or len(path.parts) != 1 or name.endswith("/") else folder() / f"{name}.json"
 
 
 def latest() -> Path:

@@ -36,12 +36,20 @@ def columns(texts: Sequence[str]) -> str:
 
 
 def told_apart(texts: Sequence[str], width: int = 90) -> list[str]:
-    """Each text on one line of at most so many characters, from where they begin to differ if that is far in."""
+    """Each text on one line of at most so many characters, from where it is unlike all others if that is far in."""
     lines = [" ".join(text.split()) for text in texts]
-    common = len(os.path.commonprefix(lines)) if len(lines) > 1 else 0
-    begin = lines[0].rfind(" ", 0, common) + 1 if common > width // 2 else 0
-    shown = [("..." if begin else "") + line[begin:] for line in lines]
+    shown = []
+    for line in lines:
+        common = max((len(os.path.commonprefix([line, other])) for other in lines if other != line), default=0)
+        begin = line.rfind(" ", 0, common) + 1 if common > width // 2 else 0
+        shown.append(("..." if begin else "") + line[begin:])
     return [line if len(line) <= width else line[: width - 3] + "..." for line in shown]
+
+
+def columns_left(used: int, least: int = 30) -> int:
+    """Columns of the terminal, up to its widest, beside so many; for what is no terminal its widest."""
+    total = min(shutil.get_terminal_size().columns, _WIDEST) if sys.stdout.isatty() else _WIDEST
+    return max(least, total - used)
 
 
 def _filled(text: str, width: int) -> list[str]:

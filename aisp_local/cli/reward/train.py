@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import click
 
 from aisp_local.cli.help import ExamplesFirst
-from aisp_local.cli.reward.common import FOLDER, PATH
+from aisp_local.cli.names import FILE
+from aisp_local.cli.reward.common import FOLDER
 
 if TYPE_CHECKING:
     from aisp_local.reward_kit.export import Precision
@@ -23,10 +24,10 @@ _LOG_SECONDS = 60.0  # between lines where nobody watches
 
 
 @click.command(cls=ExamplesFirst)
-@click.argument("data", type=PATH)
-@click.argument("out", type=PATH)
+@click.argument("data", type=FILE)
+@click.argument("out", type=FILE)
 @click.option("--backbone", type=FOLDER, help="Hugging Face folder, GGUF file or reward folder. Default: the shipped.")
-@click.option("--held-out", type=PATH, help="Rows to stop early by and to evaluate on. Default: a tenth of DATA.")
+@click.option("--held-out", type=FILE, help="Rows to stop early by and to evaluate on. Default: a tenth of DATA.")
 @click.option("--text", help="Column of the texts, where DATA has labels or grades.")
 @click.option("--label", help="Column of the labels or grades.")
 @click.option("--prompt", help="Column of the prompts.")
@@ -54,7 +55,7 @@ _LOG_SECONDS = 60.0  # between lines where nobody watches
 @click.option("--name", help="Default: the name of OUT.")
 @click.option("--description", help="What the reward prefers, in a sentence without its full stop.")
 @click.option("--licence", help="Default: the backbone's.")
-@click.option("--work", type=PATH, help="Folder of the checkpoints. Default: OUT.training.")
+@click.option("--work", type=FILE, help="Folder of the checkpoints. Default: OUT.training.")
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint of a run that was interrupted.")
 @click.option("--restart", is_flag=True, help="Delete the checkpoint of such a run, and begin anew.")
 @click.option("--force", is_flag=True, help="Replace an existing reward folder.")
