@@ -2,7 +2,7 @@
 
     python benchmarks/pictures.py [--out docs] [--threads 1]
 
-The shipped model answers one prompt with the shipped reward; about a minute on two cores.
+The shipped model answers one prompt with the shipped reward; two minutes on two cores.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from aisp_local.seeds import RowSeeds
 from aisp_local.types import FloatArray, Message
 
 PROMPT: list[Message] = [{"role": "user", "content": "Tell me a story about a fox."}]
-BUDGET, ROWS, MAX_TOKENS, SEED = 96, 16, 96, 0
+BUDGET, ROWS, MAX_TOKENS, SEED = 384, 32, 160, 0
 
 LAYERS = [
     ("cli   |   server", "what people and clients type and send"),

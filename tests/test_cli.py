@@ -25,6 +25,7 @@ from aisp_local.cli.generate import generate
 from aisp_local.cli.live import ProgressLine
 from aisp_local.cli.main import main
 from aisp_local.defaults import EFFORT
+from aisp_local.cli.output import print_text
 from aisp_local.errors import InputError
 from aisp_local.files import write_output
 from aisp_local.finite import finite
@@ -437,9 +438,23 @@ def test_long_lines_are_broken_between_words_on_a_terminal_only(monkeypatch: pyt
     assert layout.wrapped("x" * 50) == "x" * 50
 
 
+def test_a_model_does_not_command_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "a\tb\r\x1b[2J\x9b\x07\n"
+    print_text(text)
+    assert capsys.readouterr().out == text  # a program gets what the model said
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    print_text(text)
+    assert capsys.readouterr().out == "a\tb??[2J??\n"
+    assert layout.wrapped(text) == "a\tb??[2J??\n" and "\x1b" not in "".join(told_apart([text, text]))
+
+
 def test_candidates_are_shown_from_where_they_differ() -> None:
     assert told_apart(["a fox", "a\ndog"]) == ["a fox", "a dog"]
     begin = "Once upon a time there was a fox that "
     shown = told_apart([begin + "sang" + " la" * 40, begin + "slept", begin + "sat"], width=40)
     assert shown == ["...sang" + " la" * 10 + "...", "...slept", "...sat"]
+    shown = told_apart([f"{begin}sat in a tree and sang", f"{begin}sat in a tree and slept", "A dog."], width=40)
+    assert shown == ["...sang", "...slept", "A dog."]
     assert told_apart([]) == [] and told_apart(["x" * 99], width=10) == ["x" * 7 + "..."]

@@ -25,7 +25,7 @@ from aisp_local.errors import InputError
 @click.option("--allow-origin", "origins", multiple=True, metavar="URL", help="A web page that may call this server.")
 @click.option(
     "--parallel",
-    type=click.IntRange(1),
+    type=click.IntRange(1, 64),
     default=DEFAULT_TOGETHER,
     show_default=True,
     help="Requests that are searched for at once, in one batch.",

@@ -174,8 +174,8 @@ def _why(session: Session, _argument: str) -> None:
         kl = "   -" if s.kl is None else f"{s.kl:4.1f}"
         row = f"{s.iteration:9d}  {s.n:8d}  {s.best:5.2f}  {s.mean:5.2f}  {ess}  {norm}  {kl}  {s.seconds:7.2f}"
         click.echo(row if s.note is None else f"{row}  {s.note}")
-    click.echo("best candidates:")
-    best = session.last.candidates[:5]
+    click.echo("best candidates that differ:")
+    best = session.last.distinct(5)
     begins = [f"{candidate.reward:7.2f}  (iteration {candidate.iteration})  " for candidate in best]
     texts = told_apart([candidate.text for candidate in best], columns_left(max(map(len, begins))))
     for candidate, begin, shown in zip(best, begins, texts, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ import click
 
 from aisp_local.cli.help import ExamplesFirst
 from aisp_local.cli.names import FILE
+from aisp_local.cli.output import duration
 from aisp_local.cli.reward.common import FOLDER
 
 if TYPE_CHECKING:
@@ -130,7 +132,7 @@ def train(
             click.echo(("\r\x1b[K" if terminal else "") + line, err=True)
             printed = now.seconds
         elif terminal:
-            click.echo(f"\r{line}\x1b[K", err=True, nl=False)
+            click.echo(f"\r{line[: shutil.get_terminal_size().columns - 1]}\x1b[K", err=True, nl=False)
 
     try:
         done = train_reward(
@@ -169,14 +171,14 @@ def _interrupted(folder: WorkFolder, out: Path, restart: bool, force: bool) -> s
 
 
 def _line(now: Progress) -> str:
-    left = now.seconds / now.step * (now.steps - now.step) / 60
+    left = now.seconds / now.step * (now.steps - now.step)
     line = f"step {now.step}/{now.steps}"
     if now.loss is not None and now.accuracy is not None:
         line += f", loss {now.loss:.3f}, {now.accuracy:.0%} right, {now.tokens_per_second:.0f} tokens/s"
     if now.held is not None and now.best is not None:
         mark = "best" if now.best == now.held else f"best {now.best.loss:.4f}"
         line += f"; held out: loss {now.held.loss:.4f} ({mark}), {now.held.accuracy:.1%} right"
-    return f"{line}; at most {left:.0f} min to go"
+    return f"{line}; at most {duration(left)} to go"
 
 
 def _lines(done: Trained) -> list[str]:
