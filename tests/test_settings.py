@@ -274,6 +274,10 @@ def test_names_complete_in_a_shell(home: Path) -> None:
     assert completed("bash", "aisp-local chat -m ta", 3, home) == ["plain,talker"]
     assert completed("bash", "aisp-local chat -r k", 3, home) == ["plain,kind-and-safe"]
     assert completed("bash", "aisp-local mod", 1, home) == ["plain,models"]
+    assert completed("bash", "aisp-local generate --method sc", 3, home) == ["plain,score"]
+    assert completed("bash", "aisp-local chat --persona storyteller-k", 3, home) == ["plain,storyteller-kind"]
+    assert completed("bash", "aisp-local reward show story-j", 3, home) == ["plain,story-judge"]
+    assert completed("bash", "aisp-local config get chat.eff", 3, home) == ["plain,chat.effort"]
     assert completed("bash", "aisp-local chat -m ./no", 3, home) == ["file,./no"]
     assert "talker" in completed("fish", "aisp-local models show tal", 3, home)[0]
 

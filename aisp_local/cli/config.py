@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from aisp_local.cli import settings
 from aisp_local.cli.help import Group
@@ -29,6 +30,17 @@ _BEGIN = """\
 # [chat]
 # effort = "medium"
 """
+
+
+def _complete_key(context: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    known = settings.commands(_main(context))
+    keys = {key for options in known.values() for key in options}
+    keys |= {f"{command}.{key}" for command, options in known.items() for key in options}
+    return [
+        CompletionItem(key)
+        for key in sorted(keys)
+        if key.startswith(incomplete) and ("." in incomplete) == ("." in key)
+    ]
 
 
 @click.group(cls=Group, invoke_without_command=True)
@@ -94,7 +106,7 @@ def _as_line(row: Effective) -> str:
 
 
 @config.command()
-@click.argument("key")
+@click.argument("key", shell_complete=_complete_key)
 @click.pass_context
 def get(context: click.Context, key: str) -> None:
     """Print the value in effect of KEY.
@@ -120,7 +132,7 @@ def get(context: click.Context, key: str) -> None:
 
 
 @config.command("set")
-@click.argument("key")
+@click.argument("key", shell_complete=_complete_key)
 @click.argument("value")
 @click.pass_context
 def set_(context: click.Context, key: str, value: str) -> None:
@@ -147,7 +159,7 @@ def set_(context: click.Context, key: str, value: str) -> None:
 
 
 @config.command()
-@click.argument("key")
+@click.argument("key", shell_complete=_complete_key)
 @click.pass_context
 def unset(context: click.Context, key: str) -> None:
     """Take KEY out of the file.

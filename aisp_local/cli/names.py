@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,14 @@ MODEL = ModelPath()
 REWARD = RewardPath()
 
 
+Complete = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
+
+
+def completing(names: Callable[[], Sequence[str]]) -> Complete:
+    """Completion of an option or argument that takes one of these names, which are asked for only then, or a file."""
+    return lambda _context, _parameter, incomplete: _matching(incomplete, names())
+
+
 def complete_model(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Names that begin so, else files."""
     from aisp_local.models import all_models
@@ -72,6 +81,6 @@ def complete_model(_context: click.Context, _parameter: click.Parameter, incompl
     return _matching(incomplete, [model.name for model in all_models()])
 
 
-def _matching(incomplete: str, names: list[str]) -> list[CompletionItem]:
+def _matching(incomplete: str, names: Sequence[str]) -> list[CompletionItem]:
     found = [CompletionItem(name) for name in names if name.lower().startswith(incomplete.lower())]
     return found or [CompletionItem(incomplete, type="file")]

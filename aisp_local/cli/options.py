@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from aisp_local.cli.names import FILE, MODEL, REWARD
+from aisp_local.cli.names import FILE, MODEL, REWARD, completing
 from aisp_local.controllers import method_names, options_of
 from aisp_local.defaults import DEFAULT_MAX_TOKENS, DEFAULT_METHOD, DEFAULT_N, DEFAULT_N_WHOLE, DEFAULT_SEED, STREAMED
 from aisp_local.errors import InputError
@@ -126,7 +126,13 @@ def search_options(command: F) -> F:
             type=click.FloatRange(0.0, 1.0),
             help="How far the default method may move from the model: 0 not at all, 1 by 80 nats. Without it 0.5.",
         ),
-        click.option("--method", cls=_Method, default=DEFAULT_METHOD, show_default=True),
+        click.option(
+            "--method",
+            cls=_Method,
+            default=DEFAULT_METHOD,
+            show_default=True,
+            shell_complete=completing(method_names),
+        ),
     ):
         command = option(command)
     return command

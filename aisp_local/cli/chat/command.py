@@ -12,12 +12,14 @@ from click.core import ParameterSource
 
 from aisp_local.cli.chat import commands
 from aisp_local.cli.chat.conversation import Conversation, latest, messages, path_of
+from aisp_local.cli.chat.conversation import names as conversations
 from aisp_local.cli.chat.lines import Entry, Lines
-from aisp_local.cli.chat.persona import load_persona
+from aisp_local.cli.chat.persona import load_persona, personas
 from aisp_local.cli.chat.session import Session
 from aisp_local.cli.chat.settings import Settings
 from aisp_local.cli.help import ExamplesFirst
 from aisp_local.cli.input import standard_input
+from aisp_local.cli.names import completing
 from aisp_local.cli.options import load, method_options, model_options, read_grammar, search_options
 from aisp_local.controllers import options_of
 from aisp_local.defaults import DEFAULT_EFFORT, EFFORT
@@ -29,12 +31,18 @@ _LATEST = " "
 
 @click.command(cls=ExamplesFirst)
 @click.argument("question", required=False)
-@click.option("--persona", metavar="NAME|FILE", help="A system prompt, a reward and settings that go together (TOML).")
+@click.option(
+    "--persona",
+    metavar="NAME|FILE",
+    shell_complete=completing(lambda: sorted(personas())),
+    help="A system prompt, a reward and settings that go together (TOML).",
+)
 @click.option(
     "--resume",
     is_flag=False,
     flag_value=_LATEST,
     metavar="[NAME|FILE]",
+    shell_complete=completing(conversations),
     help="Go on with a conversation that /save kept: the latest, or this one.",
 )
 @click.option("--system", metavar="TEXT|@FILE", help="The system prompt.")

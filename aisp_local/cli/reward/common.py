@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from aisp_local import shipped
-from aisp_local.cli.names import FilePath
+from aisp_local.cli.names import FilePath, completing
 from aisp_local.errors import InputError
 
 if TYPE_CHECKING:
@@ -22,6 +23,10 @@ class _Folder(FilePath):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         path = super().convert(value, param, ctx)
         return path if path.exists() else shipped.reward_by_name(str(path)) or path
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        folders = [name for name in shipped.named_rewards() if name not in shipped.recipes()]
+        return completing(lambda: folders)(ctx, param, incomplete)
 
 
 FOLDER = _Folder()
