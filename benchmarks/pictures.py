@@ -119,7 +119,9 @@ def stepped(engine: LlamaEngine, u: FloatArray) -> tuple[str, str]:
     for i, (arrow, name) in enumerate(zip(arrows, ("z", "z + v"), strict=True)):
         axes.curve([(0.0, 0.0), (float(arrow[0]), float(arrow[1]))], i)
         x, y = axes.at(float(arrow[0]), float(arrow[1]))
-        axes.parts.append(svg.draw_text(x, y - 6, name, anchor="middle", size=13))
+        # Beside each other, on whichever side of the other arrow this one lies.
+        anchor = "end" if arrow[0] < arrows[1 - i][0] else "start"
+        axes.parts.append(svg.draw_text(x, y - 6, name, anchor=anchor, size=13))
     for t, (px, py) in points.items():
         axes.dot(float(px), float(py), 2 + 14 * float(np.sqrt(after[t])), 0.5)
         x, y = axes.at(float(px), float(py))
@@ -164,8 +166,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         common = {"budget": BUDGET, "n": ROWS, "max_tokens": MAX_TOKENS, "seed": SEED}
         found = aligner.generate(PROMPT, **common)
         sampled = aligner.generate(PROMPT, method="best-of-n", **common)
-        assert found.control is not None and isinstance(aligner.engine, LlamaEngine)
-        plane, bars = stepped(aligner.engine, found.control)
+        # A strong control, so that it can be seen, and no selection beside it.
+        steered = aligner.generate(PROMPT, strength=0.8, selection=0.0, **common)
+        assert steered.control is not None and isinstance(aligner.engine, LlamaEngine)
+        plane, bars = stepped(aligner.engine, steered.control)
         blocks = selected(aligner)
     for name, picture in (
         ("how-search", searched(found, sampled)),

@@ -28,6 +28,7 @@ from unittest.mock import patch
 
 import click
 import pytest
+import synthetic
 from click.testing import CliRunner
 from test_server import Server, serving
 
@@ -164,6 +165,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pairs = [{"prompt": "Say something.", "chosen": f"It is a good day {i}.", "rejected": "no no no"} for i in range(4)]
     for name in ("model.gguf", "a-model.gguf"):
         shutil.copy(shipped.model(), folder / name)
+    synthetic.write(folder / "qwen2.gguf", "qwen2", vocab="bpe")
     for name in ("my_reward", "reward_folder", "another"):
         shutil.copytree(shipped.judge(), folder / name)  # small
     shutil.copytree(shipped.talker_reward(), folder / "changed")
@@ -216,7 +218,8 @@ def run(command: Command) -> click.testing.Result:
     """As a shell would: with < and >, behind a pipe, and with what a transcript shows as typed."""
     before = command.text.partition("| aisp-local")[0] if "| aisp-local" in command.text else ""
     words = command.words[1:]
-    given: bytes | str = "".join(line[2:] + "\n" for line in command.shown.splitlines() if line.startswith("> "))
+    typed = [line[2:] for line in command.shown.splitlines() if line.startswith("> ")]
+    given: bytes | str = "".join(f"{line}\n" for line in typed if not line.startswith("/set max-tokens"))
     if before:
         given = subprocess.run(["sh", "-c", before], capture_output=True, check=True).stdout
     if "<" in words:

@@ -180,10 +180,9 @@ def _speed(report: Report, aligner: Aligner) -> None:
         say("")
         aligner.close()
     report.data["speed"] = {"model": aligner.model_name, "reward": aligner.reward.name, **asdict(speed)}
-    report.add(
-        "speed of",
-        f"{Path(aligner.model_name).name} with {aligner.reward.name}, on {engine.settings['threads']} threads",
-    )
+    threads = engine.settings["threads"]
+    on = f"{threads} thread{'s' if threads > 1 else ''}"
+    report.add("speed of", f"{Path(aligner.model_name).name} with {aligner.reward.name}, on {on}")
     _add_speed(report, speed)
 
 
