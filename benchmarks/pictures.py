@@ -97,7 +97,7 @@ def stepped(engine: LlamaEngine, u: FloatArray) -> tuple[str, str]:
     step = int(np.argmax(np.abs(moved - base).sum(axis=1) * -(base * np.log(base)).sum(axis=1)))
     before, after = base[step], moved[step]
     text = " ".join(engine.text(out.tokens[0][:step]).split()[-6:])
-    likely = {*np.argsort(-before)[:7].tolist(), *np.argsort(-after)[:7].tolist()}
+    likely = {*np.argsort(-before)[:5].tolist(), *np.argsort(-after)[:5].tolist()}
     shown = sorted((t for t in likely if max(before[t], after[t]) > 0.01), key=lambda t: -before[t])
     names = {t: f"“{engine.text(np.array([t], np.int32)).strip()}”" for t in shown}
 
@@ -125,7 +125,9 @@ def stepped(engine: LlamaEngine, u: FloatArray) -> tuple[str, str]:
     for t, (px, py) in points.items():
         axes.dot(float(px), float(py), 2 + 14 * float(np.sqrt(after[t])), 0.5)
         x, y = axes.at(float(px), float(py))
-        axes.parts.append(svg.draw_text(x + 6, y - 5, names[t], anchor="start"))
+        # Away from the arrows.
+        left = px < 0
+        axes.parts.append(svg.draw_text(x + (-8 if left else 8), y + 4, names[t], anchor="end" if left else "start"))
 
     bars = [svg.draw_title(f"The next word: … {text} …")]
     widest = max(float(before[shown].max()), float(after[shown].max()))
