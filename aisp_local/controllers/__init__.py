@@ -125,14 +125,14 @@ def create(
 
 def _check_kind(value: Any, parameter: inspect.Parameter) -> None:
     """Raises InputError for an option of another kind than its default, where that is a number or a switch."""
-    kind: type
-    if isinstance(parameter.default, bool):
-        kind, what = bool, "true or false"
-    elif isinstance(parameter.default, int) and parameter.annotation in (int, "int"):
-        kind, what = Integral, "a whole number"
-    elif isinstance(parameter.default, int | float):
-        kind, what = Real, "a number"
+    default: object = parameter.default
+    if isinstance(default, bool):
+        fits, what = value in (True, False), "true or false"
+    elif isinstance(default, int) and parameter.annotation in (int, "int"):
+        fits, what = isinstance(value, Integral) and not isinstance(value, bool), "a whole number"
+    elif isinstance(default, int | float):
+        fits, what = isinstance(value, Real) and not isinstance(value, bool), "a number"
     else:
         return
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+    if not fits:
         raise InputError(f"{parameter.name} is {value!r}; it must be {what}")

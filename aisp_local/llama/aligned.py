@@ -296,6 +296,9 @@ class AlignedLlama:
             or self._chat_handlers.get(str(self.chat_format))
             or llama_chat_format.get_chat_completion_handler(self.chat_format)
         )
+        if response_format is not None and grammar is None and {**self._align, **align}.get("budget") != 1:
+            grammar = arguments.grammar_of(response_format)
+            response_format = response_format if grammar is None else None
         answer: llama_types.CreateChatCompletionResponse = handler(
             llama=_Asked(self, arguments.shown(messages), align),
             messages=messages,
@@ -417,7 +420,7 @@ class AlignedLlama:
             penalties=Penalties(self.last_n_tokens_size, repeat_penalty, frequency_penalty, presence_penalty),
             processors=processors,
             criteria=stopping_criteria,
-            grammar=None if grammar is None else Grammar(grammar._grammar),
+            grammar=None if grammar is None else Grammar.of(getattr(grammar, "_grammar", grammar)),
             align={**self._align, **align},
         )
         answer = self._plain if ask.plain else self._search
