@@ -174,7 +174,8 @@ def _line(now: Progress) -> str:
     left = now.seconds / now.step * (now.steps - now.step)
     line = f"step {now.step}/{now.steps}"
     if now.loss is not None and now.accuracy is not None:
-        line += f", loss {now.loss:.3f}, {now.accuracy:.0%} right, {now.tokens_per_second:.0f} tokens/s"
+        line += f", loss {now.loss:.3f}, {now.accuracy:.0%} right"
+        line += "" if now.held is not None else f", {now.tokens_per_second:.0f} tokens/s"
     if now.held is not None and now.best is not None:
         mark = "best" if now.best == now.held else f"best {now.best.loss:.4f}"
         line += f"; held out: loss {now.held.loss:.4f} ({mark}), {now.held.accuracy:.1%} right"
