@@ -185,6 +185,12 @@ def test_other_inputs_settings_and_files_are_refused(place: Path) -> None:
     Path("out.jsonl").write_text("my notes\n")
     before = Path("out.jsonl").read_bytes()
     assert "out.jsonl, line 1 is no answer of `generate --input`" in refused()
+    Path("out.jsonl").write_text("my notes, without an end of line")
+    before = Path("out.jsonl").read_bytes()
+    assert "out.jsonl, line 1 is no answer of `generate --input`" in refused()
+    before = Path("in.jsonl").read_bytes()
+    assert "would be written over what is read" in str(run(output="in.jsonl").exception)
+    assert Path("in.jsonl").read_bytes() == before
 
 
 def test_a_reward_file_that_was_changed_is_another_one(place: Path) -> None:

@@ -170,6 +170,38 @@ def test_bad_input_is_one_sentence_and_exit_code_2(name: str, broken: Path, monk
 
 
 @pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "x", "-m", ""], "the path is empty"),
+        (["generate", "x", "-r", ""], "the path is empty"),
+        (["generate", "x", "-o", ""], "the path is empty"),
+        (["explain", ""], "the path is empty"),
+        (["reward", "show", ""], "the path is empty"),
+        (["serve", "--host", ""], "--host is empty"),
+        (["serve", "--parallel", "65"], "not in the range"),
+        (["chat", "--resume", "folder/"], "folder cannot be read (Is a directory)"),
+        (
+            ["generate", "x", "-o", "a.json", "--trace", "./a.json"],
+            "would be written over what is read or written there",
+        ),
+        (
+            ["generate", "x", "-m", "model.gguf", "-o", "model.gguf"],
+            "would be written over what is read or written there",
+        ),
+    ],
+)
+def test_what_is_empty_or_in_the_way_is_refused(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 2 and message in done.stderr, done.output
+    assert (tmp_path / "model.gguf").read_bytes() == b"GGUF"
+
+
+@pytest.mark.parametrize(
     ("prompt", "stdin", "message"),
     [
         ("", None, "the prompt is empty"),

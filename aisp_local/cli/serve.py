@@ -65,6 +65,8 @@ def serve(
     """
     if find_spec("starlette") is None or find_spec("uvicorn") is None:
         raise InputError("serve needs starlette and uvicorn: pip install 'aisp-local[server]'")
+    if not host:  # as of a variable of the shell that is not set: it would mean every address
+        raise InputError("--host is empty; give an address, such as 127.0.0.1")
     from aisp_local.server import Server, Settings, make_app
 
     if api_key is not None and not api_key.strip():
