@@ -24,8 +24,8 @@ from aisp_local.cli.chat.layout import told_apart
 from aisp_local.cli.generate import generate
 from aisp_local.cli.live import ProgressLine
 from aisp_local.cli.main import main
-from aisp_local.defaults import EFFORT
 from aisp_local.cli.output import print_text
+from aisp_local.defaults import EFFORT
 from aisp_local.errors import InputError
 from aisp_local.files import write_output
 from aisp_local.finite import finite

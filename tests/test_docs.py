@@ -204,10 +204,12 @@ def server() -> Iterator[Server]:
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(work: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """In that folder and an empty home; what pages register is gone afterwards."""
+def elsewhere(work: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[None]:
+    """In that folder, and a home of the page that was empty at its top; what pages register is gone afterwards."""
     monkeypatch.chdir(work)
-    monkeypatch.setenv("HOME", str(work / "home"))
+    params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    page = params["command"].where.partition(":")[0] if "command" in params else "any"
+    monkeypatch.setenv("HOME", str(work / "home" / page))
     for name in [name for name in os.environ if name.startswith(("AISP_", "XDG_"))]:
         monkeypatch.delenv(name)
     with patch.dict(METHODS), patch.dict(RULES), warnings.catch_warnings():

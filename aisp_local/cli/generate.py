@@ -155,7 +155,7 @@ def generate(
     for written in (timeline, save_steering, trace):
         if written is not None:
             check_output(written)
-    check_apart([source, model, reward, grammar_file], [output, timeline, save_steering, trace])
+    check_apart([source, model, reward, judge, grammar_file, *lora], [output, timeline, save_steering, trace])
     if save_steering is not None and not hasattr(builder(method), "held"):
         raise InputError(f"--save-steering needs a method that holds a control, such as score; {method!r} does not")
     kept = None if steering is None else Steering.load(steering)

@@ -12,7 +12,15 @@ from click.core import ParameterSource
 
 from aisp_local.cli.names import FILE, MODEL, REWARD, completing
 from aisp_local.controllers import method_names, options_of
-from aisp_local.defaults import DEFAULT_MAX_TOKENS, DEFAULT_METHOD, DEFAULT_N, DEFAULT_N_WHOLE, DEFAULT_SEED, STREAMED
+from aisp_local.defaults import (
+    DEFAULT_MAX_TOKENS,
+    DEFAULT_METHOD,
+    DEFAULT_N,
+    DEFAULT_N_WHOLE,
+    DEFAULT_SEED,
+    MAX_ROWS,
+    STREAMED,
+)
 from aisp_local.errors import InputError
 from aisp_local.files import read_text
 from aisp_local.grammar import Grammar
@@ -113,7 +121,8 @@ def search_options(command: F) -> F:
         click.option(
             "--rows",
             type=int,
-            help=f"Rollouts at once. Without it {DEFAULT_N}; {DEFAULT_N_WHOLE} with a reward of whole responses only.",
+            help=f"Rollouts an iteration, up to {MAX_ROWS}. Without it {DEFAULT_N}; {DEFAULT_N_WHOLE} with a reward of "
+            "whole responses only.",
         ),
         click.option(
             "--stream",
