@@ -25,6 +25,7 @@ from aisp_local.defaults import (
     check_search,
 )
 from aisp_local.engine import Engine, LlamaEngine, SharedEngine
+from aisp_local.engine.base import as_strings
 from aisp_local.engine.prompts import check_prompts
 from aisp_local.errors import AispError, DecodeError, InputError
 from aisp_local.files import check_output
@@ -285,8 +286,7 @@ class Aligner:
             raise InputError(f"at_once is {at_once} prompts; it must be at least 1")
         if len(indices) != len(prompts):
             raise InputError(f"there are {len(prompts)} prompts and {len(indices)} prompt indices; give one for each")
-        if isinstance(stop_strings, str):
-            stop_strings = (stop_strings,)
+        stop_strings = as_strings(stop_strings)
         if grammar is not None:
             grammar = Grammar.of(grammar)
             self.engine.check_grammar(grammar)
@@ -294,7 +294,9 @@ class Aligner:
         unfinished = getattr(self.reward, "unfinished", True)
         if n is None:
             n = DEFAULT_N if unfinished else DEFAULT_N_WHOLE
-        check_search(method=method, budget=budget, n=n, max_tokens=max_tokens, seed=seed, **options)
+        check_search(
+            method=method, budget=budget, n=n, max_tokens=max_tokens, seed=seed, time_limit=time_limit, **options
+        )
         for index in indices:
             RowSeeds(seed, index)
         if steering is not None:

@@ -17,6 +17,12 @@ DEFAULT_N = 32
 DEFAULT_N_WHOLE = 16
 """Where responses are scored at their end only, an iteration can but learn from the one before: more, smaller ones."""
 
+MAX_ROWS = 4096
+"""Rollouts an iteration: 255 decode at once, more wait for them, and selecting among them takes memory and time."""
+
+MAX_BUDGET = 1_000_000
+"""Rollouts in all, every one of which is kept."""
+
 DEFAULT_MAX_TOKENS = 256
 DEFAULT_SEED = 0
 DEFAULT_TOGETHER = 4
@@ -34,13 +40,26 @@ def budget_of(budget: int | None, effort: str = DEFAULT_EFFORT) -> int:
     return EFFORT[effort] if budget is None else budget
 
 
-def check_search(*, method: str, budget: int, n: int | None, max_tokens: int, seed: int, **options: Any) -> None:
+def check_search(
+    *,
+    method: str,
+    budget: int,
+    n: int | None,
+    max_tokens: int,
+    seed: int,
+    time_limit: float | None = None,
+    **options: Any,
+) -> None:
     """Raises InputError for what ``Aligner.generate`` would refuse: before a model is loaded for it."""
-    if budget < 1:
-        raise InputError(f"the budget is {budget} rollouts; it must be at least 1")
-    if n is not None and n < 1:
-        raise InputError(f"n is {n} rollouts an iteration; it must be at least 1")
+    if not 1 <= budget <= MAX_BUDGET:
+        raise InputError(f"the budget is {budget} rollouts; it must be 1 to {MAX_BUDGET}")
+    if n is not None and not 1 <= n <= MAX_ROWS:
+        raise InputError(
+            f"n (--rows; with --stream all of the budget) is {n} rollouts an iteration; it must be 1 to {MAX_ROWS}"
+        )
     if max_tokens < 1:
         raise InputError(f"max_tokens is {max_tokens}; it must be at least 1")
+    if time_limit is not None and not time_limit > 0:
+        raise InputError(f"the time limit is {time_limit} seconds; it must be greater than 0")
     RowSeeds(seed)
     controllers.create(method, d=1, max_tokens=1, seed=seed, **options)

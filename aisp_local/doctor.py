@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from aisp_local.api import Aligner
-from aisp_local.controllers.blocks import BLOCKS
-from aisp_local.defaults import DEFAULT_MAX_TOKENS, EFFORT
+from aisp_local.controllers.blocks import Schedule
+from aisp_local.defaults import DEFAULT_MAX_TOKENS, DEFAULT_N, DEFAULT_N_WHOLE, EFFORT
 from aisp_local.engine import LlamaEngine
 from aisp_local.errors import CapacityError
 from aisp_local.host import available_memory
 from aisp_local.measure import calibrated
 from aisp_local.native import MAX_SEQUENCES
 from aisp_local.rewards import Reward
+from aisp_local.rewards.base import call_parts, call_prefixes
 from aisp_local.seeds import RowSeeds
 from aisp_local.types import Controls, Rollouts, Sampling
 
 AT_ONCE = (1, 8, 32)
 SECONDS = 2.0  # of each measurement; twice as many at most
+_BATCH = 8  # texts that a search has the reward read at a time
 _PROMPT = "Tell me a story about a fox who wanted to see the sea."
 _TOKENS = 128
 
@@ -42,8 +44,8 @@ class Speed:
     """What was measured. ``tokens_per_s``: by how many rollouts decode at once, under a control."""
 
     tokens_per_s: dict[int, float]
-    scores_per_s: float
-    n_scored: int  # texts that the default method has the reward read for each rollout
+    scores_per_s: float  # texts of the lengths that a search has the reward read
+    n_scored: int  # of them for each rollout of the default method
     most_at_once: int | None  # rollouts that the memory has room for; None where that is not known
     searches: tuple[Search, ...]
 
@@ -56,25 +58,46 @@ def measure(aligner: Aligner, engine: LlamaEngine, say: Callable[[str], None]) -
     room = most_at_once(engine)
     if room == 0:
         raise CapacityError(f"the memory has no room for one rollout of {DEFAULT_MAX_TOKENS} tokens; free some")
-    rates, texts = {}, [""]
+    rates: dict[int, float] = {}
+    some: Rollouts | None = None
     for n in reversed([n for n in AT_ONCE if room is None or n <= room]):  # the largest context first
         say(f"measuring {n} rollout{'s' if n > 1 else ''} at once")
         rates[n], rollouts = _decode(engine, n)
-        if len(rollouts.texts) > len(texts) or texts == [""]:
-            texts = list(rollouts.texts)
+        some = some or rollouts
+    assert some is not None
     say("measuring the reward")
     reward = calibrated(engine, aligner.reward, _PROMPT, max_tokens=_TOKENS, seed=0)
-    parts = 1 + BLOCKS if getattr(reward, "unfinished", True) else 1
-    scores = _score(reward, texts, parts)
+    unfinished = getattr(reward, "unfinished", True)
+    first, later = _read_at(unfinished)
+    seconds = _reading(engine, reward, some, sorted({*first, *later}))
+    of_first, of_later = (sum(seconds[at] for at in positions) for positions in (first, later))
     each = engine.model.kv_bytes_per_token * DEFAULT_MAX_TOKENS
+    sizes = sorted(rates)
     searches = []
-    for effort, rollouts_ in EFFORT.items():
-        at_once = min(rollouts_, room or MAX_SEQUENCES, max(AT_ONCE))
-        rate = rates[max(n for n in rates if n <= at_once)]
-        seconds = rollouts_ * (DEFAULT_MAX_TOKENS / rate + parts / scores)
-        n = min(rollouts_, max(AT_ONCE))
-        searches.append(Search(effort, rollouts_, seconds, n * each, room is None or n <= room))
-    return Speed(dict(sorted(rates.items())), scores, parts, room, tuple(searches))
+    for effort, budget in EFFORT.items():
+        n = min(budget, DEFAULT_N if unfinished else DEFAULT_N_WHOLE)
+        at_once = min(n, room or MAX_SEQUENCES)
+        step = float(np.interp(at_once, sizes, [size / rates[size] for size in sizes]))
+        # The reward is asked where rollouts pause, so that nothing is decoded meanwhile, or it takes the same cores.
+        took = budget / at_once * DEFAULT_MAX_TOKENS * step + n * of_first + (budget - n) * of_later
+        searches.append(Search(effort, budget, took, n * each, room is None or n <= room))
+    return Speed(dict(sorted(rates.items())), len(first) / of_first, len(first), room, tuple(searches))
+
+
+def _read_at(unfinished: bool) -> tuple[list[int], list[int]]:
+    """The lengths in tokens at which the default method has a rollout read: of the first iteration, and of later ones.
+
+    All rollouts have full length.
+    """
+    schedule, found = Schedule(DEFAULT_MAX_TOKENS), list[list[int]]()
+    for _ in range(2):
+        positions, at = list[int](), schedule.pause(0) if unfinished else None
+        while at is not None:
+            positions.append(at)
+            at = schedule.pause(at)
+        found.append([*positions, DEFAULT_MAX_TOKENS])
+        schedule.learn([DEFAULT_MAX_TOKENS])
+    return found[0], found[1]
 
 
 def most_at_once(engine: LlamaEngine) -> int | None:
@@ -90,7 +113,13 @@ def _decode(engine: LlamaEngine, n: int) -> tuple[float, Rollouts]:
 
     The first step of each call is left out: it waits for the prompt.
     """
-    controls = Controls(n, np.zeros((n, 1, engine.d), np.float32), held=True, sampling=Sampling(1.0, min_p=0.02))
+    controls = Controls(
+        n,
+        np.zeros((n, 1, engine.d), np.float32),
+        held=True,
+        sampling=Sampling(1.0, min_p=0.02),
+        want=frozenset({"laws"}),
+    )
     began = time.perf_counter()
     tokens, seconds = 0, 0.0
     first: Rollouts | None = None
@@ -114,15 +143,26 @@ def _decode(engine: LlamaEngine, n: int) -> tuple[float, Rollouts]:
     return (tokens / seconds if tokens else first.n_tokens / first.decode_seconds), first
 
 
-def _score(reward: Reward, texts: list[str], parts: int) -> float:
-    """Texts a second, of the lengths that a search asks about: equal parts of responses."""
-    rows = [text[: max(1, len(text) * part // parts)] for part in range(1, parts + 1) for text in texts[:8]]
-    reward.score(_PROMPT, rows[:1])
-    began, scored = time.perf_counter(), 0
-    while scored == 0 or time.perf_counter() - began < SECONDS:
-        for start in range(0, len(rows), 8):
-            reward.score(_PROMPT, rows[start : start + 8])
-            scored += len(rows[start : start + 8])
-            if time.perf_counter() - began >= 2 * SECONDS:
-                break
-    return scored / (time.perf_counter() - began)
+def _reading(engine: LlamaEngine, reward: Reward, some: Rollouts, lengths: Sequence[int]) -> dict[int, float]:
+    """Seconds that the reward takes for a text of each of these lengths in tokens, in batches as a search has them.
+
+    Three lengths are measured, the longest first, or that alone where one text takes longer than all may.
+    """
+    drawn = [tokens for tokens in some.tokens if len(tokens)][:_BATCH] or [np.zeros(1, np.int32)]
+    measured: dict[int, float] = {}
+    for length in sorted({lengths[0], lengths[len(lengths) // 2], lengths[-1]}, reverse=True):
+        texts = [engine.text(np.resize(tokens, length)) for tokens in drawn]
+        score: Callable[..., object] = call_parts if length == lengths[-1] else call_prefixes
+        if not measured:
+            began = time.perf_counter()
+            score(reward, _PROMPT, texts[:1])
+            took = time.perf_counter() - began
+            if took >= SECONDS:
+                return {each: took * each / length for each in lengths}
+        began, scored = time.perf_counter(), 0
+        while not scored or time.perf_counter() - began < SECONDS / 3:
+            score(reward, _PROMPT, texts)
+            scored += len(texts)
+        measured[length] = (time.perf_counter() - began) / scored
+    known = sorted(measured)
+    return dict(zip(lengths, np.interp(lengths, known, [measured[each] for each in known]).tolist(), strict=True))

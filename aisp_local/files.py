@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are read, or written whole or not at all, with errors that say what is wrong with them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,26 @@ import contextlib
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from aisp_local.errors import InputError
+
+
+def read_bytes(path: Path, advice: str = "check the path") -> bytes:
+    """What a file holds. Raises InputError where it cannot be read, with what to do about it."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror or error}); {advice}") from error
+
+
+def read_text(path: Path, advice: str = "check the path") -> str:
+    """The text of a file, without a BOM. Raises InputError for what is no UTF-8, and as ``read_bytes`` does."""
+    try:
+        return read_bytes(path, advice).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not valid UTF-8 (byte {error.start}); convert it to UTF-8") from error
 
 
 def write_output(path: Path, content: str | bytes) -> None:
@@ -45,6 +61,18 @@ def check_output(path: Path) -> None:
             raise InputError(f"{path} cannot be written: no permission; choose another path")
     except OSError as error:  # a folder that may not be entered, a name that is too long
         raise InputError(f"{path} cannot be written ({error.strerror}); choose another path") from error
+
+
+def check_apart(inputs: Sequence[Path | None], outputs: Sequence[Path | None]) -> None:
+    """Refuse an output that would replace an input, or another output; None is neither."""
+    taken = {path.resolve() for path in inputs if path is not None}
+    for path in outputs:
+        # A device or a pipe takes what comes, one after the other.
+        if path is None or (path.exists() and not path.is_file()):
+            continue
+        if path.resolve() in taken:
+            raise InputError(f"{path} would be written over what is read or written there as well; give another path")
+        taken.add(path.resolve())
 
 
 def check_output_folder(path: Path, marker: str, force: bool) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from aisp_local.controllers.base import Chooses, Controller, Prepares, Steers
-from aisp_local.engine.base import Engine, Job
+from aisp_local.engine.base import Engine, Job, check_room
 from aisp_local.errors import CapacityError, InputError, ScoreError
 from aisp_local.grammar import Grammar
 from aisp_local.rewards.base import Reward
@@ -195,14 +195,10 @@ def search_many(
 def _refusal(engine: Engine, prompt: Prompt) -> InputError | None:
     """Why the engine would not run this prompt, which must not end the searches of others."""
     try:
-        room = engine.room(prompt)
+        check_room(engine, prompt)
     except InputError as error:
         return error
-    if room >= 1:
-        return None
-    return CapacityError(
-        f"the prompt has {engine.n_ctx - room} tokens and the model's context {engine.n_ctx}; shorten the prompt"
-    )
+    return None
 
 
 def _numbered(on_progress: Callable[[int, Progress], None], i: int) -> Callable[[Progress], None]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from aisp_local.errors import InputError
-from aisp_local.files import write_output
+from aisp_local.files import read_text, write_output
 from aisp_local.types import FloatArray
 
 _FORMAT = 1
@@ -38,10 +38,11 @@ class Steering:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Steering:
         """What ``save`` wrote. Raises InputError for anything else."""
+        text = read_text(Path(path), "check the path of the steering, or write one with --save-steering")
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path} cannot be read as steering ({error})") from error
+            content = json.loads(text)
+        except (ValueError, RecursionError):
+            content = None
         values = content.get("u") if isinstance(content, dict) else None
         if (
             not isinstance(values, list)

@@ -352,6 +352,15 @@ class Result:
     asked: Mapping[str, Any] = field(default_factory=dict, compare=False)  # prompt and options, for Aligner.trace
     extra: Mapping[str, Any] = field(default_factory=dict)
 
+    def distinct(self, n: int) -> list[Candidate]:
+        """The answer and the best n - 1 others that say something else; fewer where there are no more."""
+        found: dict[str, Candidate] = {}
+        for candidate in self.candidates:
+            found.setdefault(candidate.text, candidate)
+            if len(found) == n:
+                break
+        return list(found.values())
+
     @property
     def rollouts(self) -> int:
         """Rollouts that were scored."""

@@ -2,7 +2,7 @@
 
     python benchmarks/pictures.py [--out docs] [--threads 1]
 
-The shipped model answers one prompt with the shipped reward; about a minute on two cores.
+The shipped model answers one prompt with the shipped reward; two minutes on two cores.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from aisp_local.seeds import RowSeeds
 from aisp_local.types import FloatArray, Message
 
 PROMPT: list[Message] = [{"role": "user", "content": "Tell me a story about a fox."}]
-BUDGET, ROWS, MAX_TOKENS, SEED = 96, 16, 96, 0
+BUDGET, ROWS, MAX_TOKENS, SEED = 384, 32, 160, 0
 
 LAYERS = [
     ("cli   |   server", "what people and clients type and send"),
@@ -97,7 +97,7 @@ def stepped(engine: LlamaEngine, u: FloatArray) -> tuple[str, str]:
     step = int(np.argmax(np.abs(moved - base).sum(axis=1) * -(base * np.log(base)).sum(axis=1)))
     before, after = base[step], moved[step]
     text = " ".join(engine.text(out.tokens[0][:step]).split()[-6:])
-    likely = {*np.argsort(-before)[:7].tolist(), *np.argsort(-after)[:7].tolist()}
+    likely = {*np.argsort(-before)[:5].tolist(), *np.argsort(-after)[:5].tolist()}
     shown = sorted((t for t in likely if max(before[t], after[t]) > 0.01), key=lambda t: -before[t])
     names = {t: f"“{engine.text(np.array([t], np.int32)).strip()}”" for t in shown}
 
@@ -119,11 +119,15 @@ def stepped(engine: LlamaEngine, u: FloatArray) -> tuple[str, str]:
     for i, (arrow, name) in enumerate(zip(arrows, ("z", "z + v"), strict=True)):
         axes.curve([(0.0, 0.0), (float(arrow[0]), float(arrow[1]))], i)
         x, y = axes.at(float(arrow[0]), float(arrow[1]))
-        axes.parts.append(svg.draw_text(x, y - 6, name, anchor="middle", size=13))
+        # Beside each other, on whichever side of the other arrow this one lies.
+        anchor = "end" if arrow[0] < arrows[1 - i][0] else "start"
+        axes.parts.append(svg.draw_text(x, y - 6, name, anchor=anchor, size=13))
     for t, (px, py) in points.items():
         axes.dot(float(px), float(py), 2 + 14 * float(np.sqrt(after[t])), 0.5)
         x, y = axes.at(float(px), float(py))
-        axes.parts.append(svg.draw_text(x + 6, y - 5, names[t], anchor="start"))
+        # Away from the arrows.
+        left = px < 0
+        axes.parts.append(svg.draw_text(x + (-8 if left else 8), y + 4, names[t], anchor="end" if left else "start"))
 
     bars = [svg.draw_title(f"The next word: … {text} …")]
     widest = max(float(before[shown].max()), float(after[shown].max()))
@@ -164,8 +168,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         common = {"budget": BUDGET, "n": ROWS, "max_tokens": MAX_TOKENS, "seed": SEED}
         found = aligner.generate(PROMPT, **common)
         sampled = aligner.generate(PROMPT, method="best-of-n", **common)
-        assert found.control is not None and isinstance(aligner.engine, LlamaEngine)
-        plane, bars = stepped(aligner.engine, found.control)
+        # A strong control, so that it can be seen, and no selection beside it.
+        steered = aligner.generate(PROMPT, strength=0.8, selection=0.0, **common)
+        assert steered.control is not None and isinstance(aligner.engine, LlamaEngine)
+        plane, bars = stepped(aligner.engine, steered.control)
         blocks = selected(aligner)
     for name, picture in (
         ("how-search", searched(found, sampled)),

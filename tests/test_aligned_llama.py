@@ -168,6 +168,9 @@ def test_a_search_has_log_probabilities(ours: AlignedLlama, stock: Any) -> None:
 def test_a_search_is_held_to_a_schema(ours: AlignedLlama) -> None:
     answer = ours.create_chat_completion(STORY, **QUICK | JSON)
     assert set(json.loads(text(answer))) == {"name", "legs"} and answer["choices"][0]["finish_reason"] == "stop"
+    few = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 7, "maximum": 9}}, "required": ["n"]}
+    bounded: Any = {"response_format": {"type": "json_object", "schema": few | {"additionalProperties": False}}}
+    assert 7 <= json.loads(text(ours.create_chat_completion(STORY, **QUICK | bounded)))["n"] <= 9
     called = ours.create_chat_completion(STORY, **QUICK | CALL)["choices"][0]
     assert called["finish_reason"] == "tool_calls"
     assert json.loads(called["message"]["tool_calls"][0]["function"]["arguments"])["legs"] in (2, 4)

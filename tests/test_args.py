@@ -143,7 +143,11 @@ def test_a_value_function_is_kept_without_code(tmp_path: Path) -> None:
     from safetensors.numpy import save_file
 
     save_file({"a": np.zeros((2, 2), np.float32)}, tmp_path / "part.safetensors")
-    for bad, message in (("bad", "cannot be read"), ("none", "cannot be read"), ("part.safetensors", "b is missing")):
+    for bad, message in (
+        ("bad", "bad is no value function"),
+        ("none", "cannot be read"),
+        ("part.safetensors", "b is missing"),
+    ):
         with pytest.raises(InputError, match=message):
             Value.load(tmp_path / bad)
     with pytest.raises(InputError, match="found"):
@@ -287,7 +291,10 @@ def test_the_commands(tmp_path: Path) -> None:
         ("blocks", "is not of the form NAME=VALUE"),
         ("=3", "is not of the form NAME=VALUE"),
         ("seed=3", "has no option 'seed'; its options are blocks, commit"),
-        ("blocks=many", "cannot use its options blocks='many'"),
+        ("blocks=many", "blocks is 'many'; it must be a whole number"),
+        ("temperature=true", "temperature is True; it must be a number"),
+        ("commit=maybe", "commit is 'maybe'; it must be true or false"),
+        ("steering=[1]", "cannot use its options steering=[1]"),
         ("blocks=0", "blocks is 0"),
     ],
 )

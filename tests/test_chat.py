@@ -24,6 +24,7 @@ from aisp_local.cli.chat.lines import Lines
 from aisp_local.cli.chat.persona import load_persona
 from aisp_local.cli.chat.session import Session
 from aisp_local.cli.chat.settings import Settings, words
+from aisp_local.cli.main import main
 from aisp_local.errors import CapacityError, InputError
 
 FAST = ["--method", "best-of-n", "--max-tokens", "6"]
@@ -372,7 +373,7 @@ def test_what_is_kept_is_gone_on_with(talk: Session, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "cannot be read as a conversation"),
+        ("{", "is no conversation: it is not valid JSON"),
         ("[]", "holds no conversation"),
         ('{"format": 2, "messages": []}', "of format 1"),
         ("{}", "'messages' must be"),
@@ -486,3 +487,13 @@ def test_a_question_about_what_is_piped_in(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     bad = aisp("chat", "Tell:", *FAST, stdin=b"caf\xe9")
     assert bad.returncode == 2 and b"not valid UTF-8" in bad.stderr
+
+
+def test_a_model_without_a_chat_template_is_refused_at_once(home: Path) -> None:
+    data = shipped.model().read_bytes()
+    Path("plain.gguf").write_bytes(data.replace(b"tokenizer.chat_template", b"tokenizer.chat_tomplate"))
+    done = CliRunner().invoke(main, ["chat", "-m", "plain.gguf", *FAST], input=f"{STORY}\n")
+    assert done.exit_code == 2 and "plain.gguf has no chat template, which a conversation needs" in done.stderr
+    assert "no: generate --raw" in CliRunner().invoke(main, ["models", "show", "plain.gguf"]).stdout
+    raw = ["generate", "Once", "--raw", "-m", "plain.gguf", "--budget", "2", *FAST]
+    assert CliRunner().invoke(main, raw).exit_code == 0

@@ -24,6 +24,7 @@ from aisp_local.cli.chat.layout import told_apart
 from aisp_local.cli.generate import generate
 from aisp_local.cli.live import ProgressLine
 from aisp_local.cli.main import main
+from aisp_local.cli.output import print_text
 from aisp_local.defaults import EFFORT
 from aisp_local.errors import InputError
 from aisp_local.files import write_output
@@ -114,6 +115,10 @@ BAD = {
     "no vocabulary": (["-m", "weights.gguf"], "holds no tokenizer"),
     "budget zero": (["--budget", "0"], "the budget is 0"),
     "budget negative": (["--budget", "-4"], "the budget is -4"),
+    "budget beyond reason": (["--budget", "100000000"], "the budget is 100000000 rollouts; it must be 1 to 1000000"),
+    "rows beyond reason": (["--budget", "100000", "--rows", "100000"], "100000 rollouts an iteration; it must be 1 to"),
+    "rows of a stream": (["--budget", "100000", "--stream"], "with --stream all of the budget) is 100000 rollouts"),
+    "no rows": (["--rows", "0"], "n (--rows; with --stream all of the budget) is 0 rollouts"),
     "unknown method": (
         ["--method", "magic"],
         "method 'magic' is unknown; use one of aisp, aisp-held, aisp-static, args",
@@ -123,6 +128,11 @@ BAD = {
     "no threads": (["--threads", "0"], "llama.cpp takes 1 to 512"),
     "negative seed": (["--seed", "-1"], "the seed is -1"),
     "no time": (["--time-limit", "0"], "the time limit is 0.0 seconds"),
+    "time that is no number": (["--time-limit", "nan"], "the time limit is nan seconds"),
+    "missing steering": (["--steering", "u.json"], "u.json cannot be read (No such file or directory); check the path"),
+    "steering is a folder": (["--steering", "."], ". cannot be read (Is a directory); check the path of the steering"),
+    "steering is a model": (["--steering", "half.gguf"], "half.gguf is not valid UTF-8"),
+    "steering is a text": (["--steering", "text.txt"], "text.txt holds no steering of this version; write one with"),
     "unwritable output": (["-o", "nowhere/answer.txt"], "nowhere does not exist"),
     "unwritable timeline": (["--timeline", "nowhere/trace.json"], "nowhere does not exist"),
     "output is a folder": (["-o", "."], "is a folder"),
@@ -157,6 +167,38 @@ def test_bad_input_is_one_sentence_and_exit_code_2(name: str, broken: Path, monk
     monkeypatch.chdir(broken)
     debug = CliRunner().invoke(main, ["--debug", "generate", STORY, *arguments]).stderr
     assert "Traceback" in debug and message in debug
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "x", "-m", ""], "the path is empty"),
+        (["generate", "x", "-r", ""], "the path is empty"),
+        (["generate", "x", "-o", ""], "the path is empty"),
+        (["explain", ""], "the path is empty"),
+        (["reward", "show", ""], "the path is empty"),
+        (["serve", "--host", ""], "--host is empty"),
+        (["serve", "--parallel", "65"], "not in the range"),
+        (["chat", "--resume", "folder/"], "folder cannot be read (Is a directory)"),
+        (
+            ["generate", "x", "-o", "a.json", "--trace", "./a.json"],
+            "would be written over what is read or written there",
+        ),
+        (
+            ["generate", "x", "-m", "model.gguf", "-o", "model.gguf"],
+            "would be written over what is read or written there",
+        ),
+    ],
+)
+def test_what_is_empty_or_in_the_way_is_refused(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 2 and message in done.stderr, done.output
+    assert (tmp_path / "model.gguf").read_bytes() == b"GGUF"
 
 
 @pytest.mark.parametrize(
@@ -254,12 +296,17 @@ def test_a_long_conversation_forgets_its_oldest_turns_before_answers_are_cut() -
 
 
 def test_the_time_left_counts_down_within_an_iteration(capsys: pytest.CaptureFixture[str]) -> None:
-    line = ProgressLine(enabled=True)
-    for done, seconds in ((0, 1.0), (16, 2.0), (16, 3.0), (16, 9.0)):
+    line = ProgressLine(enabled=True, max_tokens=100)
+    for iteration, done, step, seconds in (
+        (1, 0, 0, 1.0),  # nothing is known yet
+        (1, 3, 50, 1.5),  # half of an iteration, whatever has ended of it
+        (2, 16, 0, 2.0),
+        (2, 17, 40, 3.0),
+        (2, 20, 90, 9.0),
+    ):
         line._shown = 0.0
-        line(Progress(1, 4, done, 64, step=1, rows_active=16, n_tokens=10, seconds=seconds, best=None, stats=None))
-    shown = re.findall(r"(\d+) s left", capsys.readouterr().err)
-    assert shown == ["6", "5", "0"]
+        line(Progress(iteration, 4, done, 64, step, rows_active=9, n_tokens=9, seconds=seconds, best=None, stats=None))
+    assert re.findall(r"(\d+) s left", capsys.readouterr().err) == ["10", "6", "5", "0"]
 
 
 def test_an_output_without_permission(tmp_path: Path) -> None:
@@ -381,6 +428,9 @@ def test_help_and_version() -> None:
         ["generate", "--help"],
         ["generate", STORY, "-m", "nowhere.gguf"],
         ["generate", STORY, "--budget", "0"],
+        ["generate", STORY, "--rows", "100000"],
+        ["generate", STORY, "--time-limit", "-1"],
+        ["generate", STORY, "--steering", "nowhere.json"],
         ["generate", STORY, "--method", "magic"],
         ["chat", "--method", "magic"],
     ],
@@ -420,9 +470,23 @@ def test_long_lines_are_broken_between_words_on_a_terminal_only(monkeypatch: pyt
     assert layout.wrapped("x" * 50) == "x" * 50
 
 
+def test_a_model_does_not_command_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "a\tb\r\x1b[2J\x9b\x07\n"
+    print_text(text)
+    assert capsys.readouterr().out == text  # a program gets what the model said
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    print_text(text)
+    assert capsys.readouterr().out == "a\tb??[2J??\n"
+    assert layout.wrapped(text) == "a\tb??[2J??\n" and "\x1b" not in "".join(told_apart([text, text]))
+
+
 def test_candidates_are_shown_from_where_they_differ() -> None:
     assert told_apart(["a fox", "a\ndog"]) == ["a fox", "a dog"]
     begin = "Once upon a time there was a fox that "
     shown = told_apart([begin + "sang" + " la" * 40, begin + "slept", begin + "sat"], width=40)
     assert shown == ["...sang" + " la" * 10 + "...", "...slept", "...sat"]
+    shown = told_apart([f"{begin}sat in a tree and sang", f"{begin}sat in a tree and slept", "A dog."], width=40)
+    assert shown == ["...sang", "...slept", "A dog."]
     assert told_apart([]) == [] and told_apart(["x" * 99], width=10) == ["x" * 7 + "..."]

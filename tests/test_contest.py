@@ -96,7 +96,7 @@ def test_a_contest_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pyt
         (["--method", "magic"], "the row 'magic' is unknown; use score"),
         (["--pair", "stories", "-m", "storyteller"], "--pair names a shipped pair"),
         (["--prompts", "prompts.json"], "has no list of prompts 'evaluation'"),
-        (["--prompts", "none.json"], "cannot be read as JSON"),
+        (["--prompts", "none.json"], "none.json cannot be read (No such file or directory); check the path"),
     ],
 )
 def test_what_does_not_fit_is_said(

@@ -28,6 +28,7 @@ from unittest.mock import patch
 
 import click
 import pytest
+import synthetic
 from click.testing import CliRunner
 from test_server import Server, serving
 
@@ -164,6 +165,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pairs = [{"prompt": "Say something.", "chosen": f"It is a good day {i}.", "rejected": "no no no"} for i in range(4)]
     for name in ("model.gguf", "a-model.gguf"):
         shutil.copy(shipped.model(), folder / name)
+    synthetic.write(folder / "qwen2.gguf", "qwen2", vocab="bpe")
     for name in ("my_reward", "reward_folder", "another"):
         shutil.copytree(shipped.judge(), folder / name)  # small
     shutil.copytree(shipped.talker_reward(), folder / "changed")
@@ -202,10 +204,12 @@ def server() -> Iterator[Server]:
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(work: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """In that folder and an empty home; what pages register is gone afterwards."""
+def elsewhere(work: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[None]:
+    """In that folder, and a home of the page that was empty at its top; what pages register is gone afterwards."""
     monkeypatch.chdir(work)
-    monkeypatch.setenv("HOME", str(work / "home"))
+    params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    page = params["command"].where.partition(":")[0] if "command" in params else "any"
+    monkeypatch.setenv("HOME", str(work / "home" / page))
     for name in [name for name in os.environ if name.startswith(("AISP_", "XDG_"))]:
         monkeypatch.delenv(name)
     with patch.dict(METHODS), patch.dict(RULES), warnings.catch_warnings():
@@ -216,7 +220,8 @@ def run(command: Command) -> click.testing.Result:
     """As a shell would: with < and >, behind a pipe, and with what a transcript shows as typed."""
     before = command.text.partition("| aisp-local")[0] if "| aisp-local" in command.text else ""
     words = command.words[1:]
-    given: bytes | str = "".join(line[2:] + "\n" for line in command.shown.splitlines() if line.startswith("> "))
+    typed = [line[2:] for line in command.shown.splitlines() if line.startswith("> ")]
+    given: bytes | str = "".join(f"{line}\n" for line in typed if not line.startswith("/set max-tokens"))
     if before:
         given = subprocess.run(["sh", "-c", before], capture_output=True, check=True).stdout
     if "<" in words:

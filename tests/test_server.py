@@ -414,7 +414,7 @@ RUBBISH: list[tuple[bytes, str]] = [
             ({"aisp": {"method": "best-of-n", "strength": 0.5}}, "has no strength"),
             ({"aisp": {"options": {"seed": 1}}}, "has no option 'seed'"),
             ({"aisp": {"options": {"blocks": "x"}}}, "'blocks' must be a number"),
-            ({"aisp": {"options": {"blocks": None}}}, "cannot use its options"),
+            ({"aisp": {"options": {"blocks": None}}}, "blocks is None; it must be a whole number"),
             ({"aisp": {"options": {"blocks": 1.5}}}, "'blocks' must be a whole number"),
             ({"aisp": {"options": {"commit": 1}}}, "'commit' must be true or false"),
             ({"aisp": {"method": "aisp", "options": {"window": 2.5}}}, "'window' must be a whole number"),

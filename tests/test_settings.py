@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,14 @@ import pytest
 from click.testing import CliRunner, Result
 
 import aisp_local
-from aisp_local import shipped
+from aisp_local import Aligner, shipped
 from aisp_local.cli import config as config_command
 from aisp_local.cli import settings, version
 from aisp_local.cli.main import main
-from aisp_local.cli.models import duration
+from aisp_local.cli.output import duration
 from aisp_local.cli.version import digest, lines
 from aisp_local.errors import InputError
+from aisp_local.testing import FakeEngine, FakeReward
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -273,6 +274,10 @@ def test_names_complete_in_a_shell(home: Path) -> None:
     assert completed("bash", "aisp-local chat -m ta", 3, home) == ["plain,talker"]
     assert completed("bash", "aisp-local chat -r k", 3, home) == ["plain,kind-and-safe"]
     assert completed("bash", "aisp-local mod", 1, home) == ["plain,models"]
+    assert completed("bash", "aisp-local generate --method sc", 3, home) == ["plain,score"]
+    assert completed("bash", "aisp-local chat --persona storyteller-k", 3, home) == ["plain,storyteller-kind"]
+    assert completed("bash", "aisp-local reward show story-j", 3, home) == ["plain,story-judge"]
+    assert completed("bash", "aisp-local config get chat.eff", 3, home) == ["plain,chat.effort"]
     assert completed("bash", "aisp-local chat -m ./no", 3, home) == ["file,./no"]
     assert "talker" in completed("fish", "aisp-local models show tal", 3, home)[0]
 
@@ -284,7 +289,8 @@ def test_completion_scripts(shell: str) -> None:
 
 
 def test_durations() -> None:
-    assert [duration(x) for x in (0.4, 59.4, 60, 185, 4800)] == [
+    assert [duration(x) for x in (-1, 0.4, 59.4, 60, 185, 4800)] == [
+        "0 s",
         "0 s",
         "59 s",
         "1 min 00 s",
@@ -310,6 +316,24 @@ def test_doctor_measures(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (low["rollouts"], medium["rollouts"], high["rollouts"]) == (32, 128, 512)
     assert 0 < low["seconds"] < medium["seconds"] < high["seconds"]
     assert low["cache_bytes"] == 32 * 256 * 640 and low["fits"]
+
+
+def test_doctor_knows_what_a_search_has_the_reward_read() -> None:
+    """Of responses that never end: as many texts, and of the same lengths."""
+    from aisp_local import doctor
+
+    engine, lengths = FakeEngine(), list[int]()
+    engine._z[:, 0], engine._w[:, 0], engine._w[0] = 1.0, 0.0, -20.0
+    engine._z[:, 1:] *= 0.1
+
+    def count(_: Any, responses: Sequence[str]) -> list[float]:
+        lengths.extend(map(len, responses))
+        return [float(text.count("e")) for text in responses]
+
+    Aligner(engine, FakeReward(count)).generate("", budget=16, n=8, seed=1)
+    first, later = doctor._read_at(True)
+    assert lengths == [at for positions in (first, later) for at in positions for _ in range(8)]
+    assert doctor._read_at(False) == ([256], [256])
 
 
 @pytest.mark.native

@@ -347,7 +347,7 @@ def test_what_fails_in_one_call_fails_there_alone(monkeypatch: pytest.MonkeyPatc
         for call, kind, message in (
             (broken, Exception, "broken"),
             (interrupted, KeyboardInterrupt, None),
-            (refused, CapacityError, "shorten the prompt"),
+            (refused, CapacityError, "shorten it"),
         ):
             with pytest.raises(kind, match=message):
                 call.result()

@@ -16,7 +16,7 @@ from aisp_local.bench.contest_plot import curves
 from aisp_local.bench.contest_report import BASE, summary, table
 from aisp_local.bench.machine import describe
 from aisp_local.errors import InputError
-from aisp_local.files import write_output
+from aisp_local.files import read_text, write_output
 
 
 def shipped_pairs() -> list[Pair]:
@@ -70,10 +70,11 @@ def chosen_pairs(
 
 
 def _read_prompts(path: Path) -> dict[str, list[str]]:
+    text = read_text(path)
     try:
-        lists = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as JSON ({error}); give a file of prompts") from error
+        lists = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not valid JSON ({error}); give a file of prompts") from error
     for name in ("tuning", "evaluation"):
         found = lists.get(name) if isinstance(lists, dict) else None
         if (

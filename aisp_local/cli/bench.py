@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from aisp_local.cli.help import Group
-from aisp_local.cli.names import MODEL
+from aisp_local.cli.names import FILE, MODEL
 
 F = TypeVar("F", bound=Callable[..., Any])
 BUDGETS = [32, 64, 256]
@@ -35,7 +35,7 @@ def bench() -> None:
     "--repeats", type=click.IntRange(1), help="Pairs a ratio is the median of. Default: 5, and 1 with --quick."
 )
 @click.option("--quick", is_flag=True, help="Small sizes and the shipped model alone: does it run?")
-@click.option("--report", type=click.Path(path_type=Path), help="Also write the tables into this Markdown file.")
+@click.option("--report", type=FILE, help="Also write the tables into this Markdown file.")
 def speed(
     model: tuple[Path, ...], only: tuple[str, ...], repeats: int | None, quick: bool, report: Path | None
 ) -> None:
@@ -80,7 +80,7 @@ def speed(
 def contest_options(command: F) -> F:
     """What all comparisons of methods ask."""
     for option in (
-        click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder of runs and report."),
+        click.option("-o", "--out", type=FILE, required=True, help="Folder of runs and report."),
         click.option("--threads", type=int, help="CPU threads for decoding."),
         click.option("--seed", type=click.IntRange(0), default=0, show_default=True),
         click.option(
@@ -93,13 +93,9 @@ def contest_options(command: F) -> F:
         ),
         click.option("--method", "methods", multiple=True, help="Label of a row; best-of-n is always there."),
         click.option("--pair", "pairs", multiple=True, help="One of the shipped pairs."),
-        click.option(
-            "--prompts", type=click.Path(path_type=Path), help="JSON file of two lists, tuning and evaluation."
-        ),
-        click.option(
-            "--judge", type=click.Path(path_type=Path), help="With -m and -r: another reward, which no search sees."
-        ),
-        click.option("-r", "--reward", type=click.Path(path_type=Path), help="What rewards its answers."),
+        click.option("--prompts", type=FILE, help="JSON file of two lists, tuning and evaluation."),
+        click.option("--judge", type=FILE, help="With -m and -r: another reward, which no search sees."),
+        click.option("-r", "--reward", type=FILE, help="What rewards its answers."),
         click.option("-m", "--model", type=MODEL, help="GGUF model. Default: the shipped pairs."),
     ):
         command = option(command)
@@ -202,15 +198,15 @@ def quality(
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 @click.option("--list", "list_", is_flag=True, help="What there is, and which question each answers.")
 @click.option("-m", "--model", type=MODEL, help="GGUF model. Default: a shipped pair.")
-@click.option("-r", "--reward", type=click.Path(path_type=Path), help="What rewards its answers.")
-@click.option("--prompts", type=click.Path(path_type=Path), help="JSON file of two lists, tuning and evaluation.")
+@click.option("-r", "--reward", type=FILE, help="What rewards its answers.")
+@click.option("--prompts", type=FILE, help="JSON file of two lists, tuning and evaluation.")
 @click.option("--max-prompts", type=click.IntRange(1), default=8, show_default=True)
 @click.option("--max-tokens", type=click.IntRange(1), default=96, show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--threads", type=int, help="CPU threads for decoding.")
 @click.option("--small", is_flag=True, help="Sizes that only show that it runs.")
-@click.option("--lora", type=click.Path(path_type=Path), help="LoRA adapter, for the experiment with one.")
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder of results.")
+@click.option("--lora", type=FILE, help="LoRA adapter, for the experiment with one.")
+@click.option("-o", "--out", type=FILE, help="Folder of results.")
 def experiment(
     names: tuple[str, ...],
     list_: bool,
@@ -264,14 +260,14 @@ def experiment(
 
 @bench.command()
 @click.option("-m", "--model", type=MODEL, help="GGUF model. Default: the shipped one.")
-@click.option("-r", "--reward", type=click.Path(path_type=Path), help="What rewards its answers.")
-@click.option("--prompts", type=click.Path(path_type=Path), help="JSON file of two lists; those of tuning are used.")
+@click.option("-r", "--reward", type=FILE, help="What rewards its answers.")
+@click.option("--prompts", type=FILE, help="JSON file of two lists; those of tuning are used.")
 @click.option("--responses", type=click.IntRange(1), default=64, show_default=True, help="Of each prompt.")
 @click.option("--max-tokens", type=click.IntRange(1), default=96, show_default=True)
 @click.option("--epochs", type=click.IntRange(1), default=60, show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--threads", type=int, help="CPU threads for decoding.")
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="File of the value function.")
+@click.option("-o", "--out", type=FILE, required=True, help="File of the value function.")
 def value(
     model: Path | None,
     reward: Path | None,
@@ -311,7 +307,7 @@ def value(
 
 
 @bench.command()
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=FILE)
 @click.option("--method", "methods", multiple=True, help="Labels to compare. Default: all that there are.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 def rate(folder: Path, methods: tuple[str, ...], seed: int) -> None:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from aisp_local.cli import settings
 from aisp_local.cli.help import Group
 from aisp_local.cli.output import print_answer, print_json
 from aisp_local.errors import InputError
-from aisp_local.files import check_output, write_output
+from aisp_local.files import check_output, read_text, write_output
 
 if TYPE_CHECKING:
     from tomlkit import TOMLDocument
@@ -29,6 +30,17 @@ _BEGIN = """\
 # [chat]
 # effort = "medium"
 """
+
+
+def _complete_key(context: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    known = settings.commands(_main(context))
+    keys = {key for options in known.values() for key in options}
+    keys |= {f"{command}.{key}" for command, options in known.items() for key in options}
+    return [
+        CompletionItem(key)
+        for key in sorted(keys)
+        if key.startswith(incomplete) and ("." in incomplete) == ("." in key)
+    ]
 
 
 @click.group(cls=Group, invoke_without_command=True)
@@ -94,7 +106,7 @@ def _as_line(row: Effective) -> str:
 
 
 @config.command()
-@click.argument("key")
+@click.argument("key", shell_complete=_complete_key)
 @click.pass_context
 def get(context: click.Context, key: str) -> None:
     """Print the value in effect of KEY.
@@ -120,7 +132,7 @@ def get(context: click.Context, key: str) -> None:
 
 
 @config.command("set")
-@click.argument("key")
+@click.argument("key", shell_complete=_complete_key)
 @click.argument("value")
 @click.pass_context
 def set_(context: click.Context, key: str, value: str) -> None:
@@ -147,7 +159,7 @@ def set_(context: click.Context, key: str, value: str) -> None:
 
 
 @config.command()
-@click.argument("key")
+@click.argument("key", shell_complete=_complete_key)
 @click.pass_context
 def unset(context: click.Context, key: str) -> None:
     """Take KEY out of the file.
@@ -191,7 +203,7 @@ def edit(context: click.Context) -> None:
       EDITOR=nano aisp-local config edit
     """
     main, path = _main(context), _path(context)
-    before = path.read_text(encoding="utf-8") if path.is_file() else _BEGIN
+    before = read_text(path, "check --config or AISP_CONFIG") if path.exists() else _BEGIN
     text = before
     while True:
         edited = click.edit(text, extension=".toml", require_save=False)

@@ -17,7 +17,7 @@ import click
 from aisp_local.cli import settings
 from aisp_local.cli.help import ExamplesFirst
 from aisp_local.cli.options import load, model_options
-from aisp_local.cli.output import one_line, print_answer, print_json, size_text
+from aisp_local.cli.output import duration, one_line, print_answer, print_json, size_text
 from aisp_local.errors import AispError
 
 if TYPE_CHECKING:
@@ -180,10 +180,9 @@ def _speed(report: Report, aligner: Aligner) -> None:
         say("")
         aligner.close()
     report.data["speed"] = {"model": aligner.model_name, "reward": aligner.reward.name, **asdict(speed)}
-    report.add(
-        "speed of",
-        f"{Path(aligner.model_name).name} with {aligner.reward.name}, on {engine.settings['threads']} threads",
-    )
+    threads = engine.settings["threads"]
+    on = f"{threads} thread{'s' if threads > 1 else ''}"
+    report.add("speed of", f"{Path(aligner.model_name).name} with {aligner.reward.name}, on {on}")
     _add_speed(report, speed)
 
 
@@ -208,6 +207,4 @@ def _add_speed(report: Report, speed: Speed) -> None:
 
 
 def _rounded(seconds: float) -> str:
-    from aisp_local.cli.models import duration
-
     return f"{seconds:.1f} s" if seconds < 9.95 else duration(seconds)

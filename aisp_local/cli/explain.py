@@ -7,16 +7,15 @@ from pathlib import Path
 import click
 
 from aisp_local.cli.help import ExamplesFirst
+from aisp_local.cli.names import FILE
 from aisp_local.errors import InputError
 from aisp_local.files import check_output, write_output
 from aisp_local.trace import Trace
 
 
 @click.command(cls=ExamplesFirst)
-@click.argument("file", type=click.Path(path_type=Path))
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="The report. Default: FILE with the ending .html."
-)
+@click.argument("file", type=FILE)
+@click.option("-o", "--output", type=FILE, help="The report. Default: FILE with the ending .html.")
 def explain(file: Path, output: Path | None) -> None:
     """Write what a trace FILE holds as a web page that needs nothing else: plots, candidates, settings, times.
 

@@ -11,13 +11,15 @@ import click
 
 from aisp_local.cli.batch import DEFAULT_AT_ONCE, Batch, content
 from aisp_local.cli.help import ExamplesFirst
+from aisp_local.cli.input import standard_input
 from aisp_local.cli.live import BatchLine, ProgressLine, Streamed, stop_on_interrupt
+from aisp_local.cli.names import FILE
 from aisp_local.cli.options import load, method_options, model_options, read_grammar, search_options
 from aisp_local.cli.output import print_answer
 from aisp_local.controllers import builder
 from aisp_local.defaults import DEFAULT_EFFORT, EFFORT, check_search
 from aisp_local.errors import InputError
-from aisp_local.files import check_output, write_output
+from aisp_local.files import check_apart, check_output, write_output
 from aisp_local.finite import finite
 from aisp_local.steering import Steering
 from aisp_local.trace import as_json
@@ -30,12 +32,7 @@ if TYPE_CHECKING:
 def read_prompt(prompt: str) -> str:
     """The prompt itself, or standard input for ``-``. Raises InputError if it is empty or not UTF-8."""
     if prompt == "-":
-        if sys.stdin is None:
-            raise InputError("standard input is closed; give the prompt as an argument")
-        try:
-            prompt = sys.stdin.buffer.read().decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(f"standard input is not valid UTF-8 (byte {error.start}); convert it to UTF-8") from error
+        prompt = standard_input("give the prompt as an argument")
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -73,7 +70,7 @@ def answer_all(batch: Batch, aligner: Aligner, output: Path | None) -> None:
     "-i",
     "--input",
     "source",
-    type=click.Path(path_type=Path, allow_dash=True),
+    type=FILE,
     help="Answer a file of prompts, JSON lines in and out (docs/batch.md). The same command goes on after a kill.",
 )
 @click.option(
@@ -84,19 +81,17 @@ def answer_all(batch: Batch, aligner: Aligner, output: Path | None) -> None:
 @click.option("--budget-tokens", type=int, help="Stop after about so many decoded tokens.")
 @click.option("--target-reward", type=float, help="Stop once an answer has this reward.")
 @click.option("--patience", type=int, help="Stop after so many iterations without a better answer.")
-@click.option("--steering", type=click.Path(path_type=Path), help="Start with what an earlier search learnt: its file.")
-@click.option("--save-steering", type=click.Path(path_type=Path), help="Write what this search learnt to a file.")
+@click.option("--steering", type=FILE, help="Start with what an earlier search learnt: its file.")
+@click.option("--save-steering", type=FILE, help="Write what this search learnt to a file.")
 @click.option("--json", "json_", is_flag=True, help="Print a JSON object with every candidate.")
 @click.option("--judge-all", is_flag=True, help="The judge scores every candidate (with --json or --trace).")
-@click.option(
-    "--trace", type=click.Path(path_type=Path), help="Write all of the search to a file (see replay, explain)."
-)
+@click.option("--trace", type=FILE, help="Write all of the search to a file (see replay, explain).")
 @click.option("--kl", is_flag=True, help="Compute the sequence KL (a second output product a step).")
 @click.option("--raw", is_flag=True, help="Continue PROMPT as plain text, without the chat template.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the answer to a file.")
+@click.option("-o", "--output", type=FILE, help="Write the answer to a file.")
 @click.option(
     "--timeline",
-    type=click.Path(path_type=Path),
+    type=FILE,
     help="Write where the time went to a file, for https://ui.perfetto.dev or chrome://tracing.",
 )
 @model_options
@@ -160,6 +155,7 @@ def generate(
     for written in (timeline, save_steering, trace):
         if written is not None:
             check_output(written)
+    check_apart([source, model, reward, judge, grammar_file, *lora], [output, timeline, save_steering, trace])
     if save_steering is not None and not hasattr(builder(method), "held"):
         raise InputError(f"--save-steering needs a method that holds a control, such as score; {method!r} does not")
     kept = None if steering is None else Steering.load(steering)
@@ -168,7 +164,9 @@ def generate(
     options = method_options(method, strength, stream, more)
     rows = budget if stream else rows
     grammar = read_grammar(grammar_file, json_schema)
-    check_search(method=method, budget=budget, n=rows, max_tokens=max_tokens, seed=seed, **options)
+    check_search(
+        method=method, budget=budget, n=rows, max_tokens=max_tokens, seed=seed, time_limit=time_limit, **options
+    )
     Limits(target_reward, patience, budget_tokens)
     search = {
         "method": method,
@@ -193,7 +191,7 @@ def generate(
         answer_all(batch, load(*named), output)
         return
     aligner = load(*named)
-    line = Streamed() if stream else ProgressLine()
+    line = (Streamed if stream else ProgressLine)(max_tokens=max_tokens)
     with stop_on_interrupt() as stop:
         result = aligner.generate(
             text if raw else [{"role": "user", "content": text}],

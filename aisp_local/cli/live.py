@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from aisp_local.cli.output import print_text
+from aisp_local.cli.output import duration, print_text
 from aisp_local.types import Progress
 
 
@@ -40,12 +40,13 @@ class StatusLine:
 
 
 class ProgressLine(StatusLine):
-    """Of one search."""
+    """Of one search, whose answers have at most ``max_tokens``: without them no time left is told before an iteration
+    has ended."""
 
-    def __init__(self, enabled: bool | None = None) -> None:
+    def __init__(self, enabled: bool | None = None, max_tokens: int = 0) -> None:
         super().__init__(enabled)
-        self._stats = ""
-        self._done, self._done_at = 0, 0.0  # rollouts of whole iterations, and the seconds that they took
+        self._stats, self._max_tokens = "", max_tokens
+        self._whole, self._whole_at = 0, 0.0  # iterations that have ended, and the seconds that they took
 
     def __call__(self, progress: Progress) -> None:
         if not self.enabled:
@@ -55,8 +56,8 @@ class ProgressLine(StatusLine):
             self._stats = f"  mean {stats.mean:.2f}"
             if stats.ess is not None:
                 self._stats += f"  ESS {stats.ess:.1f}"
-        if progress.rollouts_done != self._done:
-            self._done, self._done_at = progress.rollouts_done, progress.seconds
+        if progress.iteration - 1 != self._whole:
+            self._whole, self._whole_at = progress.iteration - 1, progress.seconds
         if progress.stats is not None:
             self._shown = 0.0
         if not self._due():
@@ -69,17 +70,18 @@ class ProgressLine(StatusLine):
         line += self._stats
         if progress.seconds > 0:
             line += f"  {progress.n_tokens / progress.seconds:.0f} tokens/s"
-        if self._done:
-            end = self._done_at * progress.budget / self._done
-            line += f"  {max(0.0, end - progress.seconds):.0f} s left"
+        done = self._whole or min(1.0, progress.step / max(1, self._max_tokens)) * bool(self._max_tokens)
+        if done:
+            end = (self._whole_at if self._whole else progress.seconds) * progress.iterations / done
+            line += f"  {duration(end - progress.seconds)} left"
         self._show(line + "  (Ctrl-C: best so far)")
 
 
 class Streamed(ProgressLine):
     """Prints what has settled of the answer as it does, after which there is no line."""
 
-    def __init__(self, enabled: bool | None = None) -> None:
-        super().__init__(enabled)
+    def __init__(self, enabled: bool | None = None, max_tokens: int = 0) -> None:
+        super().__init__(enabled, max_tokens)
         self.printed = ""
 
     def __call__(self, progress: Progress) -> None:
@@ -134,14 +136,6 @@ class BatchLine(StatusLine):
             each = (time.monotonic() - self._began) / done
             line += f"  {each:.1f} s each  {duration(each * (self._prompts - self._before - done))} left"
         self._show(line + "  (Ctrl-C ends it; the same command goes on)")
-
-
-def duration(seconds: float) -> str:
-    """In the two largest units that it has."""
-    whole = max(0, round(seconds))
-    if whole < 60:
-        return f"{whole} s"
-    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole // 60 % 60} min"
 
 
 class StopFlag:

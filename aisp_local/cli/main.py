@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import click
 
 from aisp_local.cli.help import CONTEXT, Group, use_colour
+from aisp_local.cli.names import FILE
 from aisp_local.cli.settings import commands, name_variables, read
 from aisp_local.errors import AispError, InputError
 
@@ -63,7 +64,7 @@ def _version(context: click.Context, _parameter: click.Parameter, value: bool) -
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.option(
     "--config",
-    type=click.Path(path_type=Path),
+    type=FILE,
     envvar="AISP_CONFIG",
     help="File of settings. Default: what `config path` prints.",
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from aisp_local.cli.help import Group
+from aisp_local.cli.live import StatusLine
 from aisp_local.cli.names import complete_model
-from aisp_local.cli.output import one_line, print_answer, print_json, size_text
+from aisp_local.cli.output import duration, one_line, print_answer, print_json, size_text
 from aisp_local.errors import AispError, InputError, ModelError
 
 if TYPE_CHECKING:
@@ -176,7 +176,10 @@ def _lines(found: Found, about: Described, digest: str) -> list[str]:
             ("parameters", f"{(about.parameters or 0) / 1e6:.4g} million"),
             ("context", f"{context} tokens"),
             ("vocabulary", f"{about.vocabulary} tokens"),
-            ("chat template", "yes" if about.chat_template else "no: turns are written as plain text"),
+            (
+                "chat template",
+                "yes" if about.chat_template else "no: generate --raw goes on with text, chat cannot",
+            ),
             ("KV cache", f"{kv} bytes a token, {size_text(32 * 256 * kv)} for 32 rollouts of 256 tokens"),
         ]
     rows.append(("can be aligned", f"no: {about.refused}" if about.refused else "yes"))
@@ -219,47 +222,31 @@ def _delete(what: str, paths: list[Path], yes: bool) -> None:
         print_answer(f"{what} is deleted, {size} are free")
 
 
-class TransferLine:
-    """One line on stderr, rewritten in place, about a download; nothing without a terminal."""
+class TransferLine(StatusLine):
+    """Of a download."""
 
     def __init__(self) -> None:
-        self.enabled = sys.stderr.isatty()
+        super().__init__()
         self._name = ""
-        self._shown = self._began = 0.0
-        self._from = 0
+        self._began, self._from = 0.0, 0
 
     def __call__(self, name: str, done: int, total: int) -> None:
         now = time.monotonic()
         if name != self._name:
             self._name, self._began, self._from = name, now, done
-        if not self.enabled or (now - self._shown < 0.1 and done < total):
+        if done == total:
+            self._shown = 0.0
+        if not self._due():
             return
-        self._shown = now
         line = f"{Path(name).name}  {size_text(done)} of {size_text(total)}"
         if done == total:
             line += "  checking its hash"
         elif now - self._began > 0.5 and done > self._from:
             rate = (done - self._from) / (now - self._began)
             line += f"  {size_text(int(rate))}/s  {duration((total - done) / rate)} left"
-        sys.stderr.write("\r\x1b[2K" + line[: shutil.get_terminal_size().columns - 1])
-        sys.stderr.flush()
+        self._show(line)
 
     def notice(self, text: str) -> None:
         """A sentence on a line of its own."""
         self.clear()
         click.echo(f"aisp-local: {text}", err=True)
-
-    def clear(self) -> None:
-        if self.enabled and self._name:
-            sys.stderr.write("\r\x1b[2K")
-            sys.stderr.flush()
-
-
-def duration(seconds: float) -> str:
-    """As in "42 s", "3 min 05 s", "1 h 20 min"."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

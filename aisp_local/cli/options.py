@@ -10,10 +10,19 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from aisp_local.cli.names import MODEL, REWARD
+from aisp_local.cli.names import FILE, MODEL, REWARD, completing
 from aisp_local.controllers import method_names, options_of
-from aisp_local.defaults import DEFAULT_MAX_TOKENS, DEFAULT_METHOD, DEFAULT_N, DEFAULT_N_WHOLE, DEFAULT_SEED, STREAMED
+from aisp_local.defaults import (
+    DEFAULT_MAX_TOKENS,
+    DEFAULT_METHOD,
+    DEFAULT_N,
+    DEFAULT_N_WHOLE,
+    DEFAULT_SEED,
+    MAX_ROWS,
+    STREAMED,
+)
 from aisp_local.errors import InputError
+from aisp_local.files import read_text
 from aisp_local.grammar import Grammar
 
 if TYPE_CHECKING:
@@ -64,14 +73,14 @@ def model_options(command: F) -> F:
         ),
         click.option(
             "--lora-scaled",
-            type=(click.Path(path_type=Path), float),
+            type=(FILE, float),
             multiple=True,
             metavar="FILE SCALE",
             help="The same, with what it adds multiplied.",
         ),
         click.option(
             "--lora",
-            type=click.Path(path_type=Path),
+            type=FILE,
             multiple=True,
             help="LoRA adapter of the model, a GGUF file. The model with it is what is aligned. Can be given again.",
         ),
@@ -97,7 +106,7 @@ def search_options(command: F) -> F:
         ),
         click.option(
             "--grammar-file",
-            type=click.Path(path_type=Path),
+            type=FILE,
             help="Answers are texts of this grammar, in llama.cpp's notation (GBNF).",
         ),
         click.option("--time-limit", type=float, help="Seconds; then the best answer so far."),
@@ -112,7 +121,8 @@ def search_options(command: F) -> F:
         click.option(
             "--rows",
             type=int,
-            help=f"Rollouts at once. Without it {DEFAULT_N}; {DEFAULT_N_WHOLE} with a reward of whole responses only.",
+            help=f"Rollouts an iteration, up to {MAX_ROWS}. Without it {DEFAULT_N}; {DEFAULT_N_WHOLE} with a reward of "
+            "whole responses only.",
         ),
         click.option(
             "--stream",
@@ -125,7 +135,13 @@ def search_options(command: F) -> F:
             type=click.FloatRange(0.0, 1.0),
             help="How far the default method may move from the model: 0 not at all, 1 by 80 nats. Without it 0.5.",
         ),
-        click.option("--method", cls=_Method, default=DEFAULT_METHOD, show_default=True),
+        click.option(
+            "--method",
+            cls=_Method,
+            default=DEFAULT_METHOD,
+            show_default=True,
+            shell_complete=completing(method_names),
+        ),
     ):
         command = option(command)
     return command
@@ -165,12 +181,12 @@ def read_grammar(grammar_file: Path | None, json_schema: str | None) -> Grammar 
     if grammar_file is not None and json_schema is not None:
         raise InputError("--grammar-file and --json-schema are two ways to say the same; give one of them")
     if grammar_file is not None:
-        return Grammar.of(_read(grammar_file))
+        return Grammar.of(read_text(grammar_file))
     if json_schema is None:
         return None
     inline = json_schema.lstrip().startswith("{")
     where = "--json-schema" if inline else json_schema
-    text = json_schema if inline else _read(Path(json_schema))
+    text = json_schema if inline else read_text(Path(json_schema))
     try:
         schema = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -178,15 +194,6 @@ def read_grammar(grammar_file: Path | None, json_schema: str | None) -> Grammar 
     if not isinstance(schema, dict):
         raise InputError(f"{where} holds no JSON object; a schema is one")
     return Grammar.of(schema)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not valid UTF-8 (byte {error.start}); convert it") from error
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror})") from error
 
 
 def load(

@@ -9,13 +9,13 @@ import click
 
 from aisp_local.cli.help import ExamplesFirst
 from aisp_local.cli.live import ProgressLine, stop_on_interrupt
-from aisp_local.cli.names import MODEL, REWARD
+from aisp_local.cli.names import FILE, MODEL, REWARD
 from aisp_local.cli.output import print_answer
 from aisp_local.trace import Trace
 
 
 @click.command(cls=ExamplesFirst)
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=FILE)
 @click.option("-m", "--model", type=MODEL, help="The model, where it is not where the trace says.")
 @click.option("-r", "--reward", type=REWARD, help="The reward, as for generate.")
 @click.option("--judge", type=REWARD, help="The judge, as for generate.")
@@ -40,7 +40,7 @@ def replay(file: Path, model: Path | None, reward: Path | None, judge: Path | No
         for sentence in again.unlike(trace, aligner):
             click.echo(f"aisp-local: not as it was: {sentence}", err=True)
         search, found = trace["search"], trace["result"]
-        line = ProgressLine()
+        line = ProgressLine(max_tokens=search["max_tokens"])
         with stop_on_interrupt() as stop:
             try:
                 result = again.run(trace, aligner, stop=stop, on_progress=line)

@@ -25,7 +25,7 @@ from aisp_local.errors import InputError
 @click.option("--allow-origin", "origins", multiple=True, metavar="URL", help="A web page that may call this server.")
 @click.option(
     "--parallel",
-    type=click.IntRange(1),
+    type=click.IntRange(1, 64),
     default=DEFAULT_TOGETHER,
     show_default=True,
     help="Requests that are searched for at once, in one batch.",
@@ -65,6 +65,8 @@ def serve(
     """
     if find_spec("starlette") is None or find_spec("uvicorn") is None:
         raise InputError("serve needs starlette and uvicorn: pip install 'aisp-local[server]'")
+    if not host:  # as of a variable of the shell that is not set: it would mean every address
+        raise InputError("--host is empty; give an address, such as 127.0.0.1")
     from aisp_local.server import Server, Settings, make_app
 
     if api_key is not None and not api_key.strip():

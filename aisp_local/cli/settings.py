@@ -19,11 +19,13 @@ import click
 
 from aisp_local.cli.names import ModelPath
 from aisp_local.errors import InputError
+from aisp_local.files import read_text
 from aisp_local.rewards.section import nearest
 
 FILE = "config.toml"
 _WITHOUT = ("completion", "config", "explain", "replay")  # commands that settings are not for
 _MAX_BYTES = 1 << 20
+_WHICH = "check --config or AISP_CONFIG"
 
 
 def default_path() -> Path:
@@ -96,15 +98,12 @@ def read(main: click.Group, path: Path | None) -> Settings:
         if not chosen.exists() and path is None:
             return Settings(chosen)
         if not chosen.exists():
-            raise InputError(f"the configuration {chosen} does not exist; check --config or AISP_CONFIG")
+            raise InputError(f"the configuration {chosen} does not exist; {_WHICH}")
         if chosen.is_file() and chosen.stat().st_size > _MAX_BYTES:
             raise InputError(f"{chosen} is larger than 1 MiB; it is no configuration")
-        text = chosen.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"the configuration {chosen} cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{chosen} is not valid UTF-8; convert it to UTF-8") from error
-    return parse(main, chosen, text)
+    except OSError as error:  # a folder that may not be entered, a name that is too long
+        raise InputError(f"the configuration {chosen} cannot be read ({error.strerror}); {_WHICH}") from error
+    return parse(main, chosen, read_text(chosen, _WHICH))
 
 
 def parse(main: click.Group, path: Path, text: str) -> Settings:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -113,8 +114,25 @@ def create(
         common["head"] = head()
     given = {"score": score, "text": text, "unfinished": unfinished}
     common |= {name: value for name, value in given.items() if name in parameters}
+    for name in options:
+        _check_kind(options[name], inspect.signature(make).parameters[name])
     try:
         return make(**common, **options)
     except (TypeError, AttributeError) as error:
         shown = ", ".join(f"{name}={value!r}" for name, value in options.items())
         raise InputError(f"method {method!r} cannot use its options {shown} ({error})") from error
+
+
+def _check_kind(value: Any, parameter: inspect.Parameter) -> None:
+    """Raises InputError for an option of another kind than its default, where that is a number or a switch."""
+    default: object = parameter.default
+    if isinstance(default, bool):
+        fits, what = value in (True, False), "true or false"
+    elif isinstance(default, int) and parameter.annotation in (int, "int"):
+        fits, what = isinstance(value, Integral) and not isinstance(value, bool), "a whole number"
+    elif isinstance(default, int | float):
+        fits, what = isinstance(value, Real) and not isinstance(value, bool), "a number"
+    else:
+        return
+    if not fits:
+        raise InputError(f"{parameter.name} is {value!r}; it must be {what}")

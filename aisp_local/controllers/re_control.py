@@ -52,10 +52,12 @@ class Value:
         from safetensors import SafetensorError
         from safetensors.numpy import load
 
+        from aisp_local.files import read_bytes
+
         try:
-            tensors = load(Path(path).read_bytes())
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{path} cannot be read as a value function ({error})") from error
+            tensors = load(read_bytes(Path(path), "check the path of the value function"))
+        except SafetensorError as error:
+            raise InputError(f"{path} is no value function ({error}); give one that `bench value` wrote") from error
         missing = sorted({"a", "b", "w", "c"} - set(tensors))
         if missing:
             raise InputError(f"{path} holds no value function: {missing[0]} is missing")

@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from aisp_local.errors import InputError
+from aisp_local.errors import CapacityError, InputError
 from aisp_local.grammar import Grammar
 from aisp_local.seeds import RowSeeds
 from aisp_local.types import Controls, Head, Prompt, Rollouts, Want
@@ -17,7 +17,10 @@ from aisp_local.types import Controls, Head, Prompt, Rollouts, Want
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """``controls.n`` rollouts of one prompt: one iteration of one search. ``grammar``: what they have to be."""
+    """``controls.n`` rollouts of one prompt: one iteration of one search. ``grammar``: what they have to be.
+
+    ``stop_strings`` may be given as one string.
+    """
 
     prompt: Prompt
     controls: Controls
@@ -29,6 +32,7 @@ class Job:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "want", self.want | self.controls.want)
+        object.__setattr__(self, "stop_strings", as_strings(self.stop_strings))
 
     def check(self, d: int) -> None:
         """Raises InputError for what no engine with pre-logits of width ``d`` can do."""
@@ -124,6 +128,23 @@ class Engine(Protocol):
         ``should_stop()`` is asked before every step; rows cut short so are "interrupted".
         ``on_step(step, rows_active, n_tokens)`` is called after each, counts are of this call.
         """
+
+
+def check_room(engine: Engine, prompt: Prompt, name: str = "the prompt") -> int:
+    """How many tokens a response to the prompt may have. Raises CapacityError where the prompt alone is too long."""
+    room = engine.room(prompt)
+    if room < 1:
+        raise too_long(engine.n_ctx - room, engine.n_ctx, name)
+    return room
+
+
+def too_long(n_tokens: int, n_ctx: int, name: str = "the prompt") -> CapacityError:
+    return CapacityError(f"{name} has {n_tokens} tokens and the model's context {n_ctx}; shorten it")
+
+
+def as_strings(stop_strings: str | Sequence[str]) -> tuple[str, ...]:
+    """One string or several."""
+    return (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings)
 
 
 class OneJob:

@@ -28,7 +28,7 @@ import numpy.typing as npt
 
 from aisp_local.background import events
 from aisp_local.engine import plain
-from aisp_local.engine.base import Feed, Job, OneJob
+from aisp_local.engine.base import Feed, Job, OneJob, too_long
 from aisp_local.engine.cache import PromptCache
 from aisp_local.engine.decode import Decoder, Lane, Start, response_text, unbegun
 from aisp_local.engine.head import OutputHead, adapts_head, fingerprint, has_tensor
@@ -202,10 +202,7 @@ class LlamaEngine:
     def _checked_room(self, tokens: npt.NDArray[np.int32]) -> int:
         room = self._room(tokens)
         if room < 1:
-            raise CapacityError(
-                f"the prompt has {len(tokens)} tokens and the model's context {self.model.n_ctx_train}; "
-                "shorten the prompt"
-            )
+            raise too_long(len(tokens), self.n_ctx)
         return room
 
     def tokens(self, prompt: Prompt) -> npt.NDArray[np.int32]:

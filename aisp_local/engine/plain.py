@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from aisp_local.engine.base import Engine, Job
+from aisp_local.engine.base import Engine, Job, check_room
 from aisp_local.engine.prompts import check_prompts
-from aisp_local.errors import CapacityError, InputError
+from aisp_local.errors import InputError
 from aisp_local.grammar import Grammar
 from aisp_local.seeds import RowSeeds
 from aisp_local.types import Controls, FinishReason, FloatArray, Prompt, Rollouts, Sampling
@@ -58,10 +58,9 @@ class Request:
         logprobs: bool,
         at_once: int | None,
     ) -> Request:
-        """With one stop string or several, and a grammar in any form."""
-        stops = (stop_strings,) if isinstance(stop_strings, str) else stop_strings
+        """With a grammar in any form."""
         held = None if grammar is None else Grammar.of(grammar)
-        return cls(n, max_tokens, sampling, seed, stops, held, logprobs, at_once)
+        return cls(n, max_tokens, sampling, seed, stop_strings, held, logprobs, at_once)
 
 
 def run(
@@ -76,10 +75,7 @@ def run(
     if request.at_once is not None and request.at_once < 1:
         raise InputError(f"at_once is {request.at_once} prompts; it must be at least 1")
     for i, prompt in enumerate(prompts):
-        if (room := engine.room(prompt)) < 1:
-            raise CapacityError(
-                f"prompt {i + 1} has {engine.n_ctx - room} tokens and the model's context {engine.n_ctx}; shorten it"
-            )
+        check_room(engine, prompt, f"prompt {i + 1}")
     jobs = [
         Job(
             prompt,

@@ -38,7 +38,8 @@ def render(model: Model, messages: Sequence[Message]) -> str:
     template = model.chat_template()
     if template is None:
         raise InputError(
-            f"{model.path} has no chat template; give the prompt as plain text (--raw on the command line)"
+            f"{model.path} has no chat template, which a conversation needs; give the prompt as plain text "
+            "(generate --raw, /v1/completions)"
         )
     from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 

@@ -20,6 +20,7 @@ from aisp_local.api import Aligner
 from aisp_local.background import events
 from aisp_local.defaults import DEFAULT_METHOD, STREAMED
 from aisp_local.engine import LlamaEngine
+from aisp_local.engine.base import as_strings
 from aisp_local.errors import InputError
 from aisp_local.grammar import Grammar
 from aisp_local.llama import arguments
@@ -295,6 +296,9 @@ class AlignedLlama:
             or self._chat_handlers.get(str(self.chat_format))
             or llama_chat_format.get_chat_completion_handler(self.chat_format)
         )
+        if response_format is not None and grammar is None and {**self._align, **align}.get("budget") != 1:
+            grammar = arguments.grammar_of(response_format)
+            response_format = response_format if grammar is None else None
         answer: llama_types.CreateChatCompletionResponse = handler(
             llama=_Asked(self, arguments.shown(messages), align),
             messages=messages,
@@ -408,7 +412,7 @@ class AlignedLlama:
             prompt=text if shown is None else shown,
             tokens=tokens,
             max_tokens=room if max_tokens is None or max_tokens <= 0 else min(max_tokens, room),
-            stops=tuple(text for text in ([stop] if isinstance(stop, str) else stop or ()) if text),
+            stops=tuple(text for text in as_strings(stop or ()) if text),
             seed=seed,
             temperature=default_temperature,
             sampling={"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p},
@@ -416,7 +420,7 @@ class AlignedLlama:
             penalties=Penalties(self.last_n_tokens_size, repeat_penalty, frequency_penalty, presence_penalty),
             processors=processors,
             criteria=stopping_criteria,
-            grammar=None if grammar is None else Grammar(grammar._grammar),
+            grammar=None if grammar is None else Grammar.of(getattr(grammar, "_grammar", grammar)),
             align={**self._align, **align},
         )
         answer = self._plain if ask.plain else self._search

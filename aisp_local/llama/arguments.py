@@ -12,6 +12,7 @@ from aisp_local.api import Aligner
 from aisp_local.controllers import options_of
 from aisp_local.defaults import DEFAULT_EFFORT, DEFAULT_METHOD, budget_of, check_search
 from aisp_local.errors import InputError
+from aisp_local.grammar import Grammar
 from aisp_local.types import Message, Sampling
 
 # With their defaults in llama-cpp-python.
@@ -98,6 +99,20 @@ def check_align(align: Mapping[str, Any]) -> None:
 def budget(align: Mapping[str, Any]) -> int:
     """Rollouts of an answer. Raises InputError for an unknown effort."""
     return budget_of(align.get("budget"), align.get("effort", DEFAULT_EFFORT))
+
+
+def grammar_of(response_format: Mapping[str, Any]) -> Any:
+    """The ``LlamaGrammar`` of a response format, which holds answers to all of its schema: llama-cpp-python's own
+    passes over bounds of numbers and more. None where the format asks for none, or for what is left to that one."""
+    from llama_cpp import LlamaGrammar
+
+    if response_format.get("type") != "json_object":
+        return None
+    try:
+        held = Grammar.of(response_format.get("schema") or {"type": "object"})
+        return LlamaGrammar.from_string(held.gbnf, verbose=False)
+    except InputError:
+        return None
 
 
 def check_unsampled(given: Mapping[str, Any]) -> None:

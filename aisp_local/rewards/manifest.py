@@ -94,7 +94,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not folder.exists():
         raise RewardError(f"reward folder {folder} does not exist; check the path given with -r")
     if not folder.is_dir():
-        raise RewardError(f"{folder} is a file; give the folder that holds {MANIFEST}")
+        raise RewardError(f"{folder} is a file; give the folder that holds {MANIFEST}, or a TOML file")
     path = folder / MANIFEST
     if not path.is_file():
         raise RewardError(f"{folder} holds no {MANIFEST}; it is not a reward folder")

@@ -26,7 +26,7 @@ from aisp_local.api import Aligner
 from aisp_local.defaults import DEFAULT_MAX_TOKENS, DEFAULT_TOGETHER
 from aisp_local.engine import LlamaEngine
 from aisp_local.finite import finite
-from aisp_local.server.desk import LOGPROBS, Desk, Event, Job, as_error, distinct
+from aisp_local.server.desk import LOGPROBS, Desk, Event, Job, as_error
 from aisp_local.server.logprobs import of_chat, of_completion
 from aisp_local.server.request import KEY, ApiError, Ask, parse
 from aisp_local.types import Candidate, Result
@@ -307,7 +307,7 @@ class _Server:
                 yield _event(as_error(value).body())
                 return
             else:
-                for index, candidate in enumerate(distinct(value, ask.n)):
+                for index, candidate in enumerate(value.distinct(ask.n)):
                     if ask.chat and index:
                         yield chunk(index, "", role=True)
                     text = candidate.text
@@ -329,7 +329,7 @@ class _Server:
     def _whole(self, ask: Ask, head: Mapping[str, Any], result: Result) -> dict[str, Any]:
         choices = [
             self._choice(ask, index, candidate, _logprobs(ask, index, result))
-            for index, candidate in enumerate(distinct(result, ask.n))
+            for index, candidate in enumerate(result.distinct(ask.n))
         ]
         search = _search(result) | ({"trace": self._trace(result)} if ask.trace else {})
         return {**head, "choices": choices, "usage": self._usage(ask, result), KEY: search}
@@ -355,7 +355,7 @@ class _Server:
         """The answer's tokens as OpenAI counts them; those of the whole search beside them."""
         engine = self.aligner.engine
         prompt = len(engine.tokens(ask.prompt)) if isinstance(engine, LlamaEngine) else 0
-        answer = sum(candidate.n_tokens for candidate in distinct(result, ask.n))
+        answer = sum(candidate.n_tokens for candidate in result.distinct(ask.n))
         return {
             "prompt_tokens": prompt,
             "completion_tokens": answer,

@@ -11,9 +11,10 @@ from typing import Any
 
 from aisp_local.api import Aligner
 from aisp_local.defaults import DEFAULT_MAX_TOKENS, DEFAULT_TOGETHER, STREAMED
+from aisp_local.engine.base import check_room
 from aisp_local.errors import CapacityError, InputError
 from aisp_local.server.request import ApiError, Ask
-from aisp_local.types import Candidate, Progress, Result
+from aisp_local.types import Progress, Result
 
 _LONGEST_WAIT = 60  # seconds that a client is told to wait
 LOGPROBS = "logprobs"
@@ -96,14 +97,9 @@ class Desk:
     def room(self, ask: Ask) -> int:
         """Tokens that an answer may have. Raises ApiError for a prompt that leaves none, or that cannot be read."""
         try:
-            room = self.aligner.engine.room(ask.prompt)
+            return check_room(self.aligner.engine, ask.prompt)
         except InputError as error:
             raise as_error(error) from error
-        if room < 1:
-            size = self.aligner.engine.n_ctx
-            why = f"the prompt has {size - room} tokens and the model's context {size}; shorten it"
-            raise as_error(CapacityError(why))
-        return room
 
     def submit(self, job: Job) -> None:
         """Raises ApiError, 503 while closing and 429 where the queue is full."""
@@ -232,7 +228,7 @@ class Desk:
         )
         if ask.logprobs is None:
             return result
-        found = [self.aligner.token_logprobs(ask.prompt, one, ask.logprobs) for one in distinct(result, ask.n)]
+        found = [self.aligner.token_logprobs(ask.prompt, one, ask.logprobs) for one in result.distinct(ask.n)]
         return replace(result, extra={**result.extra, LOGPROBS: found})
 
 
@@ -273,16 +269,6 @@ def _figures(progress: Progress, candidates: bool) -> dict[str, Any]:
     if candidates:
         figures["candidates"] = [{"row": c.row, "reward": c.reward, "text": c.text} for c in progress.candidates]
     return figures
-
-
-def distinct(result: Result, n: int) -> list[Candidate]:
-    """The answer and the best n - 1 others that say something else; fewer where there are no more."""
-    found: dict[str, Candidate] = {}
-    for candidate in result.candidates:
-        found.setdefault(candidate.text, candidate)
-        if len(found) == n:
-            break
-    return list(found.values())
 
 
 def as_error(error: BaseException) -> ApiError:

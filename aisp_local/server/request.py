@@ -171,7 +171,15 @@ def parse(data: bytes, *, chat: bool, limit: int) -> Ask:
     if ask.n > ask.budget:
         raise ApiError(400, f"n is {ask.n} and the search has {ask.budget} rollouts; raise {KEY}.budget", param="n")
     try:
-        check_search(method=method, budget=budget, n=ask.rows, max_tokens=ask.max_tokens or 1, seed=ask.seed, **options)
+        check_search(
+            method=method,
+            budget=budget,
+            n=ask.rows,
+            max_tokens=ask.max_tokens or 1,
+            seed=ask.seed,
+            time_limit=ask.time_limit,
+            **options,
+        )
     except InputError as error:
         raise ApiError(400, str(error), param=KEY) from error
     return ask

@@ -13,9 +13,12 @@ from aisp_local.errors import InputError
 from aisp_local.files import check_output, write_output
 from aisp_local.finite import finite
 
+_BEGIN = b'{"line": '
+"""Of every line, so that a file that is none of ours is not taken for one that was being written."""
+
 
 class Answers:
-    """Each entry has "line", that of its question, and "key", which says what was asked and how.
+    """Each entry begins with "line", that of its question, and "key", which says what was asked and how.
 
     ``keys``: what these are for each line that is asked now. Without a path, and for a device or a pipe, entries are
     printed and none are kept.
@@ -67,7 +70,9 @@ class Answers:
             data = path.read_bytes()
         except OSError as error:
             raise InputError(f"{path} cannot be read ({error.strerror}); choose another path") from error
-        *lines, _ = data.split(b"\n")
+        *lines, torn = data.split(b"\n")
+        if not torn.startswith(_BEGIN[: len(torn)]):
+            raise InputError(_no_answer(path, len(lines) + 1))
         for i, text in enumerate(lines, 1):
             line, key, failed = self._entry(path, i, text)
             self._check(path, i, line, key, keys)
@@ -85,7 +90,7 @@ class Answers:
         except (ValueError, KeyError, TypeError, RecursionError):
             line = key = None
         if not isinstance(line, int) or not isinstance(key, str):
-            raise InputError(f"{path}, line {i} is no answer of `generate --input`; give another file to -o")
+            raise InputError(_no_answer(path, i))
         return line, key, "error" in entry
 
     def _check(self, path: Path, i: int, line: int, key: str, keys: Mapping[int, str]) -> None:
@@ -97,3 +102,7 @@ class Answers:
         else:
             why = f"answers something else than line {line} of {self._source} asks"
         raise InputError(f"{path}, line {i} {why}; give another file to -o, or delete {path}")
+
+
+def _no_answer(path: Path, line: int) -> str:
+    return f"{path}, line {line} is no answer of `generate --input`; give another file to -o"

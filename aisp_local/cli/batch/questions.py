@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from aisp_local.cli.input import standard_input
 from aisp_local.errors import InputError
 from aisp_local.jsonl import messages, parse_row, read_lines
 from aisp_local.types import Prompt
@@ -37,7 +37,8 @@ def read_questions(path: Path, raw: bool) -> list[Question]:
     """
     found: list[Question] = []
     json_lines: bool | None = None
-    for number, line in enumerate(_standard_input() if str(path) == "-" else read_lines(path), 1):
+    lines = standard_input("give a file to --input").split("\n") if str(path) == "-" else read_lines(path)
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         if json_lines is None:
@@ -101,12 +102,3 @@ def _id(row: Mapping[str, Any]) -> str | int | None:
 
 def _hash(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _standard_input() -> Iterable[str]:
-    if sys.stdin is None:
-        raise InputError("standard input is closed; give a file to --input")
-    try:
-        return sys.stdin.buffer.read().decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise InputError(f"standard input is not valid UTF-8 (byte {error.start}); convert it to UTF-8") from error

@@ -11,12 +11,15 @@ import click
 from click.core import ParameterSource
 
 from aisp_local.cli.chat import commands
-from aisp_local.cli.chat.conversation import Conversation, latest, path_of
+from aisp_local.cli.chat.conversation import Conversation, latest, messages, path_of
+from aisp_local.cli.chat.conversation import names as conversations
 from aisp_local.cli.chat.lines import Entry, Lines
-from aisp_local.cli.chat.persona import load_persona
+from aisp_local.cli.chat.persona import load_persona, personas
 from aisp_local.cli.chat.session import Session
 from aisp_local.cli.chat.settings import Settings
 from aisp_local.cli.help import ExamplesFirst
+from aisp_local.cli.input import standard_input
+from aisp_local.cli.names import completing
 from aisp_local.cli.options import load, method_options, model_options, read_grammar, search_options
 from aisp_local.controllers import options_of
 from aisp_local.defaults import DEFAULT_EFFORT, EFFORT
@@ -28,12 +31,18 @@ _LATEST = " "
 
 @click.command(cls=ExamplesFirst)
 @click.argument("question", required=False)
-@click.option("--persona", metavar="NAME|FILE", help="A system prompt, a reward and settings that go together (TOML).")
+@click.option(
+    "--persona",
+    metavar="NAME|FILE",
+    shell_complete=completing(lambda: sorted(personas())),
+    help="A system prompt, a reward and settings that go together (TOML).",
+)
 @click.option(
     "--resume",
     is_flag=False,
     flag_value=_LATEST,
     metavar="[NAME|FILE]",
+    shell_complete=completing(conversations),
     help="Go on with a conversation that /save kept: the latest, or this one.",
 )
 @click.option("--system", metavar="TEXT|@FILE", help="The system prompt.")
@@ -71,6 +80,7 @@ def chat(context: click.Context, /, question: str | None, persona: str | None, r
     piped = None if question is None or (sys.stdin is not None and sys.stdin.isatty()) else _piped()
     names = ("model", "lora", "lora_scaled", "reward", "judge")
     aligner = load(**{name: said[name] for name in (*names, "n_gpu_layers", "threads")})
+    aligner.engine.room(messages(conversation.system, (), "Hello"))  # the chat template takes it, or says why not
     kept = {name: kept for name in names if (kept := _kept(said[name]))}
     session = Session(aligner, settings, conversation, kept, grammar)
     if question is not None and piped is not None:
@@ -156,9 +166,4 @@ def _kept(value: Any) -> Any:
 
 
 def _piped() -> str:
-    if sys.stdin is None:
-        return ""
-    try:
-        return sys.stdin.buffer.read().decode("utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise InputError(f"standard input is not valid UTF-8 (byte {error.start}); convert it to UTF-8") from error
+    return "" if sys.stdin is None else standard_input("").strip()

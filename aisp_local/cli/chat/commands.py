@@ -11,14 +11,15 @@ from pathlib import Path
 import click
 
 from aisp_local.cli.chat.compare import BASE, compare, keep
-from aisp_local.cli.chat.conversation import Conversation, latest, messages, names, path_of
-from aisp_local.cli.chat.layout import told_apart, wrapped
+from aisp_local.cli.chat.conversation import Conversation, Turn, latest, messages, names, path_of
+from aisp_local.cli.chat.layout import columns_left, told_apart, wrapped
 from aisp_local.cli.chat.session import Session
 from aisp_local.cli.chat.settings import words
 from aisp_local.cli.output import dim
 from aisp_local.controllers import method_names
 from aisp_local.defaults import EFFORT
 from aisp_local.errors import InputError
+from aisp_local.files import read_text
 
 Run = Callable[[Session, str], None]
 Words = Callable[[Session, str], Sequence[str]]
@@ -173,10 +174,12 @@ def _why(session: Session, _argument: str) -> None:
         kl = "   -" if s.kl is None else f"{s.kl:4.1f}"
         row = f"{s.iteration:9d}  {s.n:8d}  {s.best:5.2f}  {s.mean:5.2f}  {ess}  {norm}  {kl}  {s.seconds:7.2f}"
         click.echo(row if s.note is None else f"{row}  {s.note}")
-    click.echo("best candidates:")
-    best = session.last.candidates[:5]
-    for candidate, shown in zip(best, told_apart([c.text for c in best]), strict=True):
-        click.echo(f"  {candidate.reward:6.2f}  (iteration {candidate.iteration})  {shown}")
+    click.echo("best candidates that differ:")
+    best = session.last.distinct(5)
+    begins = [f"{candidate.reward:7.2f}  (iteration {candidate.iteration})  " for candidate in best]
+    texts = told_apart([candidate.text for candidate in best], columns_left(max(map(len, begins))))
+    for candidate, begin, shown in zip(best, begins, texts, strict=True):
+        click.echo(begin + shown)
         if candidate.parts:
             click.echo("          " + ", ".join(f"{name} {score:.2f}" for name, score in candidate.parts.items()))
 
@@ -241,7 +244,7 @@ def _show(session: Session, _argument: str) -> None:
         click.echo(f"kept in      {conversation.path}")
     context = aligner.engine.n_ctx
     used = context - aligner.engine.room(messages(conversation.system, session.turns, ""))
-    click.echo(f"context      {used} of {context} tokens, {len(session.turns)} turns")
+    click.echo(f"context      {used} of {context} tokens, {_turns(session.turns)}")
     click.echo("\n".join(session.settings.lines()))
 
 
@@ -250,7 +253,7 @@ def _file(session: Session, argument: str) -> None:
     if not argument:
         raise InputError("name a file: /file notes.txt What is this about?")
     path, text = _first_word(argument)
-    content = read_text(Path(path).expanduser())
+    content = _text_of(Path(path).expanduser())
     session.ask(f"{text}\n\n{content}" if text else content)
 
 
@@ -292,24 +295,22 @@ def _quit(_session: Session, _argument: str) -> None:
 def resumed(session: Session) -> None:
     """Say what is gone on with."""
     turns = session.turns
-    said = f"{len(turns)} turn{'' if len(turns) == 1 else 's'}"
     last = f", the last: {told_apart([turns[-1].question], 60)[0]}" if turns else ""
-    click.echo(dim(f"[{said}{last}; /history shows all]"))
+    click.echo(dim(f"[{_turns(turns)}{last}; /history shows all]"))
+
+
+def _turns(turns: Sequence[Turn]) -> str:
+    return f"{len(turns)} turn{'' if len(turns) == 1 else 's'}"
 
 
 def text_or_file(argument: str) -> str:
     """The text itself, or what the file of ``@FILE`` holds. Raises InputError."""
-    return read_text(Path(argument[1:]).expanduser()) if argument.startswith("@") else argument
+    return _text_of(Path(argument[1:]).expanduser()) if argument.startswith("@") else argument
 
 
-def read_text(path: Path) -> str:
+def _text_of(path: Path) -> str:
     """The text of a file. Raises InputError for what is none."""
-    try:
-        text = path.read_text(encoding="utf-8-sig").strip()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not valid UTF-8 text (byte {error.start}); convert it to UTF-8") from error
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror or error}); check the path") from error
+    text = read_text(path).strip()
     if not text:
         raise InputError(f"{path} is empty; give a file with text")
     return text

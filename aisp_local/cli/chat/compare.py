@@ -59,7 +59,8 @@ def _now(settings: Settings) -> str:
 
 def _searched(session: Session, last: Turn, settings: Settings) -> tuple[Turn, str]:
     seed = session.seed(len(session.turns) - 1) if last.seed is None else last.seed
-    result = session.search(session.turns[:-1], last.question, settings, seed, ProgressLine())
+    line = ProgressLine(max_tokens=settings.max_tokens)
+    result = session.search(session.turns[:-1], last.question, settings, seed, line)
     return Turn.of(last.question, result, settings.as_json()), note(result)
 
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 from aisp_local import folders
 from aisp_local.cli.chat.settings import options_in
 from aisp_local.errors import InputError
-from aisp_local.files import check_output, write_output
+from aisp_local.files import check_output, read_text, write_output
 from aisp_local.finite import finite
 from aisp_local.jsonl import messages as checked_messages
 from aisp_local.rewards.section import Section, nearest
@@ -103,11 +103,17 @@ class Conversation:
     def load(cls, path: Path) -> Conversation:
         """What ``save`` wrote, or any JSON object with "messages" that take turns. Raises InputError."""
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise InputError(_missing(path)) from error
-        except (OSError, ValueError, RecursionError) as error:
-            raise InputError(f"{path} cannot be read as a conversation ({error})") from error
+            text = read_text(path)
+        except InputError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                raise InputError(_missing(path)) from error
+            raise
+        try:
+            content = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise InputError(
+                f"{path} is no conversation: it is not valid JSON ({error}); /save NAME writes one"
+            ) from error
         if not isinstance(content, dict) or content.get("format", _FORMAT) != _FORMAT:
             raise InputError(f"{path} holds no conversation of format {_FORMAT}; /save NAME writes one")
         try:
@@ -140,7 +146,7 @@ def names() -> list[str]:
 def path_of(name: str) -> Path:
     """A bare word names a conversation in the user's folder; what has a folder or an ending is a file."""
     path = Path(name).expanduser()
-    return path if path.suffix or len(path.parts) > 1 else folder() / f"{name}.json"
+    return path if path.suffix or len(path.parts) != 1 or name.endswith("/") else folder() / f"{name}.json"
 
 
 def latest() -> Path:

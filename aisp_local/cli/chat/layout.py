@@ -10,6 +10,8 @@ import unicodedata
 from collections.abc import Sequence
 from itertools import zip_longest
 
+from aisp_local.cli.output import tame
+
 _WIDEST = 100
 _NARROWEST = 28
 _GAP = "  │  "
@@ -19,6 +21,7 @@ def wrapped(text: str) -> str:
     """The text with its long lines broken between words, where a terminal shows it."""
     if not sys.stdout.isatty():
         return text
+    text = tame(text)
     width = min(shutil.get_terminal_size().columns, _WIDEST)
     breaker = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False)
     return "\n".join(breaker.fill(line) if len(line) > width else line for line in text.split("\n"))
@@ -30,18 +33,26 @@ def columns(texts: Sequence[str]) -> str:
     width = min(_WIDEST, (total - len(_GAP) * (len(texts) - 1)) // max(1, len(texts)))
     if width < _NARROWEST:
         return "\n\n".join(wrapped(text) for text in texts)
-    cells = [_filled(text, width) for text in texts]
+    cells = [_filled(tame(text), width) for text in texts]
     rows = zip_longest(*cells, fillvalue="")
     return "\n".join(_GAP.join(line + " " * (width - _cells(line)) for line in row).rstrip() for row in rows)
 
 
 def told_apart(texts: Sequence[str], width: int = 90) -> list[str]:
-    """Each text on one line of at most so many characters, from where they begin to differ if that is far in."""
-    lines = [" ".join(text.split()) for text in texts]
-    common = len(os.path.commonprefix(lines)) if len(lines) > 1 else 0
-    begin = lines[0].rfind(" ", 0, common) + 1 if common > width // 2 else 0
-    shown = [("..." if begin else "") + line[begin:] for line in lines]
+    """Each text on one line of at most so many characters, from where it is unlike all others if that is far in."""
+    lines = [tame(" ".join(text.split())) for text in texts]
+    shown = []
+    for line in lines:
+        common = max((len(os.path.commonprefix([line, other])) for other in lines if other != line), default=0)
+        begin = line.rfind(" ", 0, common) + 1 if common > width // 2 else 0
+        shown.append(("..." if begin else "") + line[begin:])
     return [line if len(line) <= width else line[: width - 3] + "..." for line in shown]
+
+
+def columns_left(used: int, least: int = 30) -> int:
+    """Columns of the terminal, up to its widest, beside so many; for what is no terminal its widest."""
+    total = min(shutil.get_terminal_size().columns, _WIDEST) if sys.stdout.isatty() else _WIDEST
+    return max(least, total - used)
 
 
 def _filled(text: str, width: int) -> list[str]:

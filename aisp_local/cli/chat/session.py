@@ -117,7 +117,7 @@ class Session:
         return CapacityError(f"{error}, or the system prompt (/system), which is part of it") if system else error
 
     def _turn(self, before: Sequence[Turn], question: str, seed: int, alone: bool = False) -> None:
-        line = Streamed() if self.settings.stream else ProgressLine()
+        line = (Streamed if self.settings.stream else ProgressLine)(max_tokens=self.settings.max_tokens)
         result = self.search(before, question, self.settings, seed, line)
         self.conversation.turns = [*before, Turn.of(question, result, self.settings.as_json())]
         self.last, self.compared = result, []

@@ -41,13 +41,11 @@ class Settings:
     def __post_init__(self) -> None:
         if self.effort not in EFFORT:
             raise InputError(f"effort {self.effort!r} is unknown; use one of {', '.join(EFFORT)}")
-        if self.time_limit is not None and not self.time_limit > 0:
-            raise InputError(f"the time limit is {self.time_limit} seconds; it must be greater than 0")
         if self.stream and self.method not in STREAMED:
             raise InputError(f"streaming needs the method {' or '.join(STREAMED)}; {self.method!r} chooses at the end")
         check_search(
             method=self.method, budget=EFFORT[self.effort], n=self.rows, max_tokens=self.max_tokens, seed=self.seed,
-            **self.options,
+            time_limit=self.time_limit, **self.options,
         )  # fmt: skip
 
     def search(self) -> dict[str, Any]:

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from aisp_local import shipped
+from aisp_local.cli.names import FilePath, completing
 from aisp_local.errors import InputError
 
 if TYPE_CHECKING:
     from aisp_local.rewards import Reward
 
 
-class _Folder(click.Path):
+class _Folder(FilePath):
     """A path; or a shipped reward by its name, where nothing lies at a path of that name."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        path = super().convert(value, param, ctx)
         return path if path.exists() else shipped.reward_by_name(str(path)) or path
 
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        folders = [name for name in shipped.named_rewards() if name not in shipped.recipes()]
+        return completing(lambda: folders)(ctx, param, incomplete)
 
-PATH = click.Path(path_type=Path)
+
 FOLDER = _Folder()
 
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from aisp_local.cli.help import ExamplesFirst
+from aisp_local.cli.names import FILE
 from aisp_local.cli.output import print_json
-from aisp_local.cli.reward.common import FOLDER, PATH, load_measured
+from aisp_local.cli.reward.common import FOLDER, load_measured
 
 if TYPE_CHECKING:
     from aisp_local.reward_kit.evaluate import Accuracy, Evaluation
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 
 @click.command("eval", cls=ExamplesFirst)
 @click.argument("folder", type=FOLDER)
-@click.argument("data", type=PATH)
-@click.option("--plots", type=PATH, help="Write accuracy.svg, calibration.svg and length.svg into this folder.")
+@click.argument("data", type=FILE)
+@click.option("--plots", type=FILE, help="Write accuracy.svg, calibration.svg and length.svg into this folder.")
 @click.option("--json", "json_", is_flag=True, help="Print a JSON object.")
 def eval_(folder: Path, data: Path, plots: Path | None, json_: bool) -> None:
     """Measure how often the reward in FOLDER agrees with the preferences in DATA.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from aisp_local.cli.help import ExamplesFirst
+from aisp_local.cli.names import FILE
 
 if TYPE_CHECKING:
     from aisp_local.reward_kit.export import Precision
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 @click.command(cls=ExamplesFirst)
 @click.argument("source")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=FILE)
 @click.option(
     "--precision",
     type=click.Choice(["fp32", "fp16", "int8", "int4"]),

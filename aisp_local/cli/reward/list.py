@@ -8,12 +8,12 @@ from typing import Any
 import click
 
 from aisp_local.cli.help import ExamplesFirst
+from aisp_local.cli.names import FILE
 from aisp_local.cli.output import one_line, print_json, size_text
-from aisp_local.cli.reward.common import PATH
 
 
 @click.command("list", cls=ExamplesFirst)
-@click.argument("folders", nargs=-1, type=PATH)
+@click.argument("folders", nargs=-1, type=FILE)
 @click.option("--json", "json_", is_flag=True, help="Print a JSON list.")
 def list_(folders: tuple[Path, ...], json_: bool) -> None:
     """List the shipped rewards and recipes, your own rewards and those in FOLDERS.

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import click
 
 from aisp_local.cli.help import ExamplesFirst
+from aisp_local.cli.names import FILE
 from aisp_local.cli.output import print_json
-from aisp_local.cli.reward.common import FOLDER, PATH, load_measured
+from aisp_local.cli.reward.common import FOLDER, load_measured
 
 if TYPE_CHECKING:
     from aisp_local.reward_kit.rows import Row
@@ -25,7 +26,7 @@ _AT_ONCE = 64  # rows of a file; what comes through a pipe is scored line by lin
 @click.argument("folder", type=FOLDER)
 @click.argument("texts", nargs=-1)
 @click.option("-p", "--prompt", default="", help="What the responses answer, where a row has no prompt of its own.")
-@click.option("-i", "--input", "input_", type=PATH, help="Read this file (.gz: gzipped; -: standard input).")
+@click.option("-i", "--input", "input_", type=FILE, help="Read this file (.gz: gzipped; -: standard input).")
 @click.option(
     "--format",
     "format_",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,7 +10,9 @@ from typing import TYPE_CHECKING
 import click
 
 from aisp_local.cli.help import ExamplesFirst
-from aisp_local.cli.reward.common import FOLDER, PATH
+from aisp_local.cli.names import FILE
+from aisp_local.cli.output import duration
+from aisp_local.cli.reward.common import FOLDER
 
 if TYPE_CHECKING:
     from aisp_local.reward_kit.export import Precision
@@ -23,10 +26,10 @@ _LOG_SECONDS = 60.0  # between lines where nobody watches
 
 
 @click.command(cls=ExamplesFirst)
-@click.argument("data", type=PATH)
-@click.argument("out", type=PATH)
+@click.argument("data", type=FILE)
+@click.argument("out", type=FILE)
 @click.option("--backbone", type=FOLDER, help="Hugging Face folder, GGUF file or reward folder. Default: the shipped.")
-@click.option("--held-out", type=PATH, help="Rows to stop early by and to evaluate on. Default: a tenth of DATA.")
+@click.option("--held-out", type=FILE, help="Rows to stop early by and to evaluate on. Default: a tenth of DATA.")
 @click.option("--text", help="Column of the texts, where DATA has labels or grades.")
 @click.option("--label", help="Column of the labels or grades.")
 @click.option("--prompt", help="Column of the prompts.")
@@ -54,7 +57,7 @@ _LOG_SECONDS = 60.0  # between lines where nobody watches
 @click.option("--name", help="Default: the name of OUT.")
 @click.option("--description", help="What the reward prefers, in a sentence without its full stop.")
 @click.option("--licence", help="Default: the backbone's.")
-@click.option("--work", type=PATH, help="Folder of the checkpoints. Default: OUT.training.")
+@click.option("--work", type=FILE, help="Folder of the checkpoints. Default: OUT.training.")
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint of a run that was interrupted.")
 @click.option("--restart", is_flag=True, help="Delete the checkpoint of such a run, and begin anew.")
 @click.option("--force", is_flag=True, help="Replace an existing reward folder.")
@@ -129,7 +132,7 @@ def train(
             click.echo(("\r\x1b[K" if terminal else "") + line, err=True)
             printed = now.seconds
         elif terminal:
-            click.echo(f"\r{line}\x1b[K", err=True, nl=False)
+            click.echo(f"\r{line[: shutil.get_terminal_size().columns - 1]}\x1b[K", err=True, nl=False)
 
     try:
         done = train_reward(
@@ -168,14 +171,15 @@ def _interrupted(folder: WorkFolder, out: Path, restart: bool, force: bool) -> s
 
 
 def _line(now: Progress) -> str:
-    left = now.seconds / now.step * (now.steps - now.step) / 60
+    left = now.seconds / now.step * (now.steps - now.step)
     line = f"step {now.step}/{now.steps}"
     if now.loss is not None and now.accuracy is not None:
-        line += f", loss {now.loss:.3f}, {now.accuracy:.0%} right, {now.tokens_per_second:.0f} tokens/s"
+        line += f", loss {now.loss:.3f}, {now.accuracy:.0%} right"
+        line += "" if now.held is not None else f", {now.tokens_per_second:.0f} tokens/s"
     if now.held is not None and now.best is not None:
         mark = "best" if now.best == now.held else f"best {now.best.loss:.4f}"
         line += f"; held out: loss {now.held.loss:.4f} ({mark}), {now.held.accuracy:.1%} right"
-    return f"{line}; at most {left:.0f} min to go"
+    return f"{line}; at most {duration(left)} to go"
 
 
 def _lines(done: Trained) -> list[str]:

@@ -8,13 +8,14 @@ from pathlib import Path
 import click
 
 from aisp_local.cli.help import ExamplesFirst
+from aisp_local.cli.names import FILE
 from aisp_local.cli.output import print_json
-from aisp_local.cli.reward.common import FOLDER, PATH, recipe_file
+from aisp_local.cli.reward.common import FOLDER, recipe_file
 
 
 @click.command(cls=ExamplesFirst)
 @click.argument("folder", type=FOLDER)
-@click.option("--pairs", type=PATH, help="Preference pairs (JSONL) that it must rank right as well.")
+@click.option("--pairs", type=FILE, help="Preference pairs (JSONL) that it must rank right as well.")
 @click.option("--json", "json_", is_flag=True, help="Print a JSON object.")
 def verify(folder: Path, pairs: Path | None, json_: bool) -> None:
     """Check a reward FOLDER: files, golden scores, batches, padding, tokens, speed, and whether it ranks answers.
