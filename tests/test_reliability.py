@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import synthetic
 
-from aisp_local import Aligner
+from aisp_local import Aligner, defaults
 from aisp_local.engine import Job, LlamaEngine
 from aisp_local.errors import CapacityError, DecodeError, InputError
 from aisp_local.interrupts import InterruptsBetween, Uninterrupted
@@ -365,7 +365,9 @@ def test_tokens_beyond_the_context_are_cut(models: dict[str, Path]) -> None:
             roll(engine, ONE * 40)
 
 
-def test_no_memory_for_the_controls(models: dict[str, Path]) -> None:
+def test_no_memory_for_the_controls(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(defaults, "MAX_ROWS", 10**12)
+    monkeypatch.setattr(defaults, "MAX_BUDGET", 10**12)
     with Aligner(LlamaEngine(models["llama"], threads=1), Length()) as aligner:
         with pytest.raises(CapacityError, match="no memory for the controls of 1000000000000 rollouts"):
             aligner.generate(ONE, method="aisp", n=10**12, budget=10**12, max_tokens=8)

@@ -200,12 +200,12 @@ def test_index_and_sign(tmp_path: Path) -> None:
         export_reward(folder, tmp_path / "out")
     with pytest.raises(InputError, match="--index 3 is not an output of the model; it has 3"):
         export_reward(folder, tmp_path / "out", index=3)
-    export_reward(folder, tmp_path / "out", index=1, sign=-1, name="kind", licence="MIT", max_length=64)
+    export_reward(folder, tmp_path / "out", index=1, sign=-1, name="kind", licence="MIT", max_length=48)
     reward = OnnxReward.load(tmp_path / "out")
     rows = reward.tokens("How are you?", TEXTS)
     expected = -Network(source.check(folder, "x")).scores(rows, types=True)[:, 1]
     np.testing.assert_allclose(reward.score("How are you?", TEXTS), expected, atol=2e-5)
-    assert max(len(ids) for ids, _ in rows) == 64
+    assert max(len(ids) for ids, _ in rows) == 48
     assert (reward.name, reward.manifest.licence) == ("kind", "MIT")
 
 

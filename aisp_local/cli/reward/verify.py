@@ -27,7 +27,7 @@ def verify(folder: Path, pairs: Path | None, json_: bool) -> None:
     \b
     Examples:
       aisp-local reward verify my_reward
-      aisp-local reward verify rules.toml --pairs mine.jsonl
+      aisp-local reward verify my.toml --pairs mine.jsonl
       aisp-local reward verify my_reward --pairs mine.jsonl --json
     """
     from aisp_local.cli.output import print_answer
