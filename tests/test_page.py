@@ -290,7 +290,6 @@ def test_a_server_that_dies(page: Any) -> None:
     page.keyboard.press("Enter")
     page.locator("#error", has_text="is it still running").wait_for()
     assert page.input_value("#text") == "Tell me a story." and page.locator("#turns li").count() == 0
-    page.unroute("**/v1/chat/completions")
     page.route(
         "**/v1/chat/completions",
         lambda route: route.fulfill(headers={"Content-Type": "text/event-stream", "X-Request-Id": "x"}, body=SEEN),
@@ -299,7 +298,6 @@ def test_a_server_that_dies(page: Any) -> None:
     page.locator("#error", has_text="is it still running").wait_for()
     assert page.locator("#turns li.assistant").text_content().startswith("Once upon a time.")
     assert "interrupted" in page.inner_text("#turns li.assistant small") and page.is_enabled("#send")
-    page.unroute("**/v1/chat/completions")
     page.route("**/v1/chat/completions", lambda route: route.fulfill(status=502, body="<html>"))
     page.fill("#text", "Tell me another.")
     page.keyboard.press("Enter")
