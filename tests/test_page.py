@@ -107,8 +107,9 @@ def test_a_conversation_and_its_search(page: Any, tmp_path: Path) -> None:
     assert page.locator("#past li").count() == 0
     page.click("#new")
     page.set_input_files("#open", tmp_path / "trace.json")
-    page.locator("#status", has_text="another one").wait_for()
+    page.locator("#past li").wait_for()
     assert page.locator("#past li").count() == 1
+    page.locator("#status", has_text="another one").wait_for()
     page.reload()
     page.click("#past button")
     page.locator("#status", has_text="another one").wait_for()
