@@ -25,7 +25,7 @@ function restored(run) {
 }
 
 // What tells a run from all others.
-export const nameOf = (run) => `${run.at} ${run.answer}`;
+export const nameOf = (run) => `${run.at} ${run.result?.seconds} ${run.answer}`; // two of a second may have the same answer
 
 export function keep(run) {
   const others = runs.filter((one) => nameOf(one) !== nameOf(run)); // a trace that is opened again
