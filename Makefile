@@ -11,11 +11,12 @@ chat: $(VENV)/.installed
 test: $(VENV)/.test lint
 	$(BIN)/pytest
 
-# With PyTorch and transformers: the slow tests too, and those of exporting and training rewards. TORCH names another
-# one than pip would take, such as one without CUDA: make test-all TORCH=torch==2.13.0+cpu
+# With PyTorch and transformers: the slow tests too, those of exporting and training rewards, and other generated
+# examples at every run. TORCH names another one than pip would take, such as one without CUDA:
+# make test-all TORCH=torch==2.13.0+cpu
 TORCH ?= torch
 test-all: $(VENV)/.test-all lint
-	$(BIN)/pytest -m "not gpu"
+	$(BIN)/pytest -m "not gpu" --hypothesis-profile=default
 
 bench: $(VENV)/.installed
 	$(BIN)/aisp-local bench speed --report benchmarks/RESULTS.md

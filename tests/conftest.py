@@ -1,4 +1,4 @@
-"""What all tests share: one thread a product, and interrupts.
+"""What all tests share: one thread a product, interrupts, and the same generated examples at every run.
 
 Threads of llama.cpp and of numpy's OpenBLAS spin while they wait for one another. What tests multiply is so small that
 a second one gains little, and beside anything else that runs they take ten times as long.
@@ -14,9 +14,14 @@ import gc  # noqa: E402
 import signal  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 
 from aisp_local.engine import llama  # noqa: E402
+
+# A run tells of the change that it tests, not of its luck; --hypothesis-profile=default (make test-all) tries others.
+hypothesis.settings.register_profile("repeatable", derandomize=True)
+hypothesis.settings.load_profile("repeatable")
 
 
 @pytest.fixture(autouse=True, scope="session")

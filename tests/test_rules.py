@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from onnx_files import model, write_reward
@@ -142,6 +142,7 @@ WRITTEN = st.text(
 
 @settings(max_examples=60, deadline=None)
 @given(WRITTEN, WRITTEN)
+@example("E\u0301´E", "")
 def test_it_does_not_matter_how_unicode_writes_a_text(word: str, text: str) -> None:
     forms = [unicodedata.normalize(form, text) for form in ("NFC", "NFD")]
     for rule in rules():

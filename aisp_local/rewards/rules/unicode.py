@@ -20,7 +20,8 @@ def composed(text: str) -> str:
 
 def folded(text: str, ignore_case: bool = True) -> str:
     """Without differences of compatibility (NFKC), with straight apostrophes, and of case (Unicode's case folding)."""
-    text = _TYPED.sub("'", text.translate(_SAME))
+    # Composed first: whether an accent follows a letter does not depend on how that letter is written.
+    text = _TYPED.sub("'", composed(text.translate(_SAME)))
     if text.isascii():
         return text.lower() if ignore_case else text
     text = unicodedata.normalize("NFKC", _stream_safe(text))
@@ -44,8 +45,8 @@ def _combines(character: str) -> bool:
 
 @lru_cache(maxsize=1)
 def _too_many() -> re.Pattern[str]:
-    # Halfwidth sound marks are no marks themselves, but become such.
-    return re.compile(f"[{marks()}\uff9e\uff9f]{{{_LONGEST}}}")
+    # Halfwidth sound marks are no marks themselves, but become such. What is safe already is left as it is.
+    return re.compile(f"(?:(?!{_GRAPHEME_JOINER})[{marks()}\uff9e\uff9f]){{{_LONGEST}}}(?!{_GRAPHEME_JOINER})")
 
 
 def _stream_safe(text: str) -> str:
