@@ -300,7 +300,7 @@ class Aligner:
         for index in indices:
             RowSeeds(seed, index)
         if steering is not None:
-            options = options | {"steering": self._checked(steering)}
+            options = options | {"steering": self.check_steering(steering)}
         wants: dict[Want, bool] = {"kl": kl, "logprobs": logprobs}
         # No response is longer than the context, so that no control needs to be.
         common: dict[str, Any] = {"d": self.engine.d, "max_tokens": min(max_tokens, self.engine.n_ctx), "seed": seed}
@@ -472,7 +472,8 @@ class Aligner:
             raise InputError(f"the method {result.method!r} holds no control that could be kept; use score")
         return Steering(result.control, self.engine.fingerprint, self.reward.name)
 
-    def _checked(self, steering: Steering | str | os.PathLike[str]) -> FloatArray:
+    def check_steering(self, steering: Steering | str | os.PathLike[str]) -> FloatArray:
+        """Its control u [d]. Raises InputError for one that was learnt with another model."""
         kept = steering if isinstance(steering, Steering) else Steering.load(steering)
         if kept.model != self.engine.fingerprint:
             where = "the steering" if isinstance(steering, Steering) else f"the steering in {steering}"

@@ -303,6 +303,73 @@ def test_settings_are_set_shown_and_refused(session: Session, capsys: pytest.Cap
     assert {"method", "max-tokens", "strength"} <= set(words("score"))
 
 
+def test_a_turn_is_ended_and_begun_as_it_is_set(session: Session, home: Path) -> None:
+    for line in ("effort medium", "budget 12", "rows 4", "budget-tokens 900", "target-reward -1e9", "patience 2"):
+        commands.run(session, f"/set {line}")
+    assert session.settings.search()["budget"] == 12
+    session.ask(STORY)
+    assert session.last is not None and session.last.status == "target" and session.last.rollouts == 4
+    commands.run(session, "/effort low")
+    assert session.settings.rollouts == 32, "an effort takes the place of a budget"
+    for line, message in {
+        "patience 0": "must be at least 1",
+        "target-reward high": "it must be a number",
+        "budget 0": "it must be 1 to",
+        "warm-start maybe": "use on or off",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            commands.run(session, f"/set {line}")
+
+
+def test_a_turn_starts_with_what_the_one_before_learnt(session: Session, home: Path) -> None:
+    session.settings = Settings(max_tokens=12, budget=16, rows=8)
+    session.ask(STORY)
+    first = session.last
+    assert first is not None and first.control is not None and first.control.any()
+    learnt = session.aligner.steering(first)
+    messages = [{"role": "user", "content": STORY}, {"role": "assistant", "content": first.answer}]
+    asked = [*messages, {"role": "user", "content": "And then?"}]
+    commands.run(session, "/set warm-start on")
+    session.ask("And then?")
+    assert session.last is not None
+    again = session.aligner.chat(asked, steering=learnt, seed=session.seed(1), max_tokens=12, budget=16, n=8)
+    assert [c.reward for c in session.last.candidates] == [c.reward for c in again.candidates]
+    commands.run(session, "/set strength 0")
+    session.ask("And then?")  # nothing is held: nothing to start with
+    commands.run(session, "/set method best-of-n")
+    session.ask("And then?")
+
+
+def test_chat_starts_with_a_steering(session: Session, home: Path) -> None:
+    short = ["--max-tokens", "8", "--budget", "8", "--rows", "4"]
+    made = aisp("generate", STORY, *short, "--save-steering", "u.json", cwd=home)
+    assert made.returncode == 0, made.stderr.decode()
+    talked = aisp("chat", *short, "--steering", "u.json", cwd=home, stdin=STORY.encode())
+    alone = aisp("chat", *short, cwd=home, stdin=STORY.encode())
+    assert talked.returncode == alone.returncode == 0 and b"8 rollouts" in talked.stdout
+    steered = session.aligner.chat(
+        [{"role": "user", "content": STORY}], steering=home / "u.json", seed=1, max_tokens=8, budget=8, n=4
+    )
+    assert steered.answer.split() == talked.stdout.decode().partition("[reward")[0].split()
+    for more, message in (
+        (["--method", "best-of-n"], "needs a method that holds a control"),
+        (["--strength", "0"], "needs a method that holds a control"),
+        (["-m", str(shipped.talker())], "was learnt with another model"),
+    ):
+        refused = aisp("chat", *short, "--steering", "u.json", *more, cwd=home, stdin=b"")
+        assert refused.returncode == 2 and message in refused.stderr.decode()
+
+
+def test_an_effort_that_is_typed_goes_before_a_budget_of_the_settings(home: Path) -> None:
+    (home / "config.toml").write_text("budget = 3\nmax_tokens = 4\nmethod = 'best-of-n'\n")
+    config = ["--config", "config.toml"]
+    for typed, expected in (([], 3), (["--effort", "low"], 32), (["--effort", "low", "--budget", "5"], 5)):
+        talked = aisp(*config, "chat", *typed, cwd=home, stdin=STORY.encode())
+        assert f"{expected} rollouts" in talked.stdout.decode()
+        answered = json.loads(aisp(*config, "generate", STORY, "--json", *typed, cwd=home).stdout)
+        assert len(answered["candidates"]) == expected
+
+
 def test_a_system_prompt_is_what_the_model_reads_first(session: Session, home: Path) -> None:
     (home / "system.txt").write_text("You tell stories.\n")
     commands.run(session, "/system @system.txt")

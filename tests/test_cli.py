@@ -25,7 +25,6 @@ from aisp_local.cli.generate import generate
 from aisp_local.cli.live import ProgressLine
 from aisp_local.cli.main import main
 from aisp_local.cli.output import print_text
-from aisp_local.defaults import EFFORT
 from aisp_local.errors import InputError
 from aisp_local.files import write_output
 from aisp_local.finite import finite
@@ -121,7 +120,7 @@ BAD = {
     "no rows": (["--rows", "0"], "n (--rows; with --stream all of the budget) is 0 rollouts"),
     "unknown method": (
         ["--method", "magic"],
-        "method 'magic' is unknown; use one of aisp, aisp-held, aisp-static, args",
+        "method 'magic' is unknown; use one of aisp, aisp-bases, aisp-held, aisp-static, args",
     ),
     "no tokens": (["--max-tokens", "0"], "max_tokens is 0"),
     "too many threads": (["--threads", "100000"], "llama.cpp takes 1 to 512"),
@@ -451,12 +450,11 @@ def test_what_needs_no_model_does_not_wait_for_its_libraries(arguments: list[str
 def test_the_commands_have_the_defaults_of_python() -> None:
     python = inspect.signature(Aligner.generate).parameters
     defaults = {name: p.default for name, p in python.items()} | {"rows": python["n"].default}
-    for command, extra in ((generate, "budget"), (chat, "effort")):
+    for command in (generate, chat):
         with command.make_context("x", []) as context:
             options = context.params
-        for name in ("method", "max_tokens", "rows", "seed"):
+        for name in ("method", "max_tokens", "rows", "seed", "budget", "effort", "budget_tokens", "target_reward"):
             assert options[name] == defaults[name], name
-        assert options[extra] == {"budget": EFFORT[defaults["effort"]], "effort": defaults["effort"]}[extra]
 
 
 def test_long_lines_are_broken_between_words_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:

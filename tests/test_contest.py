@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import tempfile
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,11 +16,13 @@ from click.testing import CliRunner
 
 from aisp_local import Aligner
 from aisp_local.bench import contest, contest_run
-from aisp_local.bench.contest import Contest, Entry, Pair, Run, Store
-from aisp_local.bench.contest_report import best_at, diversity, last_mean, needed, summary, table
+from aisp_local.bench.contest import Contest, Entry, Pair, Run, Store, best_at
+from aisp_local.bench.contest_plot import curves
+from aisp_local.bench.contest_report import diversity, last_mean, needed, summary, table
 from aisp_local.cli.main import main
 from aisp_local.errors import DecodeError, InputError
 from aisp_local.testing import FakeEngine, FakeReward
+from aisp_local.types import Result
 
 SMALL = ["--max-prompts", "2", "--max-tokens", "12", "--exact-kl", "1", "--threads", "1"]
 
@@ -50,7 +54,7 @@ def test_shipped_pairs_and_methods(tmp_path: Path, arguments: list[str]) -> None
         )
         for row in pair["rows"]:
             mean, low, high = row["best_16"]
-            assert low <= mean <= high and mean >= row["best_8"][0]
+            assert low <= mean <= high and mean >= (row["best_8"][0] or mean)
             assert row["logprob"] < 0 < row["diversity"] <= 1
             if row["method"] != "best-of-n":
                 assert row["exact_kl"] >= 0
@@ -139,6 +143,64 @@ def test_a_setting_that_blows_up_is_passed_over(tmp_path: Path) -> None:
 
 def run(rewards: list[float], n: int = 2, answer: str = "a b") -> Run:
     return Run("p", "x", "q", 0, len(rewards), n, {}, rewards, answer, 1.0, 10)
+
+
+def test_an_answer_may_be_another_than_the_best() -> None:
+    """soft-best-of-n is judged and counted by what it chose at each budget, best-of-n by the best."""
+    aligner = Aligner(
+        FakeEngine(),
+        FakeReward(lambda prompt, texts: [float(len(t)) for t in texts]),
+        judge=FakeReward(lambda prompt, texts: [-float(len(t)) for t in texts]),
+    )
+    pair = Pair("p", "m", "r", ["a"], ["b", "c"], max_tokens=9)
+    with tempfile.TemporaryDirectory() as folder:
+        game = Contest(pair, aligner, Store(Path(folder) / "runs.jsonl"), budgets=[4, 8], seed=0, say=lambda line: None)
+        soft = Entry("soft", "soft-best-of-n", n=4, settings={"lambda_": 1e9, "temperature": 3.0})
+        best = Entry("best-of-n", "best-of-n", n=4, settings={"temperature": 3.0})
+        played = game.play([soft, best], 0)
+        again = game.play([soft], 0)["soft"]
+    for i, (one, other) in enumerate(zip(played["soft"], played["best-of-n"], strict=True)):
+        assert one.rewards == other.rewards and other.chosen == {}
+        found = aligner.generate_many(
+            ["b", "c"], method="soft-best-of-n", budget=4, n=4, max_tokens=9, seed=0, lambda_=1e9, temperature=3.0
+        )[i]
+        assert isinstance(found, Result) and found.reward == one.chosen["4"]
+        assert one.judged == {budget: -reward for budget, reward in one.chosen.items()}
+        assert other.judged == {"4": -max(other.rewards[:4]), "8": -max(other.rewards)}
+    assert best_at(played["soft"], 4).tolist() == [run.chosen["4"] for run in played["soft"]]
+    assert (best_at(played["soft"], 8) < best_at(played["best-of-n"], 8)).any()
+    assert needed(played["soft"], 0.0) is None and again == played["soft"]
+    drawn = curves("p", played)
+    assert drawn.count("<polyline") == 2 and "soft" not in drawn, "a curve and its name"
+
+
+def test_all_in_one_iteration_say_nothing_of_fewer() -> None:
+    runs = [run([1.0, 3.0, 2.0, 5.0], n=4), run([0.0, 1.0, 4.0, 2.0], n=4)]
+    assert np.isnan(best_at(runs, 2)).all() and best_at(runs, 4).tolist() == [5.0, 4.0]
+    base = [run([1.0, 3.0, 2.0, 5.0]), run([0.0, 1.0, 4.0, 2.0])]
+    made = table("p", summary({"best-of-n": base, "streamed": runs}, [2, 4]), [2, 4], 2).markdown()
+    assert "| streamed | - | 4.50 [4.00, 5.00] | - | +0.00 [" in made
+
+
+def test_the_curves_of_a_contest() -> None:
+    """Means over prompts of the best so far, from the end of the first iteration on."""
+    played = {
+        "best-of-n": [run([1.0, 3.0, 2.0, 5.0]), run([0.0, 1.0, 4.0, 2.0])],
+        "other": [run([2.0, 2.0, 2.0, 2.0])] * 2,
+        "other, varied": [run([9.0] * 4)] * 2,
+    }
+    drawn = curves("p", played)
+    assert "p: best reward so far" in drawn and "varied" not in drawn
+    places = [
+        [tuple(map(float, point.split(","))) for point in line.split()]
+        for line in re.findall(r'<polyline class="series-\d" points="([^"]*)"/>', drawn)
+    ]
+    rising, flat = places[:2]
+    assert len(rising) == len(flat) == 3 and len({y for _, y in flat}) == 1
+    # 2, 3.5 and 4.5 on an axis that has 2 where the flat one is.
+    ups = [flat[0][1] - y for _, y in rising]
+    assert ups[0] == 0 and ups[1] / ups[2] == pytest.approx(1.5 / 2.5, abs=0.01)
+    assert curves("p", {"best-of-n": [run([1.0, 2.0], n=2)]}), "a single iteration"
 
 
 def test_figures() -> None:

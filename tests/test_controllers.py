@@ -8,9 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from aisp_local import controllers
-from aisp_local.controllers import Aisp, AispHeld, Cem
+from aisp_local.controllers import Aisp, AispBases, AispHeld, Cem
+from aisp_local.controllers.aisp_bases import hats
 from aisp_local.errors import InputError
 from aisp_local.seeds import RowSeeds
 from aisp_local.testing import FakeEngine
@@ -67,7 +70,7 @@ def test_lambda_to_zero_reproduces_the_best_rollout(method: str) -> None:
     np.testing.assert_array_equal(again.tokens[0], rollouts.tokens[5])
 
 
-@pytest.mark.parametrize("method", ["aisp", "aisp-held"])
+@pytest.mark.parametrize("method", ["aisp", "aisp-bases", "aisp-held"])
 def test_sigma_zero_is_the_base_model(method: str) -> None:
     vectors = controllers.create(method, d=D, max_tokens=T, seed=0, sigma=0.0).ask(5).vectors
     assert vectors is not None
@@ -90,6 +93,53 @@ def test_held_pairs_cancel_and_equal_rewards_teach_nothing() -> None:
     info = controller.tell(finished([T] * 7), np.full(7, 2.5))
     np.testing.assert_array_equal(controller.mean, 0.0)
     assert info.lambda_ is None
+
+
+def test_one_basis_is_the_held_vector() -> None:
+    one, held = AispBases(d=D, max_tokens=T, seed=3, bases=1), AispHeld(d=D, max_tokens=T, seed=3)
+    rewards = np.arange(6.0) ** 2
+    for _ in range(3):
+        first, second = one.ask(6), held.ask(6)
+        assert first.held and first.vectors is not None and second.vectors is not None
+        np.testing.assert_array_equal(first.vectors, second.vectors)
+        assert one.tell(finished([T] * 6), rewards) == held.tell(finished([T] * 6), rewards)
+    np.testing.assert_array_equal(one.mean, np.tile(held.mean, (T, 1)))
+
+
+@given(st.integers(1, 12), st.integers(1, 40))
+def test_hats_add_to_one(bases: int, steps: int) -> None:
+    found = hats(min(bases, steps), steps)
+    np.testing.assert_allclose(found.sum(axis=0), 1.0, atol=1e-6)
+    assert (found >= 0).all() and found.shape == (min(bases, steps), steps)
+    if bases >= steps:
+        np.testing.assert_allclose(found, np.eye(steps), atol=1e-6)
+
+
+def test_bases_learn_the_weighted_mean_of_what_was_tried() -> None:
+    """Against the formula: c is the weighted mean of c^i, of which the controls at the hats' peaks are made."""
+    controller = AispBases(d=D, max_tokens=T, seed=0, bases=2)
+    v = controller.ask(6).vectors
+    assert v is not None and v.shape == (6, T, D)
+    np.testing.assert_allclose(v[0:6:2], -v[1:6:2], atol=1e-6)
+    middle = (v[:, 0] * (T - 1 - 3) + v[:, -1] * 3) / (T - 1)
+    np.testing.assert_allclose(v[:, 3], middle, atol=1e-5)
+    rewards = np.array([0.0, 1.0, 3.0, -2.0, 0.5, 0.5])
+    info = controller.tell(finished([T] * 6), rewards)
+    assert info.lambda_ is not None and info.ess == pytest.approx(1.5, rel=0.05)
+    weights = np.exp(rewards / info.lambda_) / np.exp(rewards / info.lambda_).sum()
+    np.testing.assert_allclose(controller.mean, np.tensordot(weights, v, 1), atol=1e-5)
+
+
+def test_noise_of_each_step_is_beside_what_is_learnt() -> None:
+    plain, noisy = (AispBases(d=D, max_tokens=T, seed=0, bases=1, per_step=share) for share in (0.0, 0.5))
+    v, w = plain.ask(4).vectors, noisy.ask(4)
+    assert v is not None and w.vectors is not None and not w.held
+    own = (w.vectors - v) / 0.7 / 0.5
+    assert abs(own.mean()) < 0.2 and own.std() == pytest.approx(1.0, abs=0.1)
+    assert not np.allclose(own[0], -own[1]) and not np.allclose(own[0, 0], own[0, 1])
+    for controller in (plain, noisy):
+        controller.tell(finished([T] * 4), np.arange(4.0))
+    np.testing.assert_array_equal(plain.mean, noisy.mean)
 
 
 def test_controls_after_the_end_of_a_response_teach_nothing() -> None:
@@ -178,7 +228,7 @@ def test_same_seed_same_controls(method: str) -> None:
 
     for first, second in zip(draw(5), draw(5), strict=True):
         np.testing.assert_array_equal(first, second)
-    if method in ("aisp", "aisp-held", "aisp-static", "cem"):  # the others draw no noise
+    if method in ("aisp", "aisp-bases", "aisp-held", "aisp-static", "cem"):  # the others draw no noise
         assert not np.array_equal(draw(5)[0], draw(6)[0])
 
 
@@ -191,13 +241,16 @@ def test_rows_do_not_depend_on_how_many_there_are() -> None:
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        ("nonsense", {}, "'nonsense' is unknown; use one of aisp, aisp-held, aisp-static, args, best-of-n"),
+        ("nonsense", {}, "'nonsense' is unknown; use one of aisp, aisp-bases, aisp-held, aisp-static, args, best-of-n"),
         ("aisp", {"sgima": 1}, "has no option 'sgima'"),
         ("aisp", {"sigma": -1.0}, "sigma is -1.0"),
         ("aisp", {"lambda_": 0.0}, "lambda is 0.0"),
         ("aisp", {"alpha": 2.0}, "alpha is 2.0"),
         ("aisp", {"window": 0}, "window is 0"),
         ("aisp-held", {"ess_share": 0.0}, "ess_share is 0.0"),
+        ("aisp-bases", {"bases": 0}, "bases is 0"),
+        ("aisp-bases", {"per_step": -1.0}, "per_step is -1.0"),
+        ("aisp-bases", {"sigma": -1.0}, "sigma is -1.0"),
         ("best-of-n", {"temperature": -0.1}, "temperature is -0.1"),
         ("best-of-n", {"top_p": 0.0}, "top_p is 0.0"),
     ],

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from aisp_local import Aligner
 from aisp_local.bench.experiments import EXPERIMENTS
 from aisp_local.bench.experiments.lab import Lab, in_order, rewards, variety
-from aisp_local.bench.experiments.rewards import Noisy
+from aisp_local.bench.experiments.rewards import BEGINNINGS, Noisy
 from aisp_local.bench.experiments.spaces import _gaussianity
 from aisp_local.cli.main import main
 from aisp_local.controllers import create
@@ -64,6 +65,13 @@ def test_noise_belongs_to_the_text() -> None:
         np.testing.assert_array_equal(seen, Noisy(reward, share, spread).score("other", texts[:]))
         assert np.corrcoef(seen, true)[0, 1] ** 2 == pytest.approx(1 - share, abs=0.04)
     assert abs(np.corrcoef(Noisy(reward, 1.0, spread).score("p", texts), true)[0, 1]) < 0.08
+
+
+def test_more_of_a_response_tells_more_of_its_score() -> None:
+    reward = FakeReward(lambda prompt, texts: [float(sum(map(ord, text))) - 100.0 * len(text) for text in texts])
+    lab = Lab(Aligner(FakeEngine(d=4, vocabulary=12), reward), ["a", "b", "c"], max_tokens=40)
+    found = list(BEGINNINGS.run(lab).data.values())
+    assert found == sorted(found) and 0.2 < found[0] < found[1] < 0.9 < found[-1] < 1.0
 
 
 def test_order_rewards_and_variety() -> None:

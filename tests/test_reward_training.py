@@ -206,3 +206,24 @@ def test_the_same_pairs_are_the_same_bytes(made: Path, tmp_path: Path) -> None:
     subprocess.run([str(part) for part in command], check=True, capture_output=True, timeout=300)
     for name in ("train.jsonl.gz", "held_out.jsonl.gz"):
         assert (tmp_path / name).read_bytes() == (made / "story-judge" / name).read_bytes()
+
+
+def test_rows_of_the_cheerful_rewards(tmp_path: Path) -> None:
+    rows = [
+        {"text": f"{split} {label} é", "label": label, "split": split}
+        for split in ("train", "dev", "test")
+        for label in ("positive", "neutral", "negative", "mixed")
+    ]
+    write_rows(tmp_path / "labelled" / "goemotions.jsonl.gz", rows)
+    texts = {}
+    for name in ("cheer", "cheer-judge"):
+        command = [sys.executable, str(ROOT / "reward_models" / "make_rows.py"), name, "--data", str(tmp_path)]
+        subprocess.run([*command, "--out", str(tmp_path / name)], check=True, capture_output=True, timeout=60)
+        texts[name] = [json.loads(line)["text"] for line in (tmp_path / name).read_text(encoding="utf-8").splitlines()]
+    assert texts["cheer"] == ["train positive é", "train negative é"]
+    others = [f"{split} {label} é" for split in ("dev", "test") for label in ("positive", "negative")]
+    assert texts["cheer-judge"] == others
+    nowhere = subprocess.run(
+        [*command[:-1], str(tmp_path / "labelled"), "--out", "rows"], capture_output=True, text=True, timeout=60
+    )
+    assert nowhere.returncode == 1 and "--data must name the data" in nowhere.stderr

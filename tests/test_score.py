@@ -163,6 +163,34 @@ def test_the_guard_sees_worse_and_repetitive_answers() -> None:
     assert guard.look(np.array([5.0, 6.0, 7.0, 8.0]), [row[:12] for row in dull]) is None, "too short to tell"
 
 
+def test_the_guard_glances_at_what_loops_within_an_iteration() -> None:
+    lively, dull = np.arange(30, dtype=np.int32), np.tile(np.arange(5, dtype=np.int32), 6)
+    guard = Guard()
+    assert guard.glance([lively] * 3) is None and guard.glance([dull[:20]] * 4) is None, "too short to tell"
+    assert guard.glance([dull, *[dull[:20]] * 2]) is None, "most are too short to tell"
+    assert guard.glance([dull, lively, dull, lively]) is None, "some may"
+    verdict = guard.glance([dull] * 3 + [dull[:20]])
+    assert verdict is not None and verdict.factor == 0.5 and "repeat" in verdict.note
+    assert guard.glance([dull] * 4) is None, "once an iteration"
+    assert guard.look(np.arange(4.0), [dull] * 4) is None
+    assert guard.glance([dull] * 4) is not None
+
+
+def test_an_iteration_that_loops_is_steered_less_before_it_ends() -> None:
+    dull = [np.tile(np.arange(5, dtype=np.int32), 6)] * 4
+    controller = score(FakeEngine(d=D, vocabulary=V), steering=np.ones(D, np.float32))
+    controller.ask(4)
+    info = controller.tell(Rollouts(dull, [""] * 4, ["paused"] * 4, 0.0, 0), np.arange(4.0))
+    assert info.note is not None and "repeat" in info.note
+    np.testing.assert_array_equal(controller.held, np.full(D, 0.5, np.float32))
+    controller.ask(4)
+    assert controller.tell(Rollouts(dull, [""] * 4, ["paused"] * 4, 0.0, 0), np.arange(4.0)).note is None
+    still = score(FakeEngine(d=D, vocabulary=V))
+    still.ask(4)
+    told = still.tell(Rollouts(dull, [""] * 4, ["paused"] * 4, 0.0, 0), np.arange(4.0))
+    assert told.note is None, "nothing is steered yet: it is the model that repeats itself"
+
+
 def test_the_guard_tells_rewards_of_noise_by_siblings() -> None:
     rng = np.random.default_rng(0)
     for heritable, told in ((0.0, [False, True, False]), (1.0, [False, False, False])):

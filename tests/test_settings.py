@@ -144,7 +144,7 @@ def test_set_get_and_unset_keep_comments(file: Path) -> None:
         assert aisp("config", "set", key, value).exit_code == 0, key
     text = file.read_text()
     assert text.startswith("# mine\nthreads = 2  # two\n") and 'lora = ["a.gguf"]' in text
-    for key, value in (("model", "talker"), ("max_tokens", "64"), ("effort", "medium"), ("stream", "true")):
+    for key, value in (("model", "talker"), ("max_tokens", "64"), ("chat.effort", "medium"), ("stream", "true")):
         assert aisp("config", "get", key).stdout.strip() == value
     assert json.loads(aisp("config", "get", "serve.allow_origin").stdout) == ["http://a", "http://b"]
     shown = aisp("config").stdout

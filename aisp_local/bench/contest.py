@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from aisp_local import controllers
 from aisp_local.api import Aligner
 from aisp_local.engine import LlamaEngine
 from aisp_local.errors import DecodeError, InputError
@@ -37,12 +39,13 @@ _GROUP = 4  # prompts in one batch; what is kept at a time
 class Entry:
     """A method that takes part. ``grid``: the settings that are tried in tuning, none for one that stays as it is.
 
-    ``most``: rollouts that it gets at most, for one that spends the time of many on each.
+    ``n``: rollouts an iteration, None for all of them in one. ``most``: rollouts that it gets at most, for one that
+    spends the time of many on each.
     """
 
     label: str
     method: str
-    n: int = 16
+    n: int | None = 16
     most: int | None = None
     settings: Settings = field(default_factory=dict)
     grid: Sequence[Settings] = ()
@@ -54,6 +57,7 @@ def _grid(**values: Sequence[float]) -> list[Settings]:
     return [{knob: value} for value in tried]
 
 
+_HELD = {"bases": 1, "per_step": 0.5}
 PUBLISHED = {"sigma": 0.5**0.5, "lambda_": 0.3, "alpha": 0.999}
 
 ENTRIES = (
@@ -61,6 +65,7 @@ ENTRIES = (
     Entry("score, strength 0.2", "score", n=32, settings={"strength": 0.2}),
     Entry("score, temperature 0.7", "score", n=32, settings={"temperature": 0.7}),
     Entry("score, block by block", "score", n=32, settings={"commit": 1}),
+    Entry("score, streamed", "score", n=None, settings={"commit": 1}),
     Entry("score, nothing selected", "score", n=32, settings={"selection": 0.0}),
     Entry("smc", "smc", n=32, grid=_grid(ess=(0.1, 0.15, 0.25, 0.4, 0.6))),
     Entry("qalign", "qalign", grid=_grid(ess=(0.1, 0.15, 0.25, 0.4, 0.6))),
@@ -75,10 +80,13 @@ ENTRIES = (
             {"temperature": 1.2, "min_p": 0.1},
         ],
     ),
+    Entry("soft-best-of-n", "soft-best-of-n", settings={"lambda_": 0.3}),
     Entry("aisp", "aisp", grid=_grid(sigma=(0.5, 0.7, 1.0, 1.4, 2.0))),
     Entry("aisp, published", "aisp", n=32, settings=PUBLISHED),
     Entry("aisp-static", "aisp-static", grid=_grid(sigma=(0.5, 0.7, 1.0, 1.4, 2.0))),
     Entry("aisp-held", "aisp-held", grid=_grid(sigma=(0.5, 0.7, 1.0, 1.4, 2.0))),
+    Entry("held and per-step noise", "aisp-bases", settings=_HELD, grid=_grid(sigma=(0.5, 0.7, 1.0, 1.4, 2.0))),
+    Entry("aisp-bases", "aisp-bases", settings={"bases": 4}, grid=_grid(sigma=(0.5, 0.7, 1.0, 1.4, 2.0))),
     Entry("cem", "cem", grid=_grid(sigma=(0.5, 0.7, 1.0, 1.4, 2.0))),
     Entry("args", "args", n=2, most=2, grid=_grid(weight=(0.5, 1.0, 2.0, 4.0, 8.0))),
     Entry("re-control", "re-control", n=16, grid=_grid(rate=(0.03, 0.1, 0.3, 1.0, 3.0))),
@@ -106,7 +114,7 @@ class Run:
     since the start after each iteration. ``kl``: of the law sampled from, in the last iteration, nats; ``exact_kl``: as
     the engine computes it against the whole base law, in the second iteration. ``logprob``: of the answer's tokens
     under the base model; ``low_logprob``: the mean of the least likely 16 in a row. ``judged``: what the judge gives
-    the best of the first so many rollouts.
+    the answer of the first so many rollouts, ``chosen``: its reward, of a method whose answer is not the best of them.
     """
 
     pair: str
@@ -128,6 +136,7 @@ class Run:
     n_scored: int = 0  # texts that the reward read
     clock: list[float] = field(default_factory=list)
     judged: dict[str, float] = field(default_factory=dict)
+    chosen: dict[str, float] = field(default_factory=dict)
     texts: list[str] = field(default_factory=list)
 
 
@@ -204,7 +213,7 @@ class Contest:
                     self._say(f"{what}: {error}")
                     continue
                 played[entry.label] = runs
-                self._say(f"{what}: mean best reward {np.mean([max(run.rewards) for run in runs]):.3f}")
+                self._say(f"{what}: mean best reward {best_at(runs, max(self.budgets)).mean():.3f}")
                 break
         return played
 
@@ -219,7 +228,7 @@ class Contest:
                 self._say(f"{what}: {error}")
                 means.append(-np.inf)
                 continue
-            means.append(float(np.mean([max(run.rewards) for run in runs])))
+            means.append(float(best_at(runs, min(self.budgets)).mean()))
             self._say(f"{what}: {means[-1]:.3f}")
         order = sorted(range(len(means)), key=lambda i: -means[i])
         return [entry.grid[i] for i in order if np.isfinite(means[i])] if entry.grid else [{}]
@@ -228,11 +237,12 @@ class Contest:
         self, entry: Entry, settings: Settings, prompts: Sequence[str], budget: int, exact_kl_prompts: int
     ) -> Iterator[Run]:
         budget = min(budget, entry.most or budget)
+        n = budget if entry.n is None else entry.n
         for start in range(0, len(prompts), _GROUP):
             group = prompts[start : start + _GROUP]
             asked = [
                 Run(
-                    self.pair.name, entry.label, text, self._seed + start, budget, entry.n, dict(settings),
+                    self.pair.name, entry.label, text, self._seed + start, budget, n, dict(settings),
                     [], "", 0.0, 0,
                 )
                 for text in group
@@ -250,7 +260,7 @@ class Contest:
         messages: list[list[Message]] = [[{"role": "user", "content": text}] for text in group]
         common: dict[str, Any] = {
             "method": entry.method,
-            "n": entry.n,
+            "n": asked[0].n,
             "max_tokens": self.pair.max_tokens,
             "seed": asked[0].seed,
             **settings,
@@ -262,14 +272,15 @@ class Contest:
         exact: list[float | None] = [None] * len(group)
         if exact_kl:
             # Again, since the second output product would be in the seconds; the control is at its length by then.
-            budget = min(asked[0].budget, _EXACT * entry.n)
+            budget = min(asked[0].budget, _EXACT * asked[0].n)
             again = self.aligner.generate_many(messages, budget=budget, kl=True, **common)
             exact = [_last_kl(result) for result in again if isinstance(result, Result)]
         runs = []
-        for run, prompt, result, kl in zip(asked, messages, results, exact, strict=True):
+        for i, (run, prompt, result, kl) in enumerate(zip(asked, messages, results, exact, strict=True)):
             if not isinstance(result, Result):
                 raise result
             rollouts = sorted(result.candidates, key=lambda c: (c.iteration, c.row))
+            answers, chosen = self._answers(entry.method, run, i, rollouts)
             engine = self.aligner.engine
             logprobs = answer_logprobs(engine, prompt, result.answer) if isinstance(engine, LlamaEngine) else None
             runs.append(
@@ -287,19 +298,44 @@ class Contest:
                         "answer_tokens": 0 if logprobs is None else len(logprobs),
                         "n_scored": sum(s.n_scored for s in result.iterations),
                         "clock": (np.cumsum([s.seconds for s in result.iterations]) / len(group)).tolist(),
-                        "judged": self._judged(prompt, rollouts),
+                        "judged": self._judged(prompt, answers),
+                        "chosen": {str(budget): c.reward for budget, c in answers.items()} if chosen else {},
                         "texts": [c.text for c in rollouts],
                     }
                 )
             )
         return runs
 
-    def _judged(self, prompt: list[Message], rollouts: Sequence[Candidate]) -> dict[str, float]:
+    def _answers(
+        self, method: str, run: Run, prompt_index: int, rollouts: Sequence[Candidate]
+    ) -> tuple[dict[int, Candidate], bool]:
+        """What a search of each budget would have answered; whether the method chooses it, or it is the best."""
+        choosing: Any = None
+        if hasattr(controllers.builder(method), "choose"):
+            common: dict[str, Any] = {"seed": run.seed, "prompt_index": prompt_index, **run.settings}
+            choosing = controllers.create(method, d=1, max_tokens=1, **common)
+        found = {}
+        for budget in self.budgets:
+            rewards = np.array([c.reward for c in rollouts[:budget]])
+            found[budget] = rollouts[int(rewards.argmax()) if choosing is None else choosing.choose(rewards)]
+        return found, choosing is not None
+
+    def _judged(self, prompt: list[Message], answers: Mapping[int, Candidate]) -> dict[str, float]:
         judge = self.aligner.judge
         if judge is None:
             return {}
-        best = [max(rollouts[:budget], key=lambda c: c.reward).text for budget in self.budgets]
-        return dict(zip(map(str, self.budgets), call(judge.name, judge.score, prompt, best).tolist(), strict=True))
+        scores = call(judge.name, judge.score, prompt, [answer.text for answer in answers.values()])
+        return dict(zip(map(str, answers), scores.tolist(), strict=True))
+
+
+def best_at(runs: Sequence[Run], budget: int) -> npt.NDArray[np.float64]:
+    """Reward of the answer among each run's first ``budget`` rollouts; nan where one iteration has more."""
+    return np.array(
+        [
+            run.chosen.get(str(budget), np.max(run.rewards[:budget])) if min(run.n, run.budget) <= budget else np.nan
+            for run in runs
+        ]
+    )
 
 
 def answer_logprobs(engine: LlamaEngine, prompt: Prompt, answer: str) -> FloatArray | None:

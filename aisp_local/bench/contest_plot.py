@@ -10,22 +10,28 @@ import numpy as np
 from aisp_local.bench.contest import Run
 from aisp_local.svg import Axes
 
+_MOST = 8  # colours
+
 
 def curves(pair: str, played: Mapping[str, Sequence[Run]]) -> str:
-    """An SVG with one curve a method, means over prompts; rollouts on a logarithmic axis."""
-    so_far = {
-        label: np.mean([np.maximum.accumulate(run.rewards) for run in runs], axis=0) for label, runs in played.items()
-    }
+    """An SVG with one curve a method, means over prompts; rollouts on a logarithmic axis.
+
+    A curve begins where the first iteration has ended, of which each rollout may owe its reward to all others. At most
+    eight are drawn, no variants of a method, and none whose answer is not the best of its rollouts.
+    """
+    drawn = [label for label, runs in played.items() if ", " not in label and not runs[0].chosen][:_MOST]
+    so_far = {label: np.mean([np.maximum.accumulate(run.rewards) for run in played[label]], axis=0) for label in drawn}
     most = max(len(values) for values in so_far.values())
-    first = min(4, most)
-    shown = np.concatenate([values[first - 1 :] for values in so_far.values()])
+    begins = {label: min(played[label][0].n, len(values)) for label, values in so_far.items()}
+    first = min(begins.values())
+    shown = np.concatenate([values[begins[label] - 1 :] for label, values in so_far.items()])
     axes = Axes(
         f"{pair}: best reward so far",
         (math.log2(first), math.log2(most), "log2 of the rollouts"),
         (float(shown.min()), float(shown.max()), "mean over the prompts"),
     )
-    for i, values in enumerate(so_far.values()):
-        at = sorted({round(2 ** (step / 8)) for step in range(8 * 20)} & set(range(first, len(values) + 1)))
+    for i, (label, values) in enumerate(so_far.items()):
+        at = sorted({round(2 ** (step / 8)) for step in range(8 * 20)} & set(range(begins[label], len(values) + 1)))
         axes.curve([(math.log2(n), float(values[n - 1])) for n in at], i)
     axes.legend(list(so_far))
     return axes.svg()

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from aisp_local.bench.contest import Run
+from aisp_local.bench.contest import Run, best_at
 from aisp_local.bench.tables import Table
 
 Array = npt.NDArray[np.float64]
@@ -29,16 +29,14 @@ def interval(values: Sequence[float] | Array) -> tuple[float, float, float]:
     return float(kept.mean()), float(low), float(high)
 
 
-def best_at(runs: Sequence[Run], budget: int) -> Array:
-    """Best reward of each run's first ``budget`` rollouts."""
-    return np.array([np.max(run.rewards[:budget]) for run in runs])
-
-
 def needed(runs: Sequence[Run], reward: float) -> int | None:
     """The least number of rollouts, in whole iterations, whose mean best reward is at least ``reward``.
 
-    None if all are too few. A rollout may owe its reward to all others of its iteration.
+    None if all are too few, and for a method whose answer is not the best of them. A rollout may owe its reward to all
+    others of its iteration.
     """
+    if runs[0].chosen:
+        return None
     so_far = np.mean([np.maximum.accumulate(run.rewards) for run in runs], axis=0)
     reached, n = np.flatnonzero(so_far >= reward), runs[0].n
     return min(-(-(int(reached[0]) + 1) // n) * n, len(so_far)) if len(reached) else None
@@ -131,5 +129,7 @@ def table(pair: str, rows: Sequence[Mapping[str, Any]], budgets: Sequence[int], 
 
 
 def shown(values: tuple[float, float, float], sign: bool = False) -> str:
+    if np.isnan(values[0]):
+        return "-"
     form = "{:+.2f}" if sign else "{:.2f}"
     return f"{form.format(values[0])} [{form.format(values[1])}, {form.format(values[2])}]"

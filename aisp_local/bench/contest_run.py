@@ -17,6 +17,7 @@ from aisp_local.bench.contest_report import BASE, summary, table
 from aisp_local.bench.machine import describe
 from aisp_local.errors import InputError
 from aisp_local.files import read_text, write_output
+from aisp_local.finite import finite
 
 
 def shipped_pairs() -> list[Pair]:
@@ -167,7 +168,7 @@ def run(
         write_output(out / f"{pair.name}.svg", curves(pair.name, played))
         # Whole after every pair: a contest that is stopped has a report of what it finished.
         write_output(out / "report.md", "\n".join(text))
-        write_output(out / "report.json", json.dumps({"machine": machine, "pairs": reports}, indent=1) + "\n")
+        write_output(out / "report.json", json.dumps(finite({"machine": machine, "pairs": reports}), indent=1) + "\n")
 
 
 _LEARNT = "re-control"

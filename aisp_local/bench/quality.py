@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from aisp_local.bench.contest import Pair, Run
+from aisp_local.bench.contest import Pair, Run, best_at
 from aisp_local.bench.contest_plot import curves
-from aisp_local.bench.contest_report import BASE, best_at, diversity, interval, last_mean, mean_of, needed, shown
+from aisp_local.bench.contest_report import BASE, diversity, interval, last_mean, mean_of, needed, shown
 from aisp_local.bench.tables import Table
 from aisp_local.errors import InputError
 from aisp_local.files import write_output

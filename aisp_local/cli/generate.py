@@ -14,10 +14,18 @@ from aisp_local.cli.help import ExamplesFirst
 from aisp_local.cli.input import standard_input
 from aisp_local.cli.live import BatchLine, ProgressLine, Streamed, stop_on_interrupt
 from aisp_local.cli.names import FILE
-from aisp_local.cli.options import load, method_options, model_options, read_grammar, search_options
+from aisp_local.cli.options import (
+    budget_options,
+    load,
+    method_options,
+    model_options,
+    read_grammar,
+    rollouts,
+    search_options,
+)
 from aisp_local.cli.output import print_answer
 from aisp_local.controllers import builder
-from aisp_local.defaults import DEFAULT_EFFORT, EFFORT, check_search
+from aisp_local.defaults import check_search
 from aisp_local.errors import InputError
 from aisp_local.files import check_apart, check_output, write_output
 from aisp_local.finite import finite
@@ -77,11 +85,6 @@ def answer_all(batch: Batch, aligner: Aligner, output: Path | None) -> None:
     "--at-once", type=int, help=f"Prompts of --input that are answered together. Without it {DEFAULT_AT_ONCE}."
 )
 @click.option("--strict", is_flag=True, help="With --input: stop at the first line without an answer.")
-@click.option("--budget", type=int, default=EFFORT[DEFAULT_EFFORT], show_default=True, help="Rollouts in all.")
-@click.option("--budget-tokens", type=int, help="Stop after about so many decoded tokens.")
-@click.option("--target-reward", type=float, help="Stop once an answer has this reward.")
-@click.option("--patience", type=int, help="Stop after so many iterations without a better answer.")
-@click.option("--steering", type=FILE, help="Start with what an earlier search learnt: its file.")
 @click.option("--save-steering", type=FILE, help="Write what this search learnt to a file.")
 @click.option("--json", "json_", is_flag=True, help="Print a JSON object with every candidate.")
 @click.option("--judge-all", is_flag=True, help="The judge scores every candidate (with --json or --trace).")
@@ -94,6 +97,7 @@ def answer_all(batch: Batch, aligner: Aligner, output: Path | None) -> None:
     type=FILE,
     help="Write where the time went to a file, for https://ui.perfetto.dev or chrome://tracing.",
 )
+@budget_options
 @model_options
 @search_options
 def generate(
@@ -101,7 +105,8 @@ def generate(
     source: Path | None,
     at_once: int | None,
     strict: bool,
-    budget: int,
+    effort: str,
+    budget: int | None,
     budget_tokens: int | None,
     target_reward: float | None,
     patience: int | None,
@@ -137,7 +142,7 @@ def generate(
     \b
     Examples:
       aisp-local generate "Tell me a story about a fox."
-      aisp-local generate "Write a short story that uses the words cat, ball and tree." --budget 128 --json
+      aisp-local generate "Write a short story that uses the words cat, ball and tree." --effort medium --json
       cat prompt.txt | aisp-local generate - --method best-of-n -m model.gguf -r my_reward
       aisp-local generate --input prompts.jsonl -o answers.jsonl
     """
@@ -162,6 +167,7 @@ def generate(
     if stream and (json_ or output is not None or budget_tokens is not None):
         raise InputError("--stream prints the answer as it settles; leave out --json, -o and --budget-tokens")
     options = method_options(method, strength, stream, more)
+    budget = rollouts(budget, effort)
     rows = budget if stream else rows
     grammar = read_grammar(grammar_file, json_schema)
     check_search(

@@ -13,13 +13,16 @@ from click.core import ParameterSource
 from aisp_local.cli.names import FILE, MODEL, REWARD, completing
 from aisp_local.controllers import method_names, options_of
 from aisp_local.defaults import (
+    DEFAULT_EFFORT,
     DEFAULT_MAX_TOKENS,
     DEFAULT_METHOD,
     DEFAULT_N,
     DEFAULT_N_WHOLE,
     DEFAULT_SEED,
+    EFFORT,
     MAX_ROWS,
     STREAMED,
+    budget_of,
 )
 from aisp_local.errors import InputError
 from aisp_local.files import read_text
@@ -94,6 +97,33 @@ def model_options(command: F) -> F:
     ):
         command = option(command)
     return command
+
+
+def budget_options(command: F) -> F:
+    """--effort, --budget, and what ends a search sooner or starts it further: --budget-tokens, --target-reward,
+    --patience, --steering
+    """
+    for option in (
+        click.option("--steering", type=FILE, help="Start with what an earlier search learnt: its file."),
+        click.option("--patience", type=int, help="Stop after so many iterations without a better answer."),
+        click.option("--target-reward", type=float, help="Stop once an answer has this reward."),
+        click.option("--budget-tokens", type=int, help="Stop after about so many decoded tokens."),
+        click.option("--budget", type=int, help="Rollouts an answer, in the place of an effort's."),
+        click.option(
+            "--effort",
+            type=click.Choice(list(EFFORT)),
+            default=DEFAULT_EFFORT,
+            show_default=True,
+            help=f"Rollouts an answer: {', '.join(map(str, EFFORT.values()))}.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def rollouts(budget: int | None, effort: str) -> int:
+    """Of an answer: an effort on the command line goes before a budget in the settings."""
+    return budget_of(None if _typed("effort") and not _typed("budget") else budget, effort)
 
 
 def search_options(command: F) -> F:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from aisp_local import plugins
 from aisp_local.controllers.aisp import Aisp
+from aisp_local.controllers.aisp_bases import AispBases
 from aisp_local.controllers.aisp_held import AispHeld
 from aisp_local.controllers.aisp_static import AispStatic
 from aisp_local.controllers.args import Args
@@ -29,12 +30,27 @@ from aisp_local.types import Head
 
 METHODS: dict[str, Callable[..., Controller]] = {
     method.name: method
-    for method in (Aisp, AispHeld, AispStatic, Args, BestOfN, Cem, Misvo, Qalign, ReControl, Score, Smc, SoftBestOfN)
+    for method in (
+        Aisp,
+        AispBases,
+        AispHeld,
+        AispStatic,
+        Args,
+        BestOfN,
+        Cem,
+        Misvo,
+        Qalign,
+        ReControl,
+        Score,
+        Smc,
+        SoftBestOfN,
+    )  # fmt: skip
 }
 
 __all__ = [
     "METHODS",
     "Aisp",
+    "AispBases",
     "AispHeld",
     "AispStatic",
     "Args",

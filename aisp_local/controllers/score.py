@@ -31,7 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 from aisp_local.controllers.blocks import BLOCKS, Schedule, select, selection_kl, survivors
-from aisp_local.controllers.guard import Guard
+from aisp_local.controllers.guard import Guard, Verdict
 from aisp_local.controllers.tilts import Steps
 from aisp_local.controllers.weights import NOISE, length
 from aisp_local.errors import InputError
@@ -148,8 +148,10 @@ class Score:
         ended = zip(rewards, rollouts.tokens, rollouts.finish_reasons, strict=True)
         self._finished += [(reward, tokens) for reward, tokens, reason in ended if reason != "paused"]
         if paused:
-            self._go_on(rewards[paused], [rollouts.tokens[i] for i in paused])
-            return ControllerInfo()
+            tokens = [rollouts.tokens[i] for i in paused]
+            verdict = self._guard.glance(tokens) if self._u.any() else None
+            self._go_on(rewards[paused], tokens)
+            return ControllerInfo(note=self._heed(verdict))
         info = self._end()
         self._begin()
         return info
@@ -173,14 +175,19 @@ class Score:
         tokens = [row for _, row in self._finished]
         self._schedule.learn([len(row) for row in tokens])
         kl = self._selected + (float(np.mean(self._kls)) if self._kls else 0.0)
-        verdict = self._guard.look(rewards, tokens) if self._u.any() else None
-        if verdict is not None:
-            self._u = self._u * np.float32(verdict.factor)
-            self._control_kl /= 4  # half of the strength
-        notes = [note for note in (verdict and verdict.note, self._guard.noise()) if note]
+        said = self._heed(self._guard.look(rewards, tokens) if self._u.any() else None)
+        notes = [note for note in (said, self._guard.noise()) if note]
         return ControllerInfo(
             control_norm=length(self._u), kl=kl, selection_kl=self._selected, note="; ".join(notes) or None
         )
+
+    def _heed(self, verdict: Verdict | None) -> str | None:
+        """Do what the guard says, and say it."""
+        if verdict is None:
+            return None
+        self._u = self._u * np.float32(verdict.factor)
+        self._control_kl /= 4  # half of the strength
+        return verdict.note
 
     def _learn(self, laws: Laws, drawn: Sequence[Tokens], advantages: Array | None, step: float) -> None:
         """Move u by ``step`` nats along the advantages [n] of what was drawn, and keep it within its budget."""

@@ -142,7 +142,7 @@ def train(
         if step % 10 == 0 or step == plan.max_steps:
             found, accuracy = held_out(network, before_valid, valid, plan)
             print(
-                f"step {step}: loss {float(loss):.3f}, held out {found:.3f}, favoured {100 * accuracy:.0f}%", flush=True
+                f"step {step}: loss {loss.item():.3f}, held out {found:.3f}, favoured {100 * accuracy:.0f}%", flush=True
             )
             if found < best:
                 best, kept = found, [parameter.detach().clone() for parameter in parameters]

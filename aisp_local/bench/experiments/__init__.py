@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from aisp_local.bench.experiments import adaptation, adapters, budgets, formulas, objectives, rewards, settings, spaces
+from aisp_local.bench.experiments import (
+    adaptation,
+    adapters,
+    budgets,
+    formulas,
+    knobs,
+    objectives,
+    rewards,
+    settings,
+    spaces,
+)
 from aisp_local.bench.experiments.lab import Experiment
 
 EXPERIMENTS: dict[str, Experiment] = {
@@ -11,6 +21,9 @@ EXPERIMENTS: dict[str, Experiment] = {
         formulas.WEIGHTS,
         settings.LAMBDA,
         budgets.SAMPLES,
+        knobs.STRENGTH,
+        knobs.BLOCKS,
+        rewards.BEGINNINGS,
         rewards.NOISE,
         settings.MAP,
         objectives.OBJECTIVES,

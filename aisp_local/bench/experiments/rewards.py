@@ -1,4 +1,4 @@
-"""What a search makes of a reward that errs."""
+"""What a reward knows of beginnings, and what a search makes of one that errs."""
 
 from __future__ import annotations
 
@@ -9,11 +9,44 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from aisp_local.bench.experiments.lab import SETTINGS, Experiment, Finding, Lab, rewards
+from aisp_local.bench.experiments.lab import SETTINGS, Experiment, Finding, Lab, number, rewards
 from aisp_local.bench.tables import Table
 from aisp_local.rewards import Reward
 from aisp_local.rewards.base import call
 from aisp_local.types import Prompt
+
+_SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
+
+
+def _beginnings(lab: Lab) -> Finding:
+    """Correlations within a prompt, means over prompts: a beginning's score and that of the whole response."""
+    reward, engine = lab.aligner.reward, lab.aligner.engine
+    results = lab.search("best-of-n", lab.size(128, 16), 32, temperature=1.0, min_p=0.02)
+    found: list[list[float]] = [[] for _ in _SHARES]
+    for prompt, result in zip(lab.prompts, results, strict=True):
+        whole = np.array([c.reward for c in result.candidates])
+        for share, into in zip(_SHARES, found, strict=True):
+            cut = [c.tokens[: max(1, round(share * len(c.tokens)))] for c in result.candidates if c.tokens is not None]
+            scores = call(reward.name, reward.score, prompt, [engine.text(tokens) for tokens in cut])
+            if scores.std() > 0 and whole.std() > 0:
+                into.append(float(np.corrcoef(scores, whole)[0, 1]))
+    means = [float(np.mean(one)) if one else float("nan") for one in found]
+    made = Table(
+        "beginnings",
+        f"{reward.name}: correlation of a beginning's score with that of the whole, {len(lab.prompts)} prompts",
+        ["tokens", *(f"{100 * share:g}%" for share in _SHARES)],
+    )
+    made.rows.append(["correlation", *map(number, means)])
+    return Finding([made], data=dict(zip(map(str, _SHARES), means, strict=True)))
+
+
+BEGINNINGS = Experiment(
+    "beginnings",
+    "How much of a response's reward is there to see in its beginning?",
+    "the correlation rises with what there is of the response. Where it is near 0 until the end, selecting unfinished "
+    "rollouts is drawing lots: `--option selection=0`.",
+    _beginnings,
+)
 
 
 class Noisy:

@@ -23,6 +23,7 @@ def _figures(lab: Lab, iterations: int, **options: Any) -> dict[str, float]:
     return {
         "best": float(found.max(axis=1).mean()),
         "first": float(found[:, :_N].mean()),
+        "spread": float(found[:, :_N].std(axis=1).mean()),
         "last": float(found[:, -_N:].mean()),
         "kl": last(results, lambda s: s.kl),
         "ess": last(results, lambda s: s.ess),
@@ -77,9 +78,9 @@ def _map(lab: Lab) -> Finding:
         ("ess", "effective sample size"),
     ):
         cells = [[grid[x, s][key] for s in sigmas] for x in lambdas]
-        # Collapsed: fewer than half of the trigrams that the least noise gives.
-        least = grid[lambdas[-1], sigmas[0]]["variety"]
-        marked = [[grid[x, s]["variety"] < 0.5 * least for s in sigmas] for x in lambdas]
+        # Collapsed: a standard deviation below where the least noise begins.
+        calm = grid[lambdas[-1], sigmas[0]]
+        marked = [[grid[x, s]["last"] < calm["first"] - calm["spread"] for s in sigmas] for x in lambdas]
         names = [f"{x:g}" for x in lambdas], [f"{s:g}" for s in sigmas]
         plots[key] = heat_map(f"aisp: {title}", ("lambda", names[0]), ("sigma", names[1]), cells, marked)
         table = Table(f"map-{key}", f"{title} (rows: lambda, columns: sigma)", ["", *names[1]])
@@ -94,8 +95,8 @@ MAP = Experiment(
     "map",
     "Where do the answers collapse as lambda and sigma grow?",
     "sigma decides: above about 1 the noise pushes decoding off the model's text (KL up, reward down), and answers "
-    "lose variety where noise of a step picks the same few tokens; lambda matters far less. Cells whose variety is "
-    "below half of the calmest cell's are framed.",
+    "lose variety where noise of a step picks the same few tokens; lambda matters far less. Framed: the mean "
+    "reward of the last iteration is a standard deviation below that of the first with the least noise.",
     _map,
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,17 @@ from aisp_local.cli.chat.settings import Settings
 from aisp_local.cli.help import ExamplesFirst
 from aisp_local.cli.input import standard_input
 from aisp_local.cli.names import completing
-from aisp_local.cli.options import load, method_options, model_options, read_grammar, search_options
+from aisp_local.cli.options import (
+    budget_options,
+    load,
+    method_options,
+    model_options,
+    read_grammar,
+    search_options,
+)
 from aisp_local.controllers import options_of
-from aisp_local.defaults import DEFAULT_EFFORT, EFFORT
 from aisp_local.errors import AispError, BindingError, InputError
+from aisp_local.steering import Steering
 
 _LATEST = " "
 """What --resume alone stands for, which no name is."""
@@ -46,13 +54,8 @@ _LATEST = " "
     help="Go on with a conversation that /save kept: the latest, or this one.",
 )
 @click.option("--system", metavar="TEXT|@FILE", help="The system prompt.")
-@click.option(
-    "--effort",
-    type=click.Choice(list(EFFORT)),
-    default=DEFAULT_EFFORT,
-    show_default=True,
-    help=f"Rollouts an answer: {', '.join(map(str, EFFORT.values()))}.",
-)
+@click.option("--warm-start", is_flag=True, help="Start each turn with what the turn before learnt.")
+@budget_options
 @model_options
 @search_options
 @click.pass_context
@@ -77,12 +80,17 @@ def chat(context: click.Context, /, question: str | None, persona: str | None, r
     conversation.system = said["system"] or ""
     settings = _settings(said)
     grammar = read_grammar(said["grammar_file"], said["json_schema"])
+    steering = None if said["steering"] is None else Steering.load(said["steering"])
+    if steering is not None and not settings.holds:
+        raise InputError("--steering needs a method that holds a control: score, with a strength above 0")
     piped = None if question is None or (sys.stdin is not None and sys.stdin.isatty()) else _piped()
     names = ("model", "lora", "lora_scaled", "reward", "judge")
     aligner = load(**{name: said[name] for name in (*names, "n_gpu_layers", "threads")})
     aligner.engine.room(messages(conversation.system, (), "Hello"))  # the chat template takes it, or says why not
     kept = {name: kept for name in names if (kept := _kept(said[name]))}
-    session = Session(aligner, settings, conversation, kept, grammar)
+    if steering is not None:
+        aligner.check_steering(steering)
+    session = Session(aligner, settings, conversation, kept, grammar, steering)
     if question is not None and piped is not None:
         session.ask(f"{question}\n\n{piped}" if piped else question, alone=not sys.stdout.isatty())
         return
@@ -137,6 +145,9 @@ def _said(context: click.Context, resumed: Mapping[str, Any], persona: Mapping[s
     system = context.params["system"]
     params = context.params | {"system": None if system is None else commands.text_or_file(system)}
     said = params | {name: value for name, value in files.items() if not _typed(context, name)}
+    typed = [name for name in ("budget", "effort") if _typed(context, name)]
+    if typed == ["effort"] or (not typed and "effort" in files and "budget" not in files):
+        said["budget"] = None  # one of the settings, which that effort goes before
     strength, more = context.params["strength"], context.params["more"]
     options = {"strength": strength} | dict(resumed.get("options", {})) | dict(persona.get("options", {}))
     if "strength" in files:
@@ -154,8 +165,7 @@ def _typed(context: click.Context, name: str) -> bool:
 
 
 def _settings(said: Mapping[str, Any]) -> Settings:
-    names = ("method", "effort", "max_tokens", "rows", "seed", "time_limit", "stream", "options")
-    return Settings(**{name: said[name] for name in names})
+    return Settings(**{field.name: said[field.name] for field in fields(Settings)})
 
 
 def _kept(value: Any) -> Any:

@@ -15,6 +15,7 @@ from aisp_local.cli.live import ProgressLine, Streamed, stop_on_interrupt
 from aisp_local.cli.output import dim, print_answer
 from aisp_local.errors import CapacityError, InputError
 from aisp_local.grammar import Grammar
+from aisp_local.steering import Steering
 from aisp_local.types import Baseline, Result
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 class Session:
     """``models``: options of the command that named them, to be kept with the conversation.
 
+    ``steering``: what a search starts with.
     ``last`` is the result of the last turn, None where that was read from a file or is another one now; ``compared``:
     the answers of a comparison since.
     """
@@ -34,6 +36,7 @@ class Session:
     conversation: Conversation = field(default_factory=Conversation)
     models: Mapping[str, Any] = field(default_factory=dict)
     grammar: Grammar | None = None
+    steering: Steering | None = None
     last: Result | None = None
     compared: list[Turn] = field(default_factory=list)
     _forgotten: int = 0
@@ -77,8 +80,9 @@ class Session:
                     asked = messages(self.conversation.system, turns[skip:], question)
                     try:
                         return self.aligner.chat(
-                            asked, seed=seed, grammar=self.grammar, stop=stop, on_progress=line, **settings.search()
-                        )
+                            asked, seed=seed, grammar=self.grammar, steering=self._start(settings), stop=stop,
+                            on_progress=line, **settings.search(),
+                        )  # fmt: skip
                     except CapacityError as error:
                         if skip == len(turns):
                             raise self._too_long(error) from error
@@ -86,6 +90,13 @@ class Session:
                         self._forget(skip)
         finally:
             line.clear()
+
+    def _start(self, settings: Settings) -> Steering | None:
+        """The control that a search starts with; None for a method that holds none, as for the first turn."""
+        if not settings.holds:
+            return None
+        learnt = None if self.last is None or not settings.warm_start else self.last
+        return self.steering if learnt is None or learnt.control is None else self.aligner.steering(learnt)
 
     def unaligned(self) -> Baseline:
         """The greedy answer of the model alone to the last question."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from aisp_local.cli.options import method_options
-from aisp_local.controllers import method_names, options_of
+from aisp_local.controllers import builder, method_names, options_of
 from aisp_local.defaults import (
     DEFAULT_EFFORT,
     DEFAULT_MAX_TOKENS,
@@ -16,21 +16,34 @@ from aisp_local.defaults import (
     DEFAULT_SEED,
     EFFORT,
     STREAMED,
+    budget_of,
     check_search,
 )
 from aisp_local.errors import InputError
 from aisp_local.rewards.section import Section, nearest
+from aisp_local.types import Limits
 
 _UNSET = "default"
 _SWITCH = {"on": True, "off": False}
+_SWITCHES = ("stream", "warm_start")
+_UNITS = {"time_limit": "a number of seconds", "target_reward": "a number"}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """``options`` are the method's. Raises InputError for what no search could run with."""
+    """``budget`` goes before ``effort``; ``options`` are the method's.
+
+    ``warm_start``: each turn starts with what the turn before learnt. Raises InputError for what no search could run
+    with.
+    """
 
     method: str = DEFAULT_METHOD
     effort: str = DEFAULT_EFFORT
+    budget: int | None = None
+    budget_tokens: int | None = None
+    target_reward: float | None = None
+    patience: int | None = None
+    warm_start: bool = False
     max_tokens: int = DEFAULT_MAX_TOKENS
     rows: int | None = None
     seed: int = DEFAULT_SEED
@@ -39,40 +52,45 @@ class Settings:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.effort not in EFFORT:
-            raise InputError(f"effort {self.effort!r} is unknown; use one of {', '.join(EFFORT)}")
+        budget_of(None, self.effort)
         if self.stream and self.method not in STREAMED:
             raise InputError(f"streaming needs the method {' or '.join(STREAMED)}; {self.method!r} chooses at the end")
         check_search(
-            method=self.method, budget=EFFORT[self.effort], n=self.rows, max_tokens=self.max_tokens, seed=self.seed,
+            method=self.method, budget=self.rollouts, n=self.rows, max_tokens=self.max_tokens, seed=self.seed,
             time_limit=self.time_limit, **self.options,
         )  # fmt: skip
+        Limits(self.target_reward, self.patience, self.budget_tokens)
+
+    @property
+    def rollouts(self) -> int:
+        """Of an answer."""
+        return budget_of(self.budget, self.effort)
+
+    @property
+    def holds(self) -> bool:
+        """Whether its searches learn a control, which another may start with."""
+        still = [self.options.get("strength") == 0, self.options.get("nats") == 0, self.options.get("selection") == 1]
+        return hasattr(builder(self.method), "held") and not any(still)
 
     def search(self) -> dict[str, Any]:
         """The arguments of ``Aligner.chat``, but for the seed, which each turn has its own of."""
         streamed = STREAMED[self.method] if self.stream else {}
         return {
             "method": self.method,
-            "effort": self.effort,
-            "n": EFFORT[self.effort] if self.stream else self.rows,
+            "budget": self.rollouts,
+            "n": self.rollouts if self.stream else self.rows,
             "max_tokens": self.max_tokens,
             "time_limit": self.time_limit,
+            "budget_tokens": self.budget_tokens,
+            "target_reward": self.target_reward,
+            "patience": self.patience,
             **self.options,
             **streamed,
         }
 
     def as_json(self) -> dict[str, Any]:
         """What differs from nothing said at all would not tell a later version: every value."""
-        return {
-            "method": self.method,
-            "effort": self.effort,
-            "max_tokens": self.max_tokens,
-            "rows": self.rows,
-            "seed": self.seed,
-            "time_limit": self.time_limit,
-            "stream": self.stream,
-            "options": dict(self.options),
-        }
+        return {one.name: getattr(self, one.name) for one in fields(self)} | {"options": dict(self.options)}
 
     def changed(self, name: str, value: str) -> Settings:
         """With one of them set: of the fields, or an option of the method; "default" takes it back.
@@ -82,6 +100,8 @@ class Settings:
         name = name.replace("-", "_")
         if name in FIELDS:
             new = _FIELD_DEFAULTS[name] if value == _UNSET else _parsed(name, value)
+            if name == "effort":
+                return replace(self, effort=new, budget=None)
             if name != "method":
                 return replace(self, **{name: new})
             known = options_of(new)
@@ -115,6 +135,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     "system": str, "model": str, "reward": str, "judge": str, "lora": list, "lora_scaled": list,
     "method": str, "effort": str, "strength": (int, float), "options": dict,
     "max_tokens": int, "rows": int, "seed": int, "time_limit": (int, float), "stream": bool,
+    "budget": int, "budget_tokens": int, "target_reward": (int, float), "patience": int, "warm_start": bool,
 }  # fmt: skip
 KEYS = tuple(_KINDS)
 
@@ -146,7 +167,7 @@ def options_in(section: Section, folder: Path) -> dict[str, Any]:
 
 def words(method: str) -> dict[str, list[str]]:
     """The settings that a method has, each with the words that it may be set to where there are few."""
-    choices = {"method": method_names(), "effort": list(EFFORT), "stream": list(_SWITCH)}
+    choices = {"method": method_names(), "effort": list(EFFORT)} | dict.fromkeys(_SWITCHES, list(_SWITCH))
     names = (*FIELDS, *sorted(options_of(method)))
     return {_typed(name): [*choices.get(name, ()), _UNSET] for name in names}
 
@@ -159,15 +180,15 @@ def _typed(name: str) -> str:
 def _parsed(name: str, value: str) -> Any:
     if name in ("method", "effort"):
         return value
-    if name == "stream":
+    if name in _SWITCHES:
         if value not in _SWITCH:
-            raise InputError(f"stream is {value!r}; use on or off")
+            raise InputError(f"{_typed(name)} is {value!r}; use on or off")
         return _SWITCH[value]
-    kind = float if name == "time_limit" else int
+    kind = float if name in _UNITS else int
     try:
         return kind(value)
     except ValueError as error:
-        what = "a number of seconds" if kind is float else "a whole number"
+        what = _UNITS.get(name, "a whole number")
         raise InputError(f"{_typed(name)} is {value!r}; it must be {what}, or {_UNSET}") from error
 
 
