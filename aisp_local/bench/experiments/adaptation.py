@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from aisp_local.bench.contest_report import interval
-from aisp_local.bench.experiments.lab import SETTINGS, Experiment, Finding, Lab, rewards
+from aisp_local.bench.experiments.lab import SETTINGS, Array, Experiment, Finding, Lab, rewards
 from aisp_local.bench.tables import Table
-from aisp_local.controllers import Aisp, AispStatic, Controller
+from aisp_local.controllers import Aisp, AispHeld, AispStatic, Controller
 from aisp_local.loop import search
 from aisp_local.types import FloatArray, Result
 
 _N = 16
+_LEARNING: Mapping[str, Callable[..., Any]] = {"aisp": Aisp, "aisp-held": AispHeld}
 
 
 def _each(lab: Lab, controllers: Sequence[Controller], method: str, budget: int) -> list[Result]:
@@ -37,7 +39,7 @@ def _each(lab: Lab, controllers: Sequence[Controller], method: str, budget: int)
     ]
 
 
-def _made(lab: Lab, make: Callable[..., Controller], **options: Any) -> list[Controller]:
+def _made(lab: Lab, make: Callable[..., Any], **options: Any) -> list[Any]:
     d = lab.aligner.engine.d
     return [
         make(d=d, max_tokens=lab.max_tokens, seed=lab.seed, prompt_index=i, **options) for i in range(len(lab.prompts))
@@ -119,19 +121,32 @@ def _convergence(lab: Lab) -> Finding:
         ],
     )
     data = []
+
+    def searched(method: str, seed: int, options: Mapping[str, Any]) -> tuple[Array, list[FloatArray | None]]:
+        """Best rewards [prompts] and what was learnt."""
+        if method in _LEARNING:
+            there = replace(lab, seed=lab.seed + 1000 * seed)
+            controllers = _made(there, _LEARNING[method], **options)
+            found = _each(there, controllers, method, budget)
+            return rewards(found).max(axis=1), [controller.mean.ravel() for controller in controllers]
+        found = lab.search(method, budget, 32, seed=seed, **options)
+        return rewards(found).max(axis=1), [result.control for result in found]
+
     ways: list[tuple[str, str, Mapping[str, Any]]] = [
         ("score", "score", {}),
         ("score, nothing selected", "score", {"selection": 0.0}),
+        ("aisp", "aisp", {}),
+        ("aisp-held", "aisp-held", {}),
         ("best-of-n", "best-of-n", SETTINGS["best-of-n"]),
     ]
     for label, method, options in ways:
-        runs = [lab.search(method, budget, 32, seed=seed, **options) for seed in range(seeds)]
-        best = np.array([rewards(run).max(axis=1) for run in runs])  # [seeds, prompts]
+        runs = [searched(method, seed, options) for seed in range(seeds)]
+        best = np.array([run[0] for run in runs])  # [seeds, prompts]
         cosines = [
-            float(a.control @ b.control / (np.linalg.norm(a.control) * np.linalg.norm(b.control)))
-            for prompt in zip(*runs, strict=True)
+            float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
+            for prompt in zip(*(run[1] for run in runs), strict=True)
             for a, b in itertools.combinations(prompt, 2)
-            if a.control is not None and b.control is not None and a.control.any() and b.control.any()
+            if a is not None and b is not None and a.any() and b.any()
         ]
         agreement = [f"{np.mean(cosines):.2f}", f"{np.std(cosines):.2f}"] if cosines else ["-", "-"]
         mean, spread = float(best.mean()), float(best.std(axis=0).mean())
@@ -146,7 +161,8 @@ CONVERGENCE = Experiment(
     "convergence",
     "Do restarts find the same control, and how far from a known optimum do they end?",
     "controls of different seeds agree more than chance (a cosine of 0 in as many directions), least where selection "
-    "does most of the work; the gap to the optimum is smaller than best-of-n's and so is its spread.",
+    "does most of the work; those of aisp, which has as many directions a step, hardly. The gap to the optimum is "
+    "smaller than best-of-n's and so is its spread.",
     _convergence,
     pair="stories-words",
 )

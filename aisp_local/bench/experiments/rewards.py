@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from aisp_local.bench.experiments.lab import SETTINGS, Experiment, Finding, Lab, number, rewards
 from aisp_local.bench.tables import Table
-from aisp_local.rewards import Reward
+from aisp_local.rewards import Reward, load_reward
 from aisp_local.rewards.base import call
 from aisp_local.types import Prompt
 
@@ -70,13 +73,20 @@ class Noisy:
 
 
 def _noise(lab: Lab) -> Finding:
-    budget, reward = lab.size(128, 32), lab.aligner.reward
-    base = lab.search("best-of-n", lab.size(64, 16), 16, temperature=0.8, seed=9)
-    spread = float(rewards(base).std(axis=1).mean())
+    words = load_reward(Path(str(resources.files("aisp_local.bench").joinpath("words.toml"))))
+    found = [_noised(lab, lab.aligner.reward), _noised(lab, words)]
+    return Finding([table for table, _ in found], data={table.title: data for table, data in found})
+
+
+def _noised(lab: Lab, reward: Reward) -> tuple[Table, list[dict[str, Any]]]:
+    budget = lab.size(128, 32)
+    base = lab.search("best-of-n", lab.size(64, 16), 16, reward=reward, temperature=0.8, seed=9)
+    spread = float(rewards(base).std(axis=1).mean()) or 1.0
     middle = float(rewards(base).mean())
     made = Table(
-        "noise",
-        f"{budget} rollouts; in standard deviations of the base above its mean (base: {middle:.2f}, sd {spread:.2f})",
+        f"noise-{reward.name}",
+        f"{reward.name}: {budget} rollouts; in standard deviations of the base above its mean (base: {middle:.2f}, "
+        f"sd {spread:.2f})",
         [
             "noise's share of the variance",
             "method",
@@ -102,12 +112,12 @@ def _noise(lab: Lab) -> Finding:
                 [f"{100 * share:.0f}%", method, f"{seen:+.2f}", f"{got:+.2f}", f"{warned} of {len(results)}"]
             )
             data.append({"share": share, "method": method, "seen": seen, "true": got, "warned": warned})
-    return Finding([made], data=data)
+    return made, data
 
 
 NOISE = Experiment(
     "noise",
-    "What is left of each method's gain as its reward becomes noise?",
+    "What is left of each method's gain as its reward, a learnt one and a rule of known optimum, becomes noise?",
     "what the search sees stays high, as it picks the luckiest errors, while the true reward falls towards the base's; "
     "with noise alone every method is random search: 0. Methods that learn must not fall below 0, and score's "
     "guard should say that rewards are noise, or that answers became worse or repetitive.",
