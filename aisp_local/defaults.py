@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from aisp_local import controllers
@@ -35,9 +36,19 @@ STREAMED: dict[str, dict[str, Any]] = {"score": {"commit": True}}
 
 def budget_of(budget: int | None, effort: str = DEFAULT_EFFORT) -> int:
     """Rollouts in all. Raises InputError for an unknown effort."""
-    if budget is None and effort not in EFFORT:
+    if effort not in EFFORT:
         raise InputError(f"effort {effort!r} is unknown; use one of {', '.join(EFFORT)}")
     return EFFORT[effort] if budget is None else budget
+
+
+def layered(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of several layers, the weakest first. A budget goes before an effort, but not before a stronger one."""
+    found: dict[str, Any] = {}
+    for layer in layers:
+        if layer.get("effort") is not None:
+            found.pop("budget", None)
+        found |= layer
+    return found
 
 
 def check_search(

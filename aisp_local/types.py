@@ -381,7 +381,7 @@ class Limits:
 
     def __post_init__(self) -> None:
         if self.target_reward is not None and not math.isfinite(self.target_reward):
-            raise InputError(f"the target reward is {self.target_reward}; it must be a number")
+            raise InputError(f"the target reward is {self.target_reward}; it must be a finite number")
         if self.patience is not None and self.patience < 1:
             raise InputError(f"the patience is {self.patience} iterations; it must be at least 1")
         if self.tokens is not None and self.tokens < 1:

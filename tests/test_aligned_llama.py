@@ -65,6 +65,15 @@ def without_ids(response: Any) -> Any:
     return choice
 
 
+def test_an_effort_of_a_call_goes_before_a_budget_given_at_loading() -> None:
+    with AlignedLlama(shipped.model(), reward="short-and-plain", budget=4, n=4, verbose=False) as llm:
+        for align, rollouts in (({}, 4), ({"effort": "low"}, 32), ({"effort": "low", "budget": 2}, 2)):
+            llm("Once upon a time", max_tokens=2, **align)
+            assert llm.result is not None and llm.result.rollouts == rollouts
+        with pytest.raises(InputError, match="effort 'huge' is unknown"):
+            llm("Once upon a time", max_tokens=2, effort="huge", budget=2)
+
+
 def test_every_argument_of_llama_is_there() -> None:
     completions = ("create_completion", "__call__", "create_chat_completion")
     for name in (*completions, "tokenize", "detokenize", "from_pretrained"):

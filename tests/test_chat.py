@@ -289,6 +289,7 @@ def test_settings_are_set_shown_and_refused(session: Session, capsys: pytest.Cap
         "rows x": "rows is 'x'; it must be a whole number",
         "max-tokens 0": "max_tokens is 0",
         "stream maybe": "use on or off",
+        "steering u.json": "there is no setting 'steering'",
         "time-limit -1": "must be greater than 0",
         "effort huge": "effort 'huge' is unknown",
         "method magic": "method 'magic' is unknown",
@@ -316,9 +317,15 @@ def test_a_turn_is_ended_and_begun_as_it_is_set(session: Session, home: Path) ->
         "target-reward high": "it must be a number",
         "budget 0": "it must be 1 to",
         "warm-start maybe": "use on or off",
+        "target-reward inf": "it must be a finite number",
     }.items():
         with pytest.raises(InputError, match=message):
             commands.run(session, f"/set {line}")
+
+
+def test_a_stream_has_no_budget_of_tokens() -> None:
+    with pytest.raises(InputError, match="streaming decodes all rollouts at once; leave out budget-tokens"):
+        Settings(stream=True, budget_tokens=100)
 
 
 def test_a_turn_starts_with_what_the_one_before_learnt(session: Session, home: Path) -> None:
@@ -334,6 +341,13 @@ def test_a_turn_starts_with_what_the_one_before_learnt(session: Session, home: P
     assert session.last is not None
     again = session.aligner.chat(asked, steering=learnt, seed=session.seed(1), max_tokens=12, budget=16, n=8)
     assert [c.reward for c in session.last.candidates] == [c.reward for c in again.candidates]
+    # The same turn again starts where it did, whatever it has learnt meanwhile.
+    answer = session.turns[1].answer
+    commands.run(session, f"/regenerate {session.seed(1)}")
+    assert session.turns[1].answer == answer
+    commands.run(session, "/undo")
+    session.ask("And then?")
+    assert session.turns[1].answer == answer
     commands.run(session, "/set strength 0")
     session.ask("And then?")  # nothing is held: nothing to start with
     commands.run(session, "/set method best-of-n")
@@ -354,10 +368,58 @@ def test_chat_starts_with_a_steering(session: Session, home: Path) -> None:
     for more, message in (
         (["--method", "best-of-n"], "needs a method that holds a control"),
         (["--strength", "0"], "needs a method that holds a control"),
+        (["--warm-start", "--method", "smc"], "--steering needs a method that holds a control"),
         (["-m", str(shipped.talker())], "was learnt with another model"),
     ):
         refused = aisp("chat", *short, "--steering", "u.json", *more, cwd=home, stdin=b"")
         assert refused.returncode == 2 and message in refused.stderr.decode()
+
+
+def test_an_effort_goes_before_a_budget_that_is_said_more_weakly(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file, its table, the environment, a conversation, a persona, the command line; of one place the budget."""
+    (home / "config.toml").write_text("budget = 3\nmax_tokens = 4\nmethod = 'best-of-n'\n[serve]\nport = 1\n")
+    (home / "table.toml").write_text("budget = 3\nmax_tokens = 4\nmethod = 'best-of-n'\n[chat]\neffort = 'low'\n")
+    (home / "p.toml").write_text("format = 1\neffort = 'low'\n")
+    (home / "both.toml").write_text("format = 1\neffort = 'low'\nbudget = 2\n")
+    settings = CONVERSATION["settings"] | {"effort": "high", "budget": 7}  # type: ignore[operator]
+    (home / "talk.json").write_text(json.dumps(CONVERSATION | {"settings": settings}))
+
+    def rollouts(*typed: str, config: str = "config.toml") -> int:
+        done = CliRunner().invoke(main, ["--config", config, "chat", *typed], input="/effort\n")
+        assert done.exit_code == 0, done.output
+        return int(re.search(r": (\d+) rollouts an answer", done.output)[1])  # type: ignore[index]
+
+    assert rollouts() == 3
+    assert rollouts(config="table.toml") == 32
+    assert rollouts("--resume", "talk.json") == 7
+    assert rollouts("--resume", "talk.json", "--persona", "p.toml") == 32
+    assert rollouts("--resume", "talk.json", "--persona", "both.toml") == 2
+    assert rollouts("--persona", "both.toml", "--effort", "medium") == 128
+    assert rollouts("--persona", "p.toml", "--budget", "9") == 9
+    monkeypatch.setenv("AISP_EFFORT", "medium")
+    assert rollouts() == 128 and rollouts("--budget", "9") == 9
+    monkeypatch.setenv("AISP_BUDGET", "5")
+    assert rollouts() == 5 and rollouts("--effort", "low") == 32
+
+
+def test_settings_of_a_method_are_for_those_that_have_them(home: Path) -> None:
+    (home / "config.toml").write_text('option = ["blocks=4"]\nstrength = 0.9\nwarm_start = true\n')
+    (home / "p.toml").write_text("format = 1\nstrength = 0.2\n[options]\nblocks = 2\n")
+
+    def shown(*typed: str) -> str:
+        done = CliRunner().invoke(main, ["--config", "config.toml", "chat", *typed], input="/show\n")
+        assert done.exit_code == 0, done.output
+        return " ".join(done.output.split())
+
+    assert "blocks 4" in shown() and "strength 0.9" in shown() and "warm-start on" in shown()
+    assert "warm-start off" in shown("--no-warm-start")
+    assert "blocks 2" in shown("--persona", "p.toml") and "strength 0.2" in shown("--persona", "p.toml")
+    assert "blocks 3" in shown("--persona", "p.toml", "--option", "blocks=3")
+    assert "blocks" not in shown("--method", "best-of-n") and "strength" not in shown("--method", "best-of-n")
+    generate = ["--config", "config.toml", "generate", STORY, "--budget", "2", "--max-tokens", "3"]
+    assert CliRunner().invoke(main, [*generate, "--method", "best-of-n"]).exit_code == 0
+    typed = CliRunner().invoke(main, [*generate, "--method", "best-of-n", "--option", "blocks=4"])
+    assert typed.exit_code == 2 and "has no option 'blocks'" in typed.output
 
 
 def test_an_effort_that_is_typed_goes_before_a_budget_of_the_settings(home: Path) -> None:

@@ -395,7 +395,7 @@ def test_a_conversation(tmp_path: Path) -> None:
         assert expected in text, expected
     for expected in (
         "nothing to explain yet",
-        "effort is medium; use /effort low|medium|high",
+        "effort 'enormous' is unknown; use one of low, medium, high",
         "unknown command /nonsense",
     ):
         assert expected in out.stderr.decode(), expected

@@ -30,7 +30,7 @@ from aisp_local.models.names import is_model, parts_of, tag_of
 pytestmark = pytest.mark.native
 
 REPOSITORY = "somebody/Story-GGUF"
-DATA = bytes(range(256)) * 20_000  # 5 MB
+DATA = b"GGUF" + (bytes(range(256)) * 20_000)[4:]  # 5 MB
 VARIABLES = ("AISP_MODELS", "HF_TOKEN", "HF_ENDPOINT", "HF_HOME", "HF_HUB_CACHE", "OLLAMA_MODELS", "LLAMA_CACHE")
 
 
@@ -296,6 +296,13 @@ def test_what_cannot_be_pulled_is_one_sentence(fake: FakeHub, arguments: list[st
     done = aisp("models", "pull", *arguments)
     assert done.exit_code == 2 and message in done.stderr, done.output
     assert len(done.stderr.strip().splitlines()) == 1 and not store.folder().exists()
+
+
+def test_a_file_that_only_says_that_it_is_a_model(fake: FakeHub) -> None:
+    fake.files[REPOSITORY]["story-Q4_K_M.gguf"] = b"<!doctype html>"
+    with pytest.raises(AispError, match=r"story-Q4_K_M.gguf is no GGUF file, whatever its name says; it was deleted"):
+        pull()
+    assert not parts() and not list(store.folder().rglob("*.gguf"))
 
 
 def test_no_hub_at_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -263,6 +263,7 @@ class Contest:
             "n": asked[0].n,
             "max_tokens": self.pair.max_tokens,
             "seed": asked[0].seed,
+            "at_once": 1 if entry.n is None else None,  # together they would have no rows to themselves
             **settings,
             **self._more.get(entry.method, {}),
         }

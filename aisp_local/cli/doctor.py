@@ -188,12 +188,14 @@ def _speed(report: Report, aligner: Aligner) -> None:
 
 def _add_speed(report: Report, speed: Speed) -> None:
     from aisp_local.defaults import DEFAULT_MAX_TOKENS
+    from aisp_local.native import MAX_SEQUENCES
 
     for n, rate in speed.tokens_per_s.items():
         report.add("", f"{rate:.4g} tokens/s with {n} rollout{'s' if n > 1 else ''} at once")
     report.add("", f"{speed.scores_per_s:.4g} rewards/s, of which a search takes {speed.n_scored} for each rollout")
     if speed.most_at_once is not None:
-        report.add("affords", f"n = {speed.most_at_once} rollouts of {DEFAULT_MAX_TOKENS} tokens at once, by memory")
+        why = "all that llama.cpp decodes at once" if speed.most_at_once == MAX_SEQUENCES - 1 else "by memory"
+        report.add("affords", f"n = {speed.most_at_once} rollouts of {DEFAULT_MAX_TOKENS} tokens at once, {why}")
     for number, search in enumerate(speed.searches):
         label = "affords" if number == 0 and speed.most_at_once is None else ""
         cache = f"{size_text(search.cache_bytes)} of KV cache" + (

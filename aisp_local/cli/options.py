@@ -122,7 +122,7 @@ def budget_options(command: F) -> F:
 
 
 def rollouts(budget: int | None, effort: str) -> int:
-    """Of an answer: an effort on the command line goes before a budget in the settings."""
+    """Of an answer: an effort on the command line goes before a budget in the settings (see ``layered``)."""
     return budget_of(None if _typed("effort") and not _typed("budget") else budget, effort)
 
 
@@ -155,8 +155,7 @@ def search_options(command: F) -> F:
             "whole responses only.",
         ),
         click.option(
-            "--stream",
-            is_flag=True,
+            "--stream/--no-stream",
             help="Choose block by block and print what is chosen. All rollouts are decoded at once.",
         ),
         click.option("--max-tokens", type=int, default=DEFAULT_MAX_TOKENS, show_default=True),
@@ -183,17 +182,24 @@ def _typed(name: str) -> bool:
     return context is None or context.get_parameter_source(name) == ParameterSource.COMMANDLINE
 
 
+def settable(method: str) -> set[str]:
+    """Options of a method that words can set."""
+    return options_of(method) - {"steering"}
+
+
 def method_options(method: str, strength: float | None, stream: bool, more: Sequence[str]) -> dict[str, Any]:
-    """Options of the method that were given."""
+    """Options of the method that were given; a setting is for the methods that have it."""
     options: dict[str, Any] = {} if strength is None else {"strength": strength}
     if not _typed("strength") and "strength" not in options_of(method):
-        options = {}  # a setting is for the methods that have it
+        options = {}
     for text in more:
         name, equals, value = text.partition("=")
         if not equals or not name:
             raise InputError(f"--option {text} is not of the form NAME=VALUE")
-        if name not in options_of(method):
-            known = ", ".join(sorted(options_of(method))) or "none"
+        if name not in settable(method):
+            if not _typed("more"):
+                continue
+            known = ", ".join(sorted(settable(method))) or "none"
             raise InputError(f"method {method!r} has no option {name!r}; its options are {known}")
         try:
             options[name] = json.loads(value)

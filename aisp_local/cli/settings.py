@@ -18,6 +18,7 @@ from typing import Any
 import click
 
 from aisp_local.cli.names import ModelPath
+from aisp_local.defaults import layered
 from aisp_local.errors import InputError
 from aisp_local.files import read_text
 from aisp_local.rewards.section import nearest
@@ -64,18 +65,16 @@ class Settings:
 
     def of(self, command: str, options: Mapping[str, click.Option]) -> dict[str, Any]:
         """The values of one command's options, by key."""
-        return {key: value for key, value in {**self.shared, **self.tables.get(command, {})}.items() if key in options}
+        layers = (self.shared, self.tables.get(command, {}))
+        return layered(*({key: value for key, value in layer.items() if key in options} for layer in layers))
 
     def defaults(self, main: click.Group) -> dict[str, dict[str, Any]]:
         """click's default_map. What environment variables say is in it too, so that --help shows it."""
         found = {}
         for name, options in commands(main).items():
             values = {str(options[key].name): value for key, value in self.of(name, options).items()}
-            for option in options.values():
-                said = from_environment(option)
-                if said is not None:
-                    values[str(option.name)] = said
-            found[name] = values
+            said = {str(option.name): from_environment(option) for option in options.values()}
+            found[name] = layered(values, {key: value for key, value in said.items() if value is not None})
         return found
 
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from aisp_local import shipped
 from aisp_local.api import Aligner
 from aisp_local.background import events
-from aisp_local.defaults import DEFAULT_METHOD, STREAMED
+from aisp_local.defaults import DEFAULT_METHOD, STREAMED, layered
 from aisp_local.engine import LlamaEngine
 from aisp_local.engine.base import as_strings
 from aisp_local.errors import InputError
@@ -296,7 +296,7 @@ class AlignedLlama:
             or self._chat_handlers.get(str(self.chat_format))
             or llama_chat_format.get_chat_completion_handler(self.chat_format)
         )
-        if response_format is not None and grammar is None and {**self._align, **align}.get("budget") != 1:
+        if response_format is not None and grammar is None and layered(self._align, align).get("budget") != 1:
             grammar = arguments.grammar_of(response_format)
             response_format = response_format if grammar is None else None
         answer: llama_types.CreateChatCompletionResponse = handler(
@@ -421,7 +421,7 @@ class AlignedLlama:
             processors=processors,
             criteria=stopping_criteria,
             grammar=None if grammar is None else Grammar.of(getattr(grammar, "_grammar", grammar)),
-            align={**self._align, **align},
+            align=layered(self._align, align),
         )
         answer = self._plain if ask.plain else self._search
         shape = Shape(

@@ -159,6 +159,9 @@ class Hub:
                 f"{file.name} does not match the hub's hash (found {found[:19]}..., expected "
                 f"{file.digest[:19]}...); it was deleted: pull it again, and if that fails do not trust this hub"
             )
+        if is_model(file.name) and not _is_gguf(part):
+            part.unlink()
+            raise AispError(f"{file.name} is no GGUF file, whatever its name says; it was deleted: choose another")
         os.replace(part, path)
 
     def _append(self, url: str, listing: Listing, file: Remote, out: IO[bytes], have: int, progress: Progress) -> None:
@@ -307,6 +310,11 @@ def _check_range(said: str, have: int, file: Remote) -> None:
             f"the hub was asked for {file.name} from byte {have} on and answered {said or 'no range'!r}; "
             "nothing was added to what is here"
         )
+
+
+def _is_gguf(path: Path) -> bool:
+    with path.open("rb") as content:
+        return content.read(4) == b"GGUF"
 
 
 def _digest(path: Path, file: Remote) -> str:

@@ -28,8 +28,9 @@ from aisp_local.cli.options import (
     model_options,
     read_grammar,
     search_options,
+    settable,
 )
-from aisp_local.controllers import options_of
+from aisp_local.defaults import layered
 from aisp_local.errors import AispError, BindingError, InputError
 from aisp_local.steering import Steering
 
@@ -54,7 +55,7 @@ _LATEST = " "
     help="Go on with a conversation that /save kept: the latest, or this one.",
 )
 @click.option("--system", metavar="TEXT|@FILE", help="The system prompt.")
-@click.option("--warm-start", is_flag=True, help="Start each turn with what the turn before learnt.")
+@click.option("--warm-start/--no-warm-start", help="Start each turn with what the turn before learnt.")
 @budget_options
 @model_options
 @search_options
@@ -81,8 +82,9 @@ def chat(context: click.Context, /, question: str | None, persona: str | None, r
     settings = _settings(said)
     grammar = read_grammar(said["grammar_file"], said["json_schema"])
     steering = None if said["steering"] is None else Steering.load(said["steering"])
-    if steering is not None and not settings.holds:
-        raise InputError("--steering needs a method that holds a control: score, with a strength above 0")
+    for name, given in (("steering", steering is not None), ("warm-start", said["warm_start"])):
+        if given and not settings.holds and _typed(context, name.replace("-", "_")):
+            raise InputError(f"--{name} needs a method that holds a control: score, with a strength above 0")
     piped = None if question is None or (sys.stdin is not None and sys.stdin.isatty()) else _piped()
     names = ("model", "lora", "lora_scaled", "reward", "judge")
     aligner = load(**{name: said[name] for name in (*names, "n_gpu_layers", "threads")})
@@ -141,22 +143,18 @@ def _said(context: click.Context, resumed: Mapping[str, Any], persona: Mapping[s
 
     A file's options of the method hold for that method alone.
     """
-    files = {**resumed, **persona}
     system = context.params["system"]
     params = context.params | {"system": None if system is None else commands.text_or_file(system)}
-    said = params | {name: value for name, value in files.items() if not _typed(context, name)}
-    typed = [name for name in ("budget", "effort") if _typed(context, name)]
-    if typed == ["effort"] or (not typed and "effort" in files and "budget" not in files):
-        said["budget"] = None  # one of the settings, which that effort goes before
-    strength, more = context.params["strength"], context.params["more"]
-    options = {"strength": strength} | dict(resumed.get("options", {})) | dict(persona.get("options", {}))
-    if "strength" in files:
-        options["strength"] = files["strength"]
-    known = options_of(said["method"])
-    options = {name: value for name, value in options.items() if name in known and value is not None}
-    said["options"] = options | method_options(
-        said["method"], strength if _typed(context, "strength") else None, False, more
-    )
+    typed = {name: value for name, value in params.items() if _typed(context, name)}
+    said = layered(params, resumed, persona, typed)
+    said.setdefault("budget", None)
+    method, known = said["method"], settable(said["method"])
+    layers: list[Mapping[str, Any]] = [{"strength": params["strength"]}]
+    layers += [method_options(method, None, False, params["more"])]
+    for file in (resumed, persona):
+        layers += [file.get("options", {}), {"strength": file["strength"]} if "strength" in file else {}]
+    options = {name: value for layer in layers for name, value in layer.items() if name in known and value is not None}
+    said["options"] = options | method_options(method, typed.get("strength"), False, typed.get("more", ()))
     return said
 
 

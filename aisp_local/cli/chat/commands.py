@@ -203,13 +203,14 @@ def _keep(session: Session, argument: str) -> None:
     keep(session, argument)
 
 
-@_command("effort " + "|".join(EFFORT), f"rollouts an answer: {', '.join(map(str, EFFORT.values()))}",
+@_command(f"effort [{'|'.join(EFFORT)}]", f"rollouts an answer: {', '.join(map(str, EFFORT.values()))}",
           lambda *_: list(EFFORT))  # fmt: skip
 def _effort(session: Session, argument: str) -> None:
-    if argument not in EFFORT:
-        raise InputError(f"effort is {session.settings.effort}; use /effort {'|'.join(EFFORT)}")
-    session.settings = session.settings.changed("effort", argument)
-    click.echo(f"effort {argument}: {EFFORT[argument]} rollouts an answer")
+    if argument:
+        session.settings = session.settings.changed("effort", argument)
+    settings = session.settings
+    what = f"effort {settings.effort}" if settings.budget is None else "budget"
+    click.echo(f"{what}: {settings.rollouts} rollouts an answer")
 
 
 @_command("set NAME VALUE", "change a setting, such as strength, max-tokens or method; VALUE default takes it back",

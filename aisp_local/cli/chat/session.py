@@ -60,6 +60,10 @@ class Session:
         """That of the turn, from 0, when it is first asked."""
         return self.settings.seed + 2 * turn + 1
 
+    def turn(self, question: str, result: Result, settings: Settings) -> Turn:
+        learnt = None if result.control is None or not result.control.any() else self.aligner.steering(result)
+        return Turn.of(question, result, settings.as_json(), learnt)
+
     def forget_result(self) -> None:
         """What is known of the last turn beyond its text: it is another one now."""
         self.last, self.compared = None, []
@@ -80,7 +84,7 @@ class Session:
                     asked = messages(self.conversation.system, turns[skip:], question)
                     try:
                         return self.aligner.chat(
-                            asked, seed=seed, grammar=self.grammar, steering=self._start(settings), stop=stop,
+                            asked, seed=seed, grammar=self.grammar, steering=self._start(turns, settings), stop=stop,
                             on_progress=line, **settings.search(),
                         )  # fmt: skip
                     except CapacityError as error:
@@ -91,12 +95,12 @@ class Session:
         finally:
             line.clear()
 
-    def _start(self, settings: Settings) -> Steering | None:
-        """The control that a search starts with; None for a method that holds none, as for the first turn."""
+    def _start(self, before: Sequence[Turn], settings: Settings) -> Steering | None:
+        """The control that a search after these turns starts with; None for a method that holds none."""
         if not settings.holds:
             return None
-        learnt = None if self.last is None or not settings.warm_start else self.last
-        return self.steering if learnt is None or learnt.control is None else self.aligner.steering(learnt)
+        learnt = before[-1].learnt if before and settings.warm_start else None
+        return self.steering if learnt is None else learnt
 
     def unaligned(self) -> Baseline:
         """The greedy answer of the model alone to the last question."""
@@ -130,7 +134,7 @@ class Session:
     def _turn(self, before: Sequence[Turn], question: str, seed: int, alone: bool = False) -> None:
         line = (Streamed if self.settings.stream else ProgressLine)(max_tokens=self.settings.max_tokens)
         result = self.search(before, question, self.settings, seed, line)
-        self.conversation.turns = [*before, Turn.of(question, result, self.settings.as_json())]
+        self.conversation.turns = [*before, self.turn(question, result, self.settings)]
         self.last, self.compared = result, []
         if isinstance(line, Streamed):
             line.finish(result.answer.rstrip())

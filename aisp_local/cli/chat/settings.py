@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from aisp_local.cli.options import method_options
-from aisp_local.controllers import builder, method_names, options_of
+from aisp_local.cli.options import method_options, settable
+from aisp_local.controllers import builder, method_names
 from aisp_local.defaults import (
     DEFAULT_EFFORT,
     DEFAULT_MAX_TOKENS,
@@ -55,6 +55,8 @@ class Settings:
         budget_of(None, self.effort)
         if self.stream and self.method not in STREAMED:
             raise InputError(f"streaming needs the method {' or '.join(STREAMED)}; {self.method!r} chooses at the end")
+        if self.stream and self.budget_tokens is not None:
+            raise InputError("streaming decodes all rollouts at once; leave out budget-tokens")
         check_search(
             method=self.method, budget=self.rollouts, n=self.rows, max_tokens=self.max_tokens, seed=self.seed,
             time_limit=self.time_limit, **self.options,
@@ -104,9 +106,9 @@ class Settings:
                 return replace(self, effort=new, budget=None)
             if name != "method":
                 return replace(self, **{name: new})
-            known = options_of(new)
+            known = settable(new)
             return replace(self, method=new, options={k: v for k, v in self.options.items() if k in known})
-        if name not in options_of(self.method):
+        if name not in settable(self.method):
             raise InputError(f"there is no setting {name!r}; {nearest(name, list(words(self.method)), 'they')}")
         rest = {key: kept for key, kept in self.options.items() if key != name}
         more = [] if value == _UNSET else [f"{name}={value}"]
@@ -124,6 +126,8 @@ class Settings:
         """Each on a line, as /set takes them; what was not given is not shown."""
         shown = self.as_json() | dict(self.options)
         del shown["options"]
+        if self.budget is not None:
+            del shown["effort"]
         return [f"{_typed(name):<12} {_shown(value)}" for name, value in shown.items() if value is not None]
 
 
@@ -168,7 +172,7 @@ def options_in(section: Section, folder: Path) -> dict[str, Any]:
 def words(method: str) -> dict[str, list[str]]:
     """The settings that a method has, each with the words that it may be set to where there are few."""
     choices = {"method": method_names(), "effort": list(EFFORT)} | dict.fromkeys(_SWITCHES, list(_SWITCH))
-    names = (*FIELDS, *sorted(options_of(method)))
+    names = (*FIELDS, *sorted(settable(method)))
     return {_typed(name): [*choices.get(name, ()), _UNSET] for name in names}
 
 
