@@ -540,3 +540,13 @@ def test_parity_in_the_manifest(tmp_path: Path) -> None:
     ):
         with pytest.raises(RewardError, match=f"parity: {sentence}"):
             read_manifest(write_reward(tmp_path / "c", parity=good | change))
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    """transformers would make up an empty one, to which every text is the same."""
+    folder = hf_models.write(tmp_path / "source", "Bert")
+    for path in folder.glob("tok*"):
+        path.unlink()
+    with pytest.raises(RewardError, match="holds no tokenizer"):
+        export_reward(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -13,6 +13,7 @@ import click
 
 from aisp_local.cli.help import CONTEXT, Group, use_colour
 from aisp_local.cli.names import FILE
+from aisp_local.cli.output import tame
 from aisp_local.cli.settings import commands, name_variables, read
 from aisp_local.errors import AispError, InputError
 
@@ -44,7 +45,7 @@ class ErrorsAsSentences(Group):
     def _fail(ctx: click.Context, sentence: str, code: int) -> NoReturn:
         if ctx.params.get("debug"):
             traceback.print_exc()
-        click.echo(f"aisp-local: error: {sentence}", err=True)
+        click.echo(f"aisp-local: error: {tame(sentence)}", err=True)  # which may quote a server, or a file
         sys.exit(code)
 
 

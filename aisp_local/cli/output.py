@@ -38,7 +38,7 @@ def print_text(text: str) -> None:
         raise
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails again when it exits
-        raise InputError(f"standard output cannot be written ({error.strerror}); use -o FILE") from error
+        raise InputError(f"standard output cannot be written ({error.strerror}); write to another place") from error
 
 
 def print_json(value: Any, indent: int | None = 2) -> None:

@@ -16,6 +16,7 @@ from aisp_local.rewards.manifest import Kind, Manifest
 _LONGEST = 4096
 DATE = NOW.strftime("%d %b %Y")
 """What Llama 3's templates write without a clock."""
+_VOCABULARIES = ("tokenizer.json", "vocab*", "*.model", "*.tiktoken")
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "cls_token", "sep_token")
 
 
@@ -86,6 +87,10 @@ class Feed:
 
 def read(source: Source, kind: Kind | None, max_length: int | None) -> Feed:
     """The feed of a source; None: what the tokenizer suggests. Raises InputError for what cannot be."""
+    if not any(any(source.folder.glob(pattern)) for pattern in _VOCABULARIES):  # transformers makes up an empty one
+        raise RewardError(
+            f"{source.folder} holds no tokenizer (tokenizer.json, vocab.txt, *.model, ...); restore the folder"
+        )
     try:
         with quiet():
             from transformers import AutoTokenizer

@@ -161,7 +161,7 @@ def train_reward(
                 max_length=feed.max_length,
                 name=name or target.resolve().name,
                 description=description,
-                licence=licence or network.licence,
+                licence=licence or network.licence.replace("see README.md", f"see the card of {network.name}"),
                 force=force,
                 say=say,
             )
