@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any
 
 from aisp_local import controllers
@@ -62,6 +63,9 @@ def check_search(
     **options: Any,
 ) -> None:
     """Raises InputError for what ``Aligner.generate`` would refuse: before a model is loaded for it."""
+    for name, value in (("budget", budget), ("n", n), ("max_tokens", max_tokens), ("seed", seed)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
+            raise InputError(f"{name} is {value!r}; it must be a whole number")
     if not 1 <= budget <= MAX_BUDGET:
         raise InputError(f"the budget is {budget} rollouts; it must be 1 to {MAX_BUDGET}")
     if n is not None and not 1 <= n <= MAX_ROWS:

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from aisp_local.bench import sizes, speed
 from aisp_local.bench.tables import paired, ratio
 from aisp_local.cli.main import main
+from aisp_local.errors import InputError
 
 pytestmark = pytest.mark.native
 
@@ -99,3 +100,14 @@ def test_what_cannot_be_measured_is_said(arguments: list[str], message: str) -> 
     done = CliRunner().invoke(main, ["bench", "speed", *arguments])
     assert done.exit_code == 2
     assert message in done.stderr
+
+
+def test_a_report_is_not_added_to_another_file(tmp_path: Path) -> None:
+    other, own, page = tmp_path / "t.json", tmp_path / "report.txt", tmp_path / "page.md"
+    other.write_text("{}\n")
+    page.write_text("# A page\n")
+    speed.write_report(own, "one")
+    for path in (own, page, tmp_path / "new.txt"):
+        speed.check_report(path)
+    with pytest.raises(InputError, match="is there and no Markdown file"):
+        speed.check_report(other)

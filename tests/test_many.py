@@ -433,3 +433,10 @@ def test_an_interrupt_leaves_the_answers_that_are_there() -> None:
     assert found == ["complete", "interrupted", KeyboardInterrupt]
     stopped = aligner.generate_many(PROMPTS[:2], budget=12, n=3, max_tokens=5, stop=lambda: True)
     assert [type(one) for one in stopped] == [KeyboardInterrupt] * 2
+
+
+def test_numbers_that_are_none() -> None:
+    aligner = Aligner(FakeEngine(), FakeReward(lambda prompt, texts: [0.0] * len(texts)))
+    for name, value in {"n": 1.5, "budget": True, "max_tokens": "9", "seed": 0.0}.items():
+        with pytest.raises(InputError, match=f"{name} is {value!r}; it must be a whole number"):
+            aligner.generate("x", **{"budget": 3, name: value})  # type: ignore[arg-type]

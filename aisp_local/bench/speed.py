@@ -20,6 +20,7 @@ from aisp_local.bench.sizes import QUICK, Sizes, growth, memory
 from aisp_local.bench.tables import Table, paired, ratio, spread
 from aisp_local.bench.workload import SIGMA, WARM, noise, prompt_of
 from aisp_local.engine import LlamaEngine
+from aisp_local.errors import InputError
 from aisp_local.files import write_output
 from aisp_local.rewards import load_reward
 from aisp_local.seeds import RowSeeds
@@ -55,8 +56,8 @@ def against_raw(path: Path, rows: Sequence[int], tokens: int, prompt: int, repea
     return table
 
 
-def methods(path: Path, n: int, iterations: int, tokens: int, repeats: int) -> Iterator[Table]:
-    """Item 2: searches against best-of-n, equal samples; and where their time goes."""
+def methods(path: Path, n: int, iterations: int, tokens: int, repeats: int, kl: bool = True) -> Iterator[Table]:
+    """Item 2: searches against best-of-n, equal samples; and where their time goes. ``kl``: one with exact KL too."""
     table = Table(
         "methods",
         f"Methods, rewards and updates included: {path.stem}, {iterations} iterations of {n} rollouts, "
@@ -77,6 +78,8 @@ def methods(path: Path, n: int, iterations: int, tokens: int, repeats: int) -> I
         "aisp-held": {"method": "aisp-held", "sigma": SIGMA},
         "aisp-held with KL": {"method": "aisp-held", "sigma": SIGMA, "kl": True},
     }
+    if not kl:
+        del variants["aisp-held with KL"]
     with Aligner(LlamaEngine(path), load_reward(shipped.reward())) as aligner:
         counted: dict[str, int] = {}
         text = prompt_of(aligner.engine, 24)  # type: ignore[arg-type]
@@ -200,6 +203,12 @@ def _threads(path: Path) -> int:
 
 
 BEGIN, END = "<!-- bench speed: begin -->", "<!-- bench speed: end -->"
+
+
+def check_report(path: Path) -> None:
+    """Raises InputError for a file of something else, which tables must not be added to."""
+    if path.exists() and path.suffix.lower() != ".md" and BEGIN not in path.read_text("utf-8", "replace"):
+        raise InputError(f"{path} is there and no Markdown file; give another to --report")
 
 
 def write_report(path: Path, text: str) -> None:

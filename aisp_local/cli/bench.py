@@ -64,6 +64,7 @@ def speed(
         check_model_file(path)
     if report is not None:
         check_output(report)
+        measure.check_report(report)
     models = [shipped.model(), *([] if quick else [synthetic.cached(synthetic.Shape())]), *model]
     said: list[str] = []
 
