@@ -1,5 +1,5 @@
 """``python -m aisp_local`` is the command ``aisp-local``."""
 
-from aisp_local.cli.main import main
+from aisp_local.cli.start import main
 
 main()

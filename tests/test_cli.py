@@ -488,3 +488,19 @@ def test_candidates_are_shown_from_where_they_differ() -> None:
     shown = told_apart([f"{begin}sat in a tree and sang", f"{begin}sat in a tree and slept", "A dog."], width=40)
     assert shown == ["...sang", "...slept", "A dog."]
     assert told_apart([]) == [] and told_apart(["x" * 99], width=10) == ["x" * 7 + "..."]
+
+
+def test_ctrl_c_while_modules_are_loaded_is_no_traceback() -> None:
+    code = (
+        "import builtins, sys\n"
+        "load = builtins.__import__\n"
+        "def interrupted(name, *more, **others):\n"
+        "    if name == 'click':\n"
+        "        raise KeyboardInterrupt\n"
+        "    return load(name, *more, **others)\n"
+        "builtins.__import__ = interrupted\n"
+        "from aisp_local.cli.start import main\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 130 and done.stderr == "aisp-local: interrupted\n"
