@@ -19,6 +19,7 @@ from aisp_local.bench.contest_report import BASE, diversity, interval, last_mean
 from aisp_local.bench.tables import Table
 from aisp_local.errors import InputError
 from aisp_local.files import write_output
+from aisp_local.finite import finite
 from aisp_local.webpage import html_document, html_table
 
 Array = npt.NDArray[np.float64]
@@ -253,5 +254,5 @@ def write(out: Path, machine: Mapping[str, Any], reports: Sequence[Report]) -> s
     write_output(out / "quality.md", text)
     write_output(out / "quality.html", page("Alignment methods, compared", about, reports))
     content = {"machine": dict(machine), "pairs": [{"pair": r.pair.name, "rows": r.rows} for r in reports]}
-    write_output(out / "quality.json", json.dumps(content, indent=1) + "\n")
+    write_output(out / "quality.json", json.dumps(finite(content), indent=1) + "\n")
     return text
