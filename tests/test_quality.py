@@ -93,7 +93,8 @@ def test_the_command_on_shipped_models(tmp_path: Path) -> None:
     assert [row["method"] for row in pair["rows"]] == ["score", "qalign", "best-of-n"]
     for row in pair["rows"]:
         assert row["judge"] is not None and row["low_logprob"] <= row["logprob"] + 1e-5 < 0 < row["seconds"]
-        assert row["best"]["16"][0] >= row["best"]["8"][0]
+        best, fewer = row["best"]["16"][0], row["best"]["8"][0]
+        assert fewer is None if row["n"] > 8 else best >= fewer, "of one iteration of 16 eight say nothing"
     text = (tmp_path / "out" / "quality.md").read_text(encoding="utf-8")
     assert text in done.output and "in the time that best-of-n takes" in text
     assert "<svg" in (tmp_path / "out" / "quality.html").read_text(encoding="utf-8")
