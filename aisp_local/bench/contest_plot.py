@@ -25,10 +25,11 @@ def curves(pair: str, played: Mapping[str, Sequence[Run]]) -> str:
     begins = {label: min(played[label][0].n, len(values)) for label, values in so_far.items()}
     first = min(begins.values())
     shown = np.concatenate([values[begins[label] - 1 :] for label, values in so_far.items()])
+    room = 0.09 * len(so_far) * float(np.ptp(shown))  # below the curves, for their names
     axes = Axes(
         f"{pair}: best reward so far",
         (math.log2(first), math.log2(most), "log2 of the rollouts"),
-        (float(shown.min()), float(shown.max()), "mean over the prompts"),
+        (float(shown.min()) - room, float(shown.max()), "mean over the prompts"),
     )
     for i, (label, values) in enumerate(so_far.items()):
         at = sorted({round(2 ** (step / 8)) for step in range(8 * 20)} & set(range(begins[label], len(values) + 1)))
