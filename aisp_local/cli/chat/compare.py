@@ -61,7 +61,7 @@ def _searched(session: Session, last: Turn, settings: Settings) -> tuple[Turn, s
     seed = session.seed(len(session.turns) - 1) if last.seed is None else last.seed
     line = ProgressLine(max_tokens=settings.max_tokens)
     result = session.search(session.turns[:-1], last.question, settings, seed, line)
-    return session.turn(last.question, result, settings), note(result)
+    return Turn.of(last.question, result, settings.as_json()), note(result)
 
 
 def _unaligned(session: Session, last: Turn) -> tuple[Turn, str]:

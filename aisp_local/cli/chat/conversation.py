@@ -15,8 +15,7 @@ from aisp_local.files import check_output, read_text, write_output
 from aisp_local.finite import finite
 from aisp_local.jsonl import messages as checked_messages
 from aisp_local.rewards.section import Section, nearest
-from aisp_local.steering import Steering
-from aisp_local.types import Message, Result
+from aisp_local.types import FloatArray, Message, Result
 
 _FORMAT = 1
 _NAMES = {"user": "You", "assistant": "Model", "system": "System"}
@@ -26,16 +25,16 @@ _NAMES = {"user": "You", "assistant": "Model", "system": "System"}
 class Turn:
     """A question, its answer, and how that was found: what the file has for it under "aisp".
 
-    ``learnt``: the control that its search left, which no file has.
+    ``learnt``: the control u [d] that its search left, which no file has.
     """
 
     question: str
     answer: str
     about: Mapping[str, Any] = field(default_factory=dict)
-    learnt: Steering | None = field(default=None, compare=False)
+    learnt: FloatArray | None = field(default=None, compare=False)
 
     @classmethod
-    def of(cls, question: str, result: Result, settings: Mapping[str, Any], learnt: Steering | None = None) -> Turn:
+    def of(cls, question: str, result: Result, settings: Mapping[str, Any]) -> Turn:
         about = {
             "reward": result.reward,
             "judge": result.judge,
@@ -44,7 +43,8 @@ class Turn:
             "status": result.status,
             "settings": {**settings, "seed": result.seed},
         }
-        return cls(question, result.answer, about, learnt)
+        learnt = result.control
+        return cls(question, result.answer, about, learnt if learnt is not None and learnt.any() else None)
 
     @property
     def reward(self) -> float | None:

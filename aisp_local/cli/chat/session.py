@@ -60,10 +60,6 @@ class Session:
         """That of the turn, from 0, when it is first asked."""
         return self.settings.seed + 2 * turn + 1
 
-    def turn(self, question: str, result: Result, settings: Settings) -> Turn:
-        learnt = None if result.control is None or not result.control.any() else self.aligner.steering(result)
-        return Turn.of(question, result, settings.as_json(), learnt)
-
     def forget_result(self) -> None:
         """What is known of the last turn beyond its text: it is another one now."""
         self.last, self.compared = None, []
@@ -100,7 +96,7 @@ class Session:
         if not settings.holds:
             return None
         learnt = before[-1].learnt if before and settings.warm_start else None
-        return self.steering if learnt is None else learnt
+        return self.steering if learnt is None else Steering(learnt, self.aligner.engine.fingerprint)
 
     def unaligned(self) -> Baseline:
         """The greedy answer of the model alone to the last question."""
@@ -134,7 +130,7 @@ class Session:
     def _turn(self, before: Sequence[Turn], question: str, seed: int, alone: bool = False) -> None:
         line = (Streamed if self.settings.stream else ProgressLine)(max_tokens=self.settings.max_tokens)
         result = self.search(before, question, self.settings, seed, line)
-        self.conversation.turns = [*before, self.turn(question, result, self.settings)]
+        self.conversation.turns = [*before, Turn.of(question, result, self.settings.as_json())]
         self.last, self.compared = result, []
         if isinstance(line, Streamed):
             line.finish(result.answer.rstrip())
