@@ -294,7 +294,7 @@ def test_the_commands(tmp_path: Path) -> None:
         ("blocks=many", "blocks is 'many'; it must be a whole number"),
         ("temperature=true", "temperature is True; it must be a number"),
         ("commit=maybe", "commit is 'maybe'; it must be true or false"),
-        ("steering=[1]", "cannot use its options steering=[1]"),
+        ("steering=[1]", "has no option 'steering'"),
         ("blocks=0", "blocks is 0"),
     ],
 )
