@@ -542,6 +542,7 @@ def test_parity_in_the_manifest(tmp_path: Path) -> None:
             read_manifest(write_reward(tmp_path / "c", parity=good | change))
 
 
+@needs_torch
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     """transformers would make up an empty one, to which every text is the same."""
     folder = hf_models.write(tmp_path / "source", "Bert")
