@@ -30,6 +30,7 @@ class FakeHub:
     in_git: frozenset[str] = frozenset()  # files without LFS
     without_digest: bool = False
     gated: frozenset[str] = frozenset()
+    tags: frozenset[str] = frozenset()  # other names of the one commit
     token: str = ""  # that opens gated repositories
     statuses: list[int] = field(default_factory=list)  # of the next answers
     listing: bytes | None = None  # instead of the list of files
@@ -71,7 +72,7 @@ def serving(hub: FakeHub) -> Iterator[FakeHub]:
                 return self.refuse(401 if self.headers["Authorization"] is None else 404, "RepoNotFound")
             if repository in hub.gated and not cdn and self.headers["Authorization"] != f"Bearer {hub.token}":
                 return self.refuse(403 if self.headers["Authorization"] else 401, "GatedRepo")
-            if parts[3] not in ("main", COMMIT):
+            if parts[3] not in {"main", COMMIT, *hub.tags}:
                 return self.refuse(404, "RevisionNotFound")
             if api:
                 return self.answer(200, hub.info(repository) if hub.listing is None else hub.listing, {})

@@ -13,15 +13,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from test_cli import STORY, aisp
 
-from aisp_local import Aligner
+from aisp_local import Aligner, shipped
 from aisp_local.cli.batch import Batch
 from aisp_local.cli.batch.questions import read_questions
 from aisp_local.cli.generate import as_json, generate
 from aisp_local.cli.live import BatchLine
+from aisp_local.cli.main import main
 from aisp_local.errors import CapacityError, InputError
 from aisp_local.types import Progress
 
@@ -72,12 +74,15 @@ def test_each_line_gets_the_answer_that_generate_alone_gives(place: Path) -> Non
                 baseline=True,
             )  # fmt: skip
             expected = as_json(alone)
-            assert set(entry) == {"line", "id", "key", *expected}
+            assert set(entry) == {"line", "id", "key", "prompt", *expected}
+            assert entry["prompt"] == (row.get("messages") or [{"role": "user", "content": row["prompt"]}])
             assert (entry["answer"], entry["reward"]) == (alone.answer, pytest.approx(alone.reward, abs=1e-4))
             assert entry["baseline"]["text"] == expected["baseline"]["text"]
             assert [c["text"] for c in entry["candidates"]] == [c.text for c in alone.candidates]
     before = Path("out.jsonl").read_bytes()
     assert run().exit_code == 0 and Path("out.jsonl").read_bytes() == before, "nothing is asked again"
+    scored = CliRunner().invoke(main, ["reward", "score", str(shipped.reward()), "-i", "out.jsonl"])
+    np.testing.assert_allclose([float(x) for x in scored.output.split()], [e["reward"] for e in found], atol=1e-3)
 
 
 def test_kills_lose_and_repeat_nothing(place: Path) -> None:

@@ -13,11 +13,12 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tomllib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -25,11 +26,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+from urllib.request import Request, urlopen
 
 import click
 import pytest
 import synthetic
 from click.testing import CliRunner
+from hub_server import FakeHub
+from hub_server import serving as serving_hub
 from test_server import Server, serving
 
 from aisp_local import Aligner, api, shipped
@@ -46,17 +50,15 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 NOT_RUN = {
-    r"reward (export|train)\b": "needs PyTorch and minutes; tests/test_reward_export.py and test_reward_train.py do it",
-    r"reward eval .*\.gz": "its pairs are not in the repository; the same on a few pairs is run",
-    r"^serve\b": "does not end; the server of these tests is made of the same parts",
-    r"-r my-reward\b|reward score polite": "the reward is the export's or the training's above it",
-    r"--n-gpu-layers": "needs a GPU",
-    r"^models (pull|show me/)": "asks the hub, or about what it gave; tests/test_models.py has a hub of its own",
+    r"^reward export OpenAssistant/": "asks the hub by another client; tests/test_reward_export.py has that",
 }
 """Commands of aisp-local that are only parsed, and why."""
 
-SLOW = [r"reward verify "]
+SLOW = [r"reward verify ", r"bench speed"]
 """Commands that run with the slow tests; else they are parsed."""
+
+TRAINING = r"^reward (export|train)\b|^bench value\b|--method re-control"
+"""Commands that need PyTorch and minutes: they run with the slow tests where it is installed; else they are parsed."""
 
 NEEDS = {
     "aisp_local.reward_kit.export": "needs PyTorch and minutes; tests/test_reward_export.py",
@@ -68,10 +70,44 @@ CLIENTS = {"langchain_openai": "langchain-openai", "llama_index": "llama-index-l
 """Python blocks that run where a package is, which is heavy."""
 
 SMALL = {
-    "generate": ["--budget", "4", "--rows", "4", "--max-tokens", "8"],
-    "chat": ["--rows", "4", "--max-tokens", "8"],
+    "generate": "--budget 4 --rows 4 --max-tokens 8",
+    "chat": "--rows 4 --max-tokens 8",
+    "bench controllers": "--max-prompts 1 --max-tokens 8 --budget 16 --exact-kl 0 --method score",
+    "bench quality": "--max-prompts 1 --max-tokens 8 --budget 16 --exact-kl 0 --method score",
+    "bench experiment": "--small --max-prompts 1 --max-tokens 8",
+    "bench speed": "--quick",
+    "bench value": "--responses 4 --epochs 2 --max-tokens 8",
+    "reward train": "--epochs 1 --max-length 32",
+    "serve": "--port 0",
 }
-"""What is appended to commands, so that they take a second: all else about them is as in the text."""
+"""What is appended to commands, so that they take a second or two: all else about them is as in the text."""
+
+TYPED = {"models rm": "y\n", "bench rate": "q\n"}
+"""What a command asks for that no transcript shows."""
+
+TRAINED = ("my-reward", "polite")
+"""Rewards that the pages make by training or exporting, and go on to use: stand-ins, where that has not run."""
+
+PULLED = "bartowski/Llama-3.2-1B-Instruct-GGUF"
+HUB = {
+    PULLED: ["Llama-3.2-1B-Instruct-Q4_K_M.gguf"],
+    "Qwen/Qwen2.5-0.5B-Instruct-GGUF": ["qwen2.5-0.5b-instruct-q8_0.gguf"],
+    "TheBloke/Mistral-7B-GGUF": ["mistral-7b.Q5_K_M.gguf", "mistral-7b.Q4_K_M.gguf"],
+    "owner/name": ["name-Q5_K_M.gguf", "name-Q4_K_M.gguf"],
+    "me/Story-GGUF": ["story-Q8_0.gguf"],
+}
+"""What the hub of these tests has; every file is the shipped model."""
+
+LIVED_IN = {
+    "models.md": [("models pull me/Story-GGUF", "")],
+    "cli.md": [
+        (f"models pull {PULLED}", ""),
+        ("chat --max-tokens 4", "Hello.\n/save it\n"),
+        (f"config set model {PULLED}", ""),
+        ("config set chat.effort medium", ""),
+    ],
+}
+"""What was done before in the home of a page, with what was typed. In cli.md each help stands for itself."""
 
 BUDGET, MAX_TOKENS = 8, 12
 """What a search of a Python block has at most."""
@@ -102,6 +138,11 @@ class Command:
         while re.fullmatch(r"\w+=.*", words[0], re.DOTALL):
             words.pop(0)
         return [words[0].removeprefix(".venv/bin/"), *words[1:]]
+
+    @property
+    def arguments(self) -> str:
+        """What follows aisp-local."""
+        return self.text.removeprefix(".venv/bin/").removeprefix("aisp-local").strip()
 
 
 @cache
@@ -146,15 +187,13 @@ def _open(line: str) -> bool:
 ALL = [(page, block, command) for page in PAGES for block in blocks(page) for command in commands(block)]
 OURS = [command for _, _, command in ALL if command.words[0] == "aisp-local"]
 OTHERS = [command for _, _, command in ALL if command.words[0] not in ("aisp-local", "curl")]
+TRAININGS = list({block.where: block for _, block, command in ALL if re.search(TRAINING, command.arguments)}.values())
 PYTHON = [page for page in PAGES if any(block.language == "python" for block in blocks(page))]
 
 
 def reason(command: Command) -> str | None:
     """Why a command is not run."""
-    if command.where.startswith("cli.md"):
-        return "the examples of every help; most stand elsewhere too"
-    text = command.text.removeprefix(".venv/bin/").removeprefix("aisp-local").strip()
-    return next((why for pattern, why in NOT_RUN.items() if re.search(pattern, text)), None)
+    return next((why for pattern, why in NOT_RUN.items() if re.search(pattern, command.arguments)), None)
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +205,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("model.gguf", "a-model.gguf"):
         shutil.copy(shipped.model(), folder / name)
     synthetic.write(folder / "qwen2.gguf", "qwen2", vocab="bpe")
-    for name in ("my_reward", "reward_folder", "another"):
+    for name in ("my_reward", "reward_folder", "another", "other_reward", "my_rewards/one", *TRAINED):
         shutil.copytree(shipped.judge(), folder / name)  # small
     shutil.copytree(shipped.talker_reward(), folder / "changed")
     (folder / "changed" / "config.json").write_text("{}")
@@ -176,6 +215,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "grader.toml").write_text(
         'format = 1\n\n[[part]]\nserver = "http://127.0.0.1:9"\nprompt = "{prompt} {response} Good?"\nretries = 0\n'
     )
+    (folder / "prompts.json").write_text(json.dumps(dict.fromkeys(("tuning", "evaluation"), ["Tell me a story."])))
     asked = [json.dumps({"prompt": f"Tell me a story, {i}."}) for i in range(2)]
     (folder / "prompts.jsonl").write_text("\n".join(asked) + "\n")
     first = blocks(ROOT / "docs" / "index.md")
@@ -203,17 +243,39 @@ def server() -> Iterator[Server]:
         yield made
 
 
+@pytest.fixture(scope="module")
+def hub() -> Iterator[FakeHub]:
+    data = shipped.model().read_bytes()
+    with serving_hub(
+        FakeHub({name: dict.fromkeys(files, data) for name, files in HUB.items()}, tags=frozenset({"v1"}))
+    ) as made:
+        yield made
+
+
 @pytest.fixture(autouse=True)
-def elsewhere(work: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[None]:
+def elsewhere(
+    work: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Iterator[None]:
     """In that folder, and a home of the page that was empty at its top; what pages register is gone afterwards."""
     monkeypatch.chdir(work)
     params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
-    page = params["command"].where.partition(":")[0] if "command" in params else "any"
-    monkeypatch.setenv("HOME", str(work / "home" / page))
+    where = params["command"].where if "command" in params else "any"
+    home = work / "home" / (where if where.startswith("cli.md") else where.partition(":")[0])
     for name in [name for name in os.environ if name.startswith(("AISP_", "XDG_"))]:
         monkeypatch.delenv(name)
+    for name, value in (("HOME", str(home)), ("HF_ENDPOINT", hub.endpoint), ("EDITOR", "true")):
+        monkeypatch.setenv(name, value)
+    if not home.exists():
+        home.mkdir(parents=True)
+        for words, given in LIVED_IN.get(where.partition(":")[0], []):
+            assert CliRunner().invoke(main, words.split(), input=given).exit_code == 0
     with patch.dict(METHODS), patch.dict(RULES), warnings.catch_warnings():
         yield
+
+
+def for_words(table: Mapping[str, str], words: Sequence[str]) -> str:
+    """What a table says of the command that begins with these words."""
+    return next((value for name, value in table.items() if list(words[: len(name.split())]) == name.split()), "")
 
 
 def run(command: Command) -> click.testing.Result:
@@ -224,21 +286,46 @@ def run(command: Command) -> click.testing.Result:
     given: bytes | str = "".join(f"{line}\n" for line in typed if not line.startswith("/set max-tokens"))
     if before:
         given = subprocess.run(["sh", "-c", before], capture_output=True, check=True).stdout
+    given = given or for_words(TYPED, words)
     if "<" in words:
         at = words.index("<")
         given = Path(words[at + 1]).read_bytes()
         del words[at : at + 2]
     target = None
-    if ">" in words:
-        at = words.index(">")
-        target = words[at + 1]
+    redirection = next((word for word in words if word in (">", ">>")), None)
+    if redirection is not None:
+        at = words.index(redirection)
+        target = Path(words[at + 1]).expanduser()
         del words[at : at + 2]
     if "aisp-local: error:" not in command.shown and not command.shown.startswith("Error:"):
-        words += SMALL.get(words[0], [])
+        words += for_words(SMALL, words).split()
+        if words[:2] in (["bench", "controllers"], ["bench", "quality"]) and "-m" not in words:
+            words += ["--pair", "dialogs"]
     done = CliRunner().invoke(main, words, input=given)
     if target is not None:
-        Path(target).write_bytes(done.stdout_bytes)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("ab" if redirection == ">>" else "wb") as file:
+            file.write(done.stdout_bytes)
     return done
+
+
+def serve(command: Command) -> None:
+    """Start a server, ask it something, and end it as a person does."""
+    words = [*command.words[1:], *SMALL["serve"].split()]
+    server = subprocess.Popen([sys.executable, "-m", "aisp_local", *words], stderr=subprocess.PIPE, text=True)
+    try:
+        assert server.stderr is not None
+        said = next(line for line in server.stderr if "Ctrl-C ends it" in line)
+        port = re.search(r":(\d+)/v1", said)
+        assert port is not None
+        key = {"Authorization": f"Bearer {words[words.index('--api-key') + 1]}"} if "--api-key" in words else {}
+        with urlopen(Request(f"http://127.0.0.1:{port[1]}/v1/models", headers=key), timeout=60) as answer:
+            assert json.load(answer)["data"]
+        server.send_signal(signal.SIGINT)
+        assert server.wait(60) == 130  # as it ends by the signal
+    finally:
+        server.kill()
+        server.communicate()
 
 
 def check_parses(command: Command) -> None:
@@ -265,18 +352,62 @@ def test_slow_commands(command: Command) -> None:
     assert run(command).exit_code == 0
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("torch") is None, reason="TRAININGS ARE NOT TESTED: pip install 'aisp-local[export]'")
+@pytest.mark.parametrize("block", TRAININGS, ids=lambda block: block.where)
+def test_trainings(block: Block, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All commands of ours in the block, so that what is made is what is used."""
+    import hf_models
+
+    for path in work.glob("*.*"):
+        (tmp_path / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    write_training_rows()
+    for command in commands(block):
+        if command.words[0] != "aisp-local" or reason(command) is not None:
+            continue
+        made = re.search(r"reward export (\S+)|--backbone (\S+)", command.text)
+        folder = Path((made[1] or made[2]) if made else "")
+        if made and not folder.exists():
+            hf_models.write(folder, "Llama" if "llama" in folder.name else "Bert")
+        done = run(command)
+        if "aisp-local: error:" in command.shown:
+            assert done.exit_code == 1
+            _same(re.sub(r"\d[\d.]*", "0", done.stderr), re.sub(r"\d[\d.]*", "0", command.shown))
+        elif not is_slow(command):  # a network of random weights ranks nothing right
+            assert done.exit_code == 0, (command, done.output, done.exception)
+        shutil.rmtree("my-reward.work", ignore_errors=True)
+
+
+def write_training_rows() -> None:
+    """What the pages train rewards on: comments with verdicts, and pairs."""
+    things = ("letter", "garden", "song", "dinner", "report", "plan", "house", "idea")
+    said = {"polite": ("Thank you for the", "What a lovely"), "rude": ("I hate the", "What a stupid")}
+    rows = [(f"{phrase} {thing}.", verdict) for thing in things for verdict in said for phrase in said[verdict]]
+    Path("comments.csv").write_text("comment,verdict\n" + "".join(f"{text},{verdict}\n" for text, verdict in rows))
+    texts = {verdict: [text for text, v in rows if v == verdict] for verdict in said}
+    pairs = zip(texts["polite"], texts["rude"], strict=True)
+    lines = [
+        json.dumps({"prompt": f"Say {i}.", "chosen": good, "rejected": bad}) + "\n"
+        for i, (good, bad) in enumerate(pairs)
+    ]
+    Path("preferences.jsonl").write_text("".join(lines))
+
+
 @pytest.mark.parametrize("command", OURS, ids=lambda command: f"{command.where} {command.text[:60]}")
 def test_commands_of_ours(command: Command) -> None:
-    if "aisp-local: error:" in command.shown and reason(command) is None:
+    if reason(command) is not None or is_slow(command) or re.search(TRAINING, command.arguments):
+        check_parses(command)
+    elif "aisp-local: error:" in command.shown:
         done = run(command)
         _same(done.stderr, command.shown)
         assert done.exit_code in (1, 2)
-    elif reason(command) is None and not is_slow(command):
+    elif command.arguments.startswith("serve"):
+        serve(command)
+    else:
         done = run(command)
         assert done.exit_code == 0, (done.output, done.exception)
-        assert done.output or "-o" in command.words
-    else:
-        check_parses(command)
+        assert done.output or "-o" in command.words or command.words[1] == "config"
 
 
 def _same(found: str, shown: str) -> None:
@@ -378,7 +509,8 @@ def test_toml_and_json_blocks(page: Path, work: Path) -> None:
 
 
 def test_the_table_of_reasons_is_needed() -> None:
-    texts = [command.text.removeprefix(".venv/bin/").removeprefix("aisp-local").strip() for command in OURS]
+    texts = [command.arguments for command in OURS]
     assert [pattern for pattern in NOT_RUN if not any(re.search(pattern, text) for text in texts)] == []
+    assert [name for name in (*SMALL, *TYPED) if not any(text.startswith(name) for text in texts)] == []
     code = [block.body for page in PYTHON for block in blocks(page)]
     assert [name for name in (*NEEDS, *CLIENTS) if not any(name in body for body in code)] == []

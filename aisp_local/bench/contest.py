@@ -1,6 +1,6 @@
 """Alignment methods against each other; runs are kept as they come, so that a contest can be stopped and gone on with.
 
-Each method has one knob that is tuned, with as many values each, on prompts of their own at the smallest budget; its
+Each method is tuned over as many settings as the others, on prompts of their own at the middle budget; its
 published setting, where there is one, is a row of its own. All see the same prompts, seeds and numbers of rollouts.
 """
 
@@ -57,18 +57,22 @@ def _grid(**values: Sequence[float]) -> list[Settings]:
     return [{knob: value} for value in tried]
 
 
+_ESS = _grid(ess=(0.05, 0.1, 0.15, 0.25, 0.4, 0.6))
+_SIGMA = _grid(sigma=(0.5, 0.7, 1.0, 1.4, 2.0, 2.8))
 _HELD = {"bases": 1, "per_step": 0.5}
 PUBLISHED = {"sigma": 0.5**0.5, "lambda_": 0.3, "alpha": 0.999}
 
 ENTRIES = (
     Entry("score", "score", n=32),
     Entry("score, strength 0.2", "score", n=32, settings={"strength": 0.2}),
+    Entry("score, strength 0.45", "score", n=32, settings={"strength": 0.45}),
     Entry("score, temperature 0.7", "score", n=32, settings={"temperature": 0.7}),
+    Entry("score, temperature 0.7, strength 0.55", "score", n=32, settings={"temperature": 0.7, "strength": 0.55}),
     Entry("score, block by block", "score", n=32, settings={"commit": 1}),
     Entry("score, streamed", "score", n=None, settings={"commit": 1}),
     Entry("score, nothing selected", "score", n=32, settings={"selection": 0.0}),
-    Entry("smc", "smc", n=32, grid=_grid(ess=(0.1, 0.15, 0.25, 0.4, 0.6))),
-    Entry("qalign", "qalign", grid=_grid(ess=(0.1, 0.15, 0.25, 0.4, 0.6))),
+    Entry("smc", "smc", n=32, grid=_ESS),
+    Entry("qalign", "qalign", grid=_ESS),
     Entry(
         "best-of-n",
         "best-of-n",
@@ -78,19 +82,24 @@ ENTRIES = (
             {"temperature": 1.0},
             {"temperature": 1.0, "min_p": 0.05},
             {"temperature": 1.2, "min_p": 0.1},
+            {"temperature": 1.5, "min_p": 0.1},
         ],
     ),
     Entry("soft-best-of-n", "soft-best-of-n", settings={"lambda_": 0.3}),
-    Entry("aisp", "aisp", grid=_grid(sigma=(0.5, 0.7, 1.0, 1.4, 2.0))),
+    Entry("aisp", "aisp", grid=_SIGMA),
     Entry("aisp, published", "aisp", n=32, settings=PUBLISHED),
-    Entry("aisp-static", "aisp-static", grid=_grid(sigma=(0.5, 0.7, 1.0, 1.4, 2.0))),
-    Entry("aisp-held", "aisp-held", grid=_grid(sigma=(0.5, 0.7, 1.0, 1.4, 2.0))),
-    Entry("held and per-step noise", "aisp-bases", settings=_HELD, grid=_grid(sigma=(0.5, 0.7, 1.0, 1.4, 2.0))),
-    Entry("aisp-bases", "aisp-bases", settings={"bases": 4}, grid=_grid(sigma=(0.5, 0.7, 1.0, 1.4, 2.0))),
-    Entry("cem", "cem", grid=_grid(sigma=(0.5, 0.7, 1.0, 1.4, 2.0))),
-    Entry("args", "args", n=2, most=2, grid=_grid(weight=(0.5, 1.0, 2.0, 4.0, 8.0))),
-    Entry("re-control", "re-control", n=16, grid=_grid(rate=(0.03, 0.1, 0.3, 1.0, 3.0))),
-    Entry("misvo", "misvo", grid=_grid(eta=(0.3, 1.0, 3.0, 10.0, 30.0))),
+    Entry("aisp-static", "aisp-static", grid=_SIGMA),
+    Entry("aisp-held", "aisp-held", grid=_SIGMA),
+    Entry("held and per-step noise", "aisp-bases", settings=_HELD, grid=_SIGMA),
+    Entry("aisp-bases", "aisp-bases", settings={"bases": 4}, grid=_SIGMA),
+    Entry("cem", "cem", grid=_SIGMA),
+    Entry("args", "args", n=2, most=2, grid=_grid(weight=(0.5, 1.0, 2.0, 4.0, 8.0, 16.0))),
+    Entry("re-control", "re-control", n=16, grid=_grid(rate=(0.03, 0.1, 0.3, 1.0, 3.0, 10.0))),
+    Entry(
+        "misvo",
+        "misvo",
+        grid=[{"eta": eta, **warm} for warm in ({}, {"temperature": 1.0}) for eta in (1.0, 3.0, 10.0)],
+    ),
     Entry("misvo, published", "misvo", settings={"eta": 0.1, "temperature": 1.0}),
 )
 
@@ -219,16 +228,16 @@ class Contest:
 
     def _tune(self, entry: Entry) -> list[Settings]:
         """The settings by their mean best reward on the tuning prompts, the highest first."""
-        means = []
+        means, budget = [], self.budgets[(len(self.budgets) - 1) // 2]
         for settings in entry.grid:
             what = f"{self.pair.name}: tuning {entry.label}, {_shown(settings)}"
             try:
-                runs = list(self._runs(entry, settings, self.pair.tuning, min(self.budgets), 0))
+                runs = list(self._runs(entry, settings, self.pair.tuning, budget, 0))
             except DecodeError as error:
                 self._say(f"{what}: {error}")
                 means.append(-np.inf)
                 continue
-            means.append(float(best_at(runs, min(self.budgets)).mean()))
+            means.append(float(best_at(runs, budget).mean()))
             self._say(f"{what}: {means[-1]:.3f}")
         order = sorted(range(len(means)), key=lambda i: -means[i])
         return [entry.grid[i] for i in order if np.isfinite(means[i])] if entry.grid else [{}]

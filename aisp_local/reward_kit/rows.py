@@ -26,7 +26,7 @@ class Row:
 
 
 def read_rows(lines: Iterable[str], name: str, prompt: Prompt, *, json_lines: bool | None) -> Iterator[Row]:
-    """Rows of JSON lines with ``response`` or ``responses`` and ``prompt``, or one response a line.
+    """Rows of JSON lines with ``response``, ``responses`` or ``answer``, and ``prompt``, or one response a line.
 
     ``prompt`` is that of rows without one. ``json_lines`` None: as the first line that is not blank looks.
     Raises InputError that names the line.
@@ -42,7 +42,7 @@ def read_rows(lines: Iterable[str], name: str, prompt: Prompt, *, json_lines: bo
         try:
             row = parse_row(line)
             own = prompt_of(row["prompt"]) if row.get("prompt") is not None else prompt
-            responses = row["responses"] if "responses" in row else [row.get("response")]
+            responses = row["responses"] if "responses" in row else [row.get("response", row.get("answer"))]
             if not isinstance(responses, list) or not all(isinstance(text, str) for text in responses):
                 raise ValueError("it needs 'response', a string, or 'responses', a list of strings")
         except ValueError as error:

@@ -76,7 +76,7 @@ class Batch:
                     continue  # not the answer that it would have been
                 entry: dict[str, Any] = {"line": question.line, "id": question.id, "key": keys[question.line]}
                 if isinstance(found, Result):
-                    entry |= form(found)
+                    entry |= {"prompt": question.prompt, **form(found)}
                     answered += 1
                 else:
                     entry["error"] = {"type": type(found).__name__, "message": str(found)}

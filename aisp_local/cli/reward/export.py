@@ -64,7 +64,7 @@ def export(
     \b
     Examples:
       aisp-local reward export ./my-reward-model my-reward
-      aisp-local reward export OpenAssistant/reward-model-deberta-v3-base my-reward --precision int8
+      aisp-local reward export OpenAssistant/reward-model-deberta-v3-base deberta --precision int8
       aisp-local generate "Tell me a story about a fox." -r my-reward
     """
     from aisp_local.cli.output import print_answer

@@ -39,8 +39,9 @@ _AT_ONCE = 64  # rows of a file; what comes through a pipe is scored line by lin
 def score(folder: Path, texts: tuple[str, ...], prompt: str, input_: Path | None, format_: str, json_: bool) -> None:
     """Score TEXTS, or the lines of a file or of standard input, with the reward in FOLDER.
 
-    Prints one score a line, in order, as soon as it is known. JSON lines have 'response' (or 'responses', a list) and
-    'prompt', text or messages; other lines are a response each. Blank lines are skipped; --json tells each one's line.
+    Prints one score a line, in order, as soon as it is known. JSON lines have 'response' ('responses', a list, or
+    'answer', as `generate --input` writes it) and 'prompt', text or messages; other lines are a response each. Blank
+    lines are skipped; --json tells each one's line.
 
     \b
     Examples:

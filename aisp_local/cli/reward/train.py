@@ -102,7 +102,7 @@ def train(
     Examples:
       aisp-local reward train preferences.jsonl my-reward
       aisp-local reward train comments.csv polite --text comment --label verdict --good polite --minutes 20
-      aisp-local reward train preferences.jsonl my-reward --backbone ./all-MiniLM-L6-v2
+      aisp-local reward train preferences.jsonl another-reward --backbone ./all-MiniLM-L6-v2
       aisp-local generate "Tell me a story about a fox." -r my-reward
     """
     from aisp_local.cli.output import print_answer
