@@ -229,6 +229,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("pairs.jsonl", "mine.jsonl"):
         (folder / name).write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     (folder / "half.jsonl").write_text('{"prompt": "Hello", "chosen": "Hello!"}\n')
+    write_training_rows(folder)
     with gzip.open(folder / "pairs.jsonl.gz", "wt") as packed:
         packed.write((folder / "pairs.jsonl").read_text())
     return folder
@@ -362,7 +363,6 @@ def test_trainings(block: Block, work: Path, tmp_path: Path, monkeypatch: pytest
     for path in work.glob("*.*"):
         (tmp_path / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)
-    write_training_rows()
     for command in commands(block):
         if command.words[0] != "aisp-local" or reason(command) is not None:
             continue
@@ -379,19 +379,19 @@ def test_trainings(block: Block, work: Path, tmp_path: Path, monkeypatch: pytest
         shutil.rmtree("my-reward.work", ignore_errors=True)
 
 
-def write_training_rows() -> None:
+def write_training_rows(folder: Path) -> None:
     """What the pages train rewards on: comments with verdicts, and pairs."""
     things = ("letter", "garden", "song", "dinner", "report", "plan", "house", "idea")
     said = {"polite": ("Thank you for the", "What a lovely"), "rude": ("I hate the", "What a stupid")}
     rows = [(f"{phrase} {thing}.", verdict) for thing in things for verdict in said for phrase in said[verdict]]
-    Path("comments.csv").write_text("comment,verdict\n" + "".join(f"{text},{verdict}\n" for text, verdict in rows))
+    (folder / "comments.csv").write_text("comment,verdict\n" + "".join(f"{text},{verdict}\n" for text, verdict in rows))
     texts = {verdict: [text for text, v in rows if v == verdict] for verdict in said}
     pairs = zip(texts["polite"], texts["rude"], strict=True)
     lines = [
         json.dumps({"prompt": f"Say {i}.", "chosen": good, "rejected": bad}) + "\n"
         for i, (good, bad) in enumerate(pairs)
     ]
-    Path("preferences.jsonl").write_text("".join(lines))
+    (folder / "preferences.jsonl").write_text("".join(lines))
 
 
 @pytest.mark.parametrize("command", OURS, ids=lambda command: f"{command.where} {command.text[:60]}")
@@ -433,13 +433,17 @@ def test_other_commands_are_possible(command: Command) -> None:
             assert find_spec(words[1]) is not None
         else:
             source = script.read_text()
+            if "--help" in words:
+                subprocess.run([sys.executable, script, "--help"], stdout=subprocess.DEVNULL, check=True)
             for option in (word for word in words[1:] if word.startswith("--") and word != "--help"):
                 assert f'"{option}"' in source, option
     elif name == "pytest":
         for path in (word for word in words if word.startswith("tests/")):
             assert (ROOT / path).exists()
-    else:
-        assert name in ("cat", "head", "tar", "wc"), f"how is {name} tested?"
+    elif name != "tar":
+        assert name in ("cat", "head", "wc"), f"how is {name} tested?"
+        found = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        subprocess.run(["sh", "-c", text], env=os.environ | {"PATH": found}, stdout=subprocess.DEVNULL, check=True)
 
 
 @pytest.mark.parametrize("page", PYTHON, ids=lambda page: page.name)
