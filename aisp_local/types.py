@@ -308,7 +308,7 @@ class ControllerInfo:
 class Progress:
     """A report of a running search, given to ``on_progress``: after every decode step and every iteration.
 
-    ``settled``: what the answer begins with for sure, as all rollouts do that may still win (see docs/methods.md).
+    ``settled``: what the answer begins with for sure, as all rollouts do that may still win (see docs/score.md).
     """
 
     iteration: int  # the one that runs, from 1
