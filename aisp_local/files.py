@@ -8,6 +8,7 @@ import shutil
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 from aisp_local.errors import InputError
 
@@ -125,3 +126,20 @@ def output_folder(path: Path, marker: str, force: bool) -> Iterator[Path]:
 def _beside(target: Path, ending: str) -> Path:
     """A name of this thread's own in the same folder."""
     return target.with_name(f".aisp-local-{os.getpid()}-{threading.get_ident()}.{ending}")
+
+
+def hold(file: IO[bytes], otherwise: str) -> None:
+    """Keep other processes that call this from an open file, until it is closed or the process ends, however it ends.
+
+    Nothing where the system has no such locks. Raises InputError that says ``otherwise``.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(otherwise) from error
+    except OSError:  # a file system without locks
+        return

@@ -19,6 +19,11 @@ def names(group: Group, builtin: Collection[str]) -> list[str]:
     return sorted(_found(group, builtin))
 
 
+def packages(group: Group, builtin: Collection[str]) -> dict[str, str]:
+    """The same, each with the package that adds it."""
+    return {name: _package(point) for name, point in sorted(_found(group, builtin).items())}
+
+
 def load(group: Group, name: str, builtin: Collection[str]) -> Any:
     """The object of that name; None if no package adds it. Raises InputError where it cannot be loaded."""
     point = _found(group, builtin).get(name)

@@ -34,6 +34,15 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
+def no_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """None of the settings of whoever runs the tests."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("config")))
+        patched.delenv("AISP_CONFIG", raising=False)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def interrupts() -> None:
     """Ctrl-C interrupts, here and in commands, also where a shell that runs the tests in its background ignores it."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -6,6 +6,7 @@ import copy
 import inspect
 import json
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -259,6 +260,34 @@ def test_seeds_follow_each_other_as_in_llama(ours: AlignedLlama) -> None:
     assert text(ours(ONCE, seed=5, **options)) == text(ours(ONCE, seed=5, **options))
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32 - 1])
+def test_a_seed_of_minus_one_is_another_each_time(ours: AlignedLlama, seed: int) -> None:
+    options: dict[str, Any] = {"max_tokens": 12, "temperature": 1.5, "budget": 1, "seed": seed}
+    assert len({text(ours(ONCE, **options)) for _ in range(4)}) > 1
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"top_p": 0.9}, "top_p"),
+        ({"top_p": 0.9, "repeat_penalty": 1.1, "top_k": 20}, "penalties, top_k, top_p"),
+        ({"temperature": 0.0}, None),
+        ({"temperature": -1.0, "top_p": 0.95, "top_k": 40}, None),  # llama-cpp-python's defaults
+    ],
+)
+def test_what_programs_ask_of_the_model_alone_does_not_end_them(
+    ours: AlignedLlama, given: dict[str, Any], said: str | None
+) -> None:
+    options = {**QUICK, "method": "score", "seed": 3}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = text(ours(ONCE, **options, **given))
+    assert found == text(ours(ONCE, **options))
+    assert [str(w.message).partition(";")[0] for w in caught] == (
+        [] if said is None else [f"the method 'score' goes without {said}"]
+    )
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -266,10 +295,7 @@ def test_seeds_follow_each_other_as_in_llama(ours: AlignedLlama) -> None:
         ({"mirostat_mode": 2}, "mirostat_mode is 2; it is not supported, so leave it at 0"),
         ({"typical_p": 0.5}, "typical_p is 0.5"),
         ({"echo": True, "logprobs": 1}, "leave out echo or logprobs"),
-        ({"method": "score", "top_p": 0.5}, "the method 'score' has no such option; leave it out, or use budget=1"),
-        ({"method": "score", "temperature": 0}, "score samples, so it must be greater than 0"),
         ({"logit_bias": {1: 2.0}}, "logit_bias works with the model alone; leave it out, or use budget=1"),
-        ({"presence_penalty": 1}, "a penalty works with the model alone"),
         ({"efort": "low"}, "has no option 'efort'"),
         ({"stop_strings": ["."]}, "stop_strings is not an option of alignment here; give stop with each completion"),
         ({"effort": "huge", "budget": None}, "effort 'huge' is unknown"),

@@ -25,6 +25,7 @@ from aisp_local.cli.generate import as_json, generate
 from aisp_local.cli.live import BatchLine
 from aisp_local.cli.main import main
 from aisp_local.errors import CapacityError, InputError
+from aisp_local.files import hold
 from aisp_local.types import Progress
 
 pytestmark = pytest.mark.native
@@ -158,6 +159,42 @@ def test_lines_that_cannot_be_answered_have_errors_and_are_tried_again(place: Pa
     Path("out.jsonl").write_text("".join(json.dumps(found[line]) + "\n" for line in found if line != 1))
     assert run().exit_code == 1
     assert [entry["line"] for entry in entries()] == list(found), "in the order of the input again"
+
+
+def test_a_line_that_was_mended_is_tried_again(place: Path) -> None:
+    lines = [json.dumps({"prompt": STORY}), '{"prompt": 5}', json.dumps({"prompt": "Tell me a story."})]
+    Path("in.jsonl").write_text("\n".join(lines))
+    assert (out := run()).exit_code == 1 and 'see "error" of line 2 in out.jsonl' in out.stderr
+    before = entries()
+    score = ["reward", "score", str(shipped.reward()), "-i", "out.jsonl"]
+    scored = CliRunner().invoke(main, score)
+    assert scored.exit_code == 2 and "line 2: it has an error in the place of an answer" in scored.stderr
+    Path("in.jsonl").write_text("\n".join([lines[0], json.dumps({"prompt": "Tell me about an owl."}), lines[2]]))
+    assert run().exit_code == 0
+    after = entries()
+    assert [after[0], after[2]] == [before[0], before[2]] and after[1]["answer"]
+    assert len(CliRunner().invoke(main, score).output.split()) == 3
+
+
+def test_two_processes_do_not_write_one_file(place: Path) -> None:
+    assert run().exit_code == 0
+    before = Path("out.jsonl").read_bytes()
+    with Path("out.jsonl").open("ab") as file:
+        hold(file, "")
+        out = run()
+        assert isinstance(out.exception, InputError) and "out.jsonl is being written by" in str(out.exception)
+    assert run().exit_code == 0 and Path("out.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "arguments", [[STORY], [STORY, "--json"], [STORY, "--method", "best-of-n"], ["-i", "in.jsonl"], [STORY, "--stream"]]
+)
+def test_settings_give_way_to_what_is_typed(arguments: list[str], place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"AT_ONCE": "2", "STRICT": "1", "STREAM": "1", "BUDGET_TOKENS": "999"}.items():
+        monkeypatch.setenv(f"AISP_{name}", value)
+    small = ["--budget", "4", "--rows", "4", "--max-tokens", "6"]
+    done = CliRunner().invoke(main, ["generate", *arguments, *small])
+    assert done.exit_code == 0 and done.stdout.strip(), done.output
 
 
 def test_strict_stops_at_an_answer_that_fails(place: Path) -> None:

@@ -405,8 +405,10 @@ def test_commands_of_ours(command: Command) -> None:
     elif command.arguments.startswith("serve"):
         serve(command)
     else:
+        check_parses(command)  # as it stands: what is appended may hide what it says
         done = run(command)
         assert done.exit_code == 0, (done.output, done.exception)
+        assert "error: " in command.shown or "error: " not in done.stderr, done.stderr  # of a command in a chat
         assert done.output or "-o" in command.words or command.words[1] == "config"
 
 

@@ -23,6 +23,7 @@ from aisp_local import Aligner, shipped
 from aisp_local.cli.generate import generate
 from aisp_local.cli.main import main
 from aisp_local.errors import AispError, InputError, ModelError
+from aisp_local.files import hold
 from aisp_local.models import all_models, find_model, hub, store
 from aisp_local.models.hub import Hub, choose, parse
 from aisp_local.models.names import is_model, parts_of, tag_of
@@ -114,7 +115,7 @@ def test_list_show_and_rm(fake: FakeHub, home: Path) -> None:
 
     assert "not deleted" in aisp("models", "rm", "talker", "--yes").stderr
     kept = aisp("models", "rm", REPOSITORY, stdin="n\n")
-    assert kept.exit_code == 0 and find_model(REPOSITORY).exists()
+    assert kept.exit_code == 1 and "nothing was deleted" in kept.stderr and find_model(REPOSITORY).exists()
     assert aisp("models", "rm", REPOSITORY).exit_code == 1, "nobody answers"
     gone = aisp("models", "rm", REPOSITORY, stdin="y\n")
     assert "is deleted" in gone.stdout
@@ -344,7 +345,8 @@ def test_two_pulls_of_one_file_do_not_spoil_it(fake: FakeHub) -> None:
     path = store.file_path(REPOSITORY, "story-Q4_K_M.gguf")
     path.parent.mkdir(parents=True)
     part = hub._part(path, listing.files["story-Q4_K_M.gguf"])
-    with part.open("ab") as out, hub._alone(out, path), pytest.raises(InputError, match="pulled by another process"):
+    with part.open("ab") as out, pytest.raises(InputError, match="pulled by another process"):
+        hold(out, "")
         pull()
 
 

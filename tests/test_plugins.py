@@ -68,6 +68,8 @@ def test_the_command_uses_the_template(template: Path) -> None:
     assert found["reward"] == max(c["reward"] for c in found["candidates"]) < 0
     shown = run(template, "aisp_local", "generate", "--help")
     assert "cem, cooling, misvo" in " ".join(shown.stdout.split())
+    assert "brevity  package  \n    of aisp-local-plugin" in run(template, "aisp_local", "reward", "list").stdout
+    assert "package      aisp-local-plugin" in run(template, "aisp_local", "reward", "show", "brevity").stdout
     wrong = run(template, *arguments, "--option", "warmest=2")
     assert wrong.returncode == 2 and "its options are coldest, hottest" in wrong.stderr
 

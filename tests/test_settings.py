@@ -181,6 +181,38 @@ def test_a_broken_file_is_not_written_over(file: Path) -> None:
     assert file.read_text() == "threads = \n"
 
 
+def test_a_broken_file_can_be_asked_about_and_repaired(file: Path) -> None:
+    file.parent.mkdir(parents=True)
+    file.write_text("nosuch = 1\nthreads = 2 # two\n")
+    assert "(aisp-local config edit opens the file)" in aisp("generate", "Hi").stderr
+    shown = aisp("generate", "--help")
+    assert shown.exit_code == 0 and "--budget" in shown.output and "'nosuch' is unknown" in shown.stderr
+    assert aisp("config", "unset", "nosuch").exit_code == 0 and file.read_text() == "threads = 2 # two\n"
+    file.write_text("threads = \n")
+    assert "is not valid TOML" in aisp("config", "unset", "threads").stderr
+
+
+def test_files_of_one_run_are_no_settings(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "'output' is unknown" in aisp("config", "set", "output", "x.txt").stderr and not file.exists()
+    monkeypatch.setenv("AISP_OUTPUT", "x.txt")
+    assert in_effect(monkeypatch, "generate", "Hi")["output"] is None
+
+
+def test_a_variable_that_cannot_be_used_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AISP_EFFORT", "banana")
+    done = aisp("generate", "Hi")
+    assert done.exit_code == 2 and "It is set by the environment variable AISP_EFFORT." in done.stderr
+    assert "It is set" not in aisp("generate", "Hi", "--effort", "apple").stderr
+    assert 'effort = "banana"' in (shown := aisp("config").output) and "AISP_EFFORT, which cannot be used" in shown
+
+
+def test_an_editor_that_is_none_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VISUAL", "")
+    monkeypatch.setenv("EDITOR", "no-such-editor")
+    done = aisp("config", "edit")
+    assert done.exit_code == 2 and "the editor cannot be used" in done.stderr and "set EDITOR" in done.stderr
+
+
 def test_edit_writes_only_what_can_be_used(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answers: Iterator[str | None] = iter(["threads = \n", "threads = 2\n"])
     monkeypatch.setattr(config_command.click, "edit", lambda *_, **__: next(answers))

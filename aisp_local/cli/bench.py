@@ -312,7 +312,7 @@ def value(
 @click.option("--method", "methods", multiple=True, help="Labels to compare. Default: all that there are.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 def rate(folder: Path, methods: tuple[str, ...], seed: int) -> None:
-    """Say which of two answers is better without knowing whose they are; FOLDER is one of `bench quality`.
+    """Say which of two answers is better, not knowing whose they are; FOLDER is one of `bench quality`.
 
     Each rating is written into FOLDER/ratings.jsonl at once; the same command goes on with those that are left. At the
     end: how often each method was preferred, by you and by the reward.

@@ -23,4 +23,7 @@ def completion(context: click.Context, shell: str) -> None:
     """
     made = get_completion_class(shell)
     assert made is not None  # click has all three
-    print_text(made(context.find_root().command, {}, "aisp-local", "_AISP_LOCAL_COMPLETE").source())
+    script = made(context.find_root().command, {}, "aisp-local", "_AISP_LOCAL_COMPLETE").source()
+    if shell == "bash":  # else a name is two words: owner/name and its tag
+        script = f"COMP_WORDBREAKS=${{COMP_WORDBREAKS//:}}\n{script}"
+    print_text(script)

@@ -144,18 +144,22 @@ def set_(context: click.Context, key: str, value: str) -> None:
       aisp-local config set threads 4
       aisp-local config set serve.port 8081
     """
+    import tomlkit
+
     main, path = _main(context), _path(context)
     command, name = _split(main, key)
     parsed = settings.from_text(main, command, name, value)
     settings.check(main, command, name, parsed, "config set")
-    document = _document(main, path)
+    if path.exists():
+        settings.read(main, path)  # what is wrong already is not written again
+    document = _document(path)
     if command is None:
         document[name] = parsed
     else:
-        import tomlkit
-
         document.setdefault(command, tomlkit.table())[name] = parsed
-    _write(main, path, document)
+    text = tomlkit.dumps(document)
+    settings.parse(main, path, text)
+    _store(path, text)
 
 
 @config.command()
@@ -169,16 +173,18 @@ def unset(context: click.Context, key: str) -> None:
       aisp-local config unset model
       aisp-local config unset chat.effort
     """
+    import tomlkit
+
     main, path = _main(context), _path(context)
     command, name = _split(main, key)
-    document = _document(main, path)
+    document = _document(path)  # whatever else is in it: this is how it can be repaired
     table = document if command is None else document.get(command, {})
     if name not in table:
         raise InputError(f"{key} is not set in {path}")
     del table[name]
     if command is not None and not table:
         del document[command]
-    _write(main, path, document)
+    _store(path, tomlkit.dumps(document))
 
 
 @config.command("path")
@@ -206,7 +212,10 @@ def edit(context: click.Context) -> None:
     before = read_text(path, "check --config or AISP_CONFIG") if path.exists() else _BEGIN
     text = before
     while True:
-        edited = click.edit(text, extension=".toml", require_save=False)
+        try:
+            edited = click.edit(text, extension=".toml", require_save=False)
+        except click.ClickException as error:
+            raise InputError(f"the editor cannot be used ({error.message}); set EDITOR to another") from error
         if edited is None or edited == before:
             click.echo("nothing was changed", err=True)
             return
@@ -247,22 +256,17 @@ def _split(main: click.Group, key: str) -> tuple[str | None, str]:
     return command, name.replace("-", "_")
 
 
-def _document(main: click.Group, path: Path) -> TOMLDocument:
-    """What the file holds, checked, with its comments."""
+def _document(path: Path) -> TOMLDocument:
+    """What the file holds, with its comments. Raises InputError for what is no TOML."""
     import tomlkit
+    from tomlkit.exceptions import ParseError
 
     if not path.exists():
         return tomlkit.document()
-    settings.read(main, path)
-    return tomlkit.parse(path.read_text(encoding="utf-8"))
-
-
-def _write(main: click.Group, path: Path, document: TOMLDocument) -> None:
-    import tomlkit
-
-    text = tomlkit.dumps(document)
-    settings.parse(main, path, text)
-    _store(path, text)
+    try:
+        return tomlkit.parse(read_text(path, "check --config or AISP_CONFIG"))
+    except ParseError as error:
+        raise InputError(f"{path} is not valid TOML ({error}); aisp-local config edit opens the file") from error
 
 
 def _store(path: Path, text: str) -> None:

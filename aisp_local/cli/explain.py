@@ -17,7 +17,7 @@ from aisp_local.trace import Trace
 @click.argument("file", type=FILE)
 @click.option("-o", "--output", type=FILE, help="The report. Default: FILE with the ending .html.")
 def explain(file: Path, output: Path | None) -> None:
-    """Write what a trace FILE holds as a web page that needs nothing else: plots, candidates, settings, times.
+    """Make a web page of a trace FILE that needs nothing else: plots, candidates, settings, times.
 
     \b
     Examples:

@@ -22,10 +22,11 @@ from aisp_local.cli.options import (
     read_grammar,
     rollouts,
     search_options,
+    typed,
 )
 from aisp_local.cli.output import print_answer
 from aisp_local.controllers import builder
-from aisp_local.defaults import check_search
+from aisp_local.defaults import STREAMED, check_search
 from aisp_local.errors import InputError
 from aisp_local.files import check_apart, check_output, write_output
 from aisp_local.finite import finite
@@ -62,7 +63,8 @@ def answer_all(batch: Batch, aligner: Aligner, output: Path | None) -> None:
     place = "" if output is None else f" in {output}"
     if outcome.failed:
         lines = ", ".join(map(str, outcome.failed[:8])) + (", ..." if len(outcome.failed) > 8 else "")
-        click.echo(f'{len(outcome.failed)} of {total} prompts failed; see "error" of lines {lines}{place}', err=True)
+        which = "line" if len(outcome.failed) == 1 else "lines"
+        click.echo(f'{len(outcome.failed)} of {total} prompts failed; see "error" of {which} {lines}{place}', err=True)
     if stop.set:
         click.echo(f"interrupted: {outcome.answered} of {total} answers are there{place}", err=True)
         sys.exit(130)
@@ -137,7 +139,7 @@ def generate(
     grammar_file: Path | None,
     json_schema: str | None,
 ) -> None:
-    """Answer PROMPT (`-`: standard input), or a file of prompts with --input.
+    """Answer PROMPT, or a file of prompts with --input; `-` is standard input.
 
     \b
     Examples:
@@ -148,9 +150,10 @@ def generate(
     """
     if (prompt is None) == (source is None):
         raise InputError("give either a PROMPT (- for standard input) or --input FILE")
-    if source is not None and (stream or any(one is not None for one in (timeline, save_steering, trace))):
+    one = any(file is not None for file in (timeline, save_steering, trace))
+    if source is not None and (one or (stream and typed("stream"))):
         raise InputError("--stream, --timeline, --trace and --save-steering are for one prompt; leave out --input")
-    if source is None and (at_once is not None or strict):
+    if source is None and (typed("at_once") or typed("strict")):
         raise InputError("--at-once and --strict are for --input FILE")
     text = "" if prompt is None else read_prompt(prompt)
     if output is not None:
@@ -164,6 +167,11 @@ def generate(
     if save_steering is not None and not hasattr(builder(method), "held"):
         raise InputError(f"--save-steering needs a method that holds a control, such as score; {method!r} does not")
     kept = None if steering is None else Steering.load(steering)
+    # What stands in the settings gives way to what the command line asks for.
+    if not typed("stream"):
+        stream &= source is None and not json_ and output is None and budget_tokens is None and method in STREAMED
+    elif stream:
+        json_, budget_tokens = json_ and typed("json_"), budget_tokens if typed("budget_tokens") else None
     if stream and (json_ or output is not None or budget_tokens is not None):
         raise InputError("--stream prints the answer as it settles; leave out --json, -o and --budget-tokens")
     options = method_options(method, strength, stream, more)

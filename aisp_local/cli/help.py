@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 from typing import Any
 
 import click
@@ -34,11 +35,18 @@ class ExamplesFirst(click.Command):
             self.help = whole
 
     def get_short_help_str(self, limit: int = 45) -> str:
+        """The first sentence, or as many of its clauses as there is room for."""
         whole, self.help = self.help, split_examples(self.help or "")[0]
         try:
-            return super().get_short_help_str(limit)
+            found, least = super().get_short_help_str(10_000), super().get_short_help_str(limit)
         finally:
             self.help = whole
+        if len(found) <= limit:
+            return found
+        for marks in ("[:;] ", ", "):
+            if ends := [end.start() for end in re.finditer(marks, found) if end.start() <= limit]:
+                return found[: ends[-1]]
+        return least
 
 
 class Group(ExamplesFirst, click.Group):

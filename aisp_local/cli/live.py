@@ -28,8 +28,10 @@ class StatusLine:
         self._shown = now
         return True
 
-    def _show(self, line: str) -> None:
+    def _show(self, line: str, hint: str) -> None:
+        """``hint``: what is added where there is room for all of it."""
         width = shutil.get_terminal_size().columns - 1
+        line += f"  {hint}" if len(line) + 2 + len(hint) <= width else ""
         sys.stderr.write("\r\x1b[2K" + line[:width])
         sys.stderr.flush()
 
@@ -74,7 +76,7 @@ class ProgressLine(StatusLine):
         if done:
             end = (self._whole_at if self._whole else progress.seconds) * progress.iterations / done
             line += f"  {duration(end - progress.seconds)} left"
-        self._show(line + "  (Ctrl-C: best so far)")
+        self._show(line, "(Ctrl-C: best so far)")
 
 
 class Streamed(ProgressLine):
@@ -135,7 +137,7 @@ class BatchLine(StatusLine):
         if done > 0:
             each = (time.monotonic() - self._began) / done
             line += f"  {each:.1f} s each  {duration(each * (self._prompts - self._before - done))} left"
-        self._show(line + "  (Ctrl-C ends it; the same command goes on)")
+        self._show(line, "(Ctrl-C ends it; the same command goes on)")
 
 
 class StopFlag:

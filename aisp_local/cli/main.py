@@ -5,17 +5,19 @@ from __future__ import annotations
 import sys
 import traceback
 import warnings
-from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
+from click.core import ParameterSource
 
 from aisp_local.cli.help import CONTEXT, Group, use_colour
 from aisp_local.cli.names import FILE
 from aisp_local.cli.output import tame
-from aisp_local.cli.settings import commands, name_variables, read
+from aisp_local.cli.settings import commands, name_variables, read, set_variable
 from aisp_local.errors import AispError, InputError
+
+_HELP = "aisp_local.help"  # whether a command's help is asked for
 
 EXIT_CODES = """\b
 Exit codes:
@@ -28,11 +30,24 @@ Exit codes:
 class ErrorsAsSentences(Group):
     """Prints an error of ours as one sentence; ``--debug`` shows where it came from."""
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        ctx.meta[_HELP] = not set(CONTEXT["help_option_names"]).isdisjoint(args)
+        return super().resolve_command(ctx, args)
+
     def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
         except AispError as error:
             self._fail(ctx, str(error), 2 if isinstance(error, InputError) else 1)
+        except click.BadParameter as error:
+            if isinstance(error.param, click.Option) and error.ctx is not None:
+                source = error.ctx.get_parameter_source(str(error.param.name))
+                if source == ParameterSource.ENVIRONMENT:
+                    said = f"{error.message} It is set by the environment variable {set_variable(error.param)}."
+                    raise click.BadParameter(said, error.ctx, error.param) from error
+            raise
         except OSError as error:
             if error.filename is None:  # a closed pipe, which click knows
                 raise
@@ -86,9 +101,13 @@ def main(context: click.Context, debug: bool, config: Path | None) -> None:
         warnings.showwarning = _as_sentence
     use_colour(context)
     if context.invoked_subcommand in commands(main):
-        # What is wrong with the settings, doctor says itself.
-        with suppress(InputError) if context.invoked_subcommand == "doctor" else nullcontext():
+        try:
             context.default_map = read(main, config).defaults(main)
+        except InputError as error:
+            if context.meta[_HELP]:
+                click.echo(f"aisp-local: {error}", err=True)
+            elif context.invoked_subcommand != "doctor":  # which says itself what is wrong with the settings
+                raise
 
 
 def _as_sentence(message: Warning | str, *_: Any, **__: Any) -> None:

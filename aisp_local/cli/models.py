@@ -75,7 +75,7 @@ def pull(repository: str, pattern: str | None, revision: str) -> None:
 @models.command("list")
 @click.option("--json", "json_", is_flag=True, help="Print a JSON list.")
 def list_(json_: bool) -> None:
-    """List pulled models and those that LM Studio, Ollama, llama.cpp and Hugging Face keep on this machine.
+    """List models: pulled ones, and those that LM Studio, Ollama, llama.cpp and Hugging Face keep on this machine.
 
     \b
     Examples:
@@ -220,6 +220,9 @@ def _delete(what: str, paths: list[Path], yes: bool) -> None:
     if yes or click.confirm(f"Delete {what} ({size})?", err=True):
         store.remove(paths)
         print_answer(f"{what} is deleted, {size} are free")
+    else:
+        click.echo("nothing was deleted", err=True)
+        sys.exit(1)
 
 
 class TransferLine(StatusLine):
@@ -244,7 +247,7 @@ class TransferLine(StatusLine):
         elif now - self._began > 0.5 and done > self._from:
             rate = (done - self._from) / (now - self._began)
             line += f"  {size_text(int(rate))}/s  {duration((total - done) / rate)} left"
-        self._show(line)
+        self._show(line, "(Ctrl-C: goes on from here later)")
 
     def notice(self, text: str) -> None:
         """A sentence on a line of its own."""

@@ -71,8 +71,8 @@ def model_options(command: F) -> F:
             "--reward",
             type=REWARD,
             envvar="AISP_REWARD",
-            help="Reward folder (with reward.json), TOML file, or recipe (kind-and-safe, short-and-plain). "
-            "Default: the shipped one.",
+            help="Reward folder (with reward.json), TOML file, or a name of `reward list`, such as the recipes "
+            "kind-and-safe and short-and-plain. Default: the shipped one.",
         ),
         click.option(
             "--lora-scaled",
@@ -123,7 +123,7 @@ def budget_options(command: F) -> F:
 
 def rollouts(budget: int | None, effort: str) -> int:
     """Of an answer: an effort on the command line goes before a budget in the settings (see ``layered``)."""
-    return budget_of(None if _typed("effort") and not _typed("budget") else budget, effort)
+    return budget_of(None if typed("effort") and not typed("budget") else budget, effort)
 
 
 def search_options(command: F) -> F:
@@ -176,7 +176,7 @@ def search_options(command: F) -> F:
     return command
 
 
-def _typed(name: str) -> bool:
+def typed(name: str) -> bool:
     """Whether an option stands on the command line, and not in the settings."""
     context = click.get_current_context(silent=True)
     return context is None or context.get_parameter_source(name) == ParameterSource.COMMANDLINE
@@ -190,14 +190,14 @@ def settable(method: str) -> set[str]:
 def method_options(method: str, strength: float | None, stream: bool, more: Sequence[str]) -> dict[str, Any]:
     """Options of the method that were given; a setting is for the methods that have it."""
     options: dict[str, Any] = {} if strength is None else {"strength": strength}
-    if not _typed("strength") and "strength" not in options_of(method):
+    if not typed("strength") and "strength" not in options_of(method):
         options = {}
     for text in more:
         name, equals, value = text.partition("=")
         if not equals or not name:
             raise InputError(f"--option {text} is not of the form NAME=VALUE")
         if name not in settable(method):
-            if not _typed("more"):
+            if not typed("more"):
                 continue
             known = ", ".join(sorted(settable(method))) or "none"
             raise InputError(f"method {method!r} has no option {name!r}; its options are {known}")

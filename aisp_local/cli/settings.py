@@ -25,6 +25,9 @@ from aisp_local.rewards.section import nearest
 
 FILE = "config.toml"
 _WITHOUT = ("completion", "config", "explain", "replay")  # commands that settings are not for
+_ONE_RUN = ("input", "output", "resume", "save_steering", "timeline", "trace")
+"""Options that name a file of one run: as a setting they would write, or answer, the same one for ever."""
+
 _MAX_BYTES = 1 << 20
 _WHICH = "check --config or AISP_CONFIG"
 
@@ -40,7 +43,7 @@ def commands(main: click.Group) -> dict[str, dict[str, click.Option]]:
     for name, command in main.commands.items():
         if name not in _WITHOUT and not isinstance(command, click.Group):
             options = [p for p in command.params if isinstance(p, click.Option) and p.expose_value and not p.is_eager]
-            found[name] = {key_of(option): option for option in options}
+            found[name] = {key: option for option in options if (key := key_of(option)) not in _ONE_RUN}
     return found
 
 
@@ -102,7 +105,10 @@ def read(main: click.Group, path: Path | None) -> Settings:
             raise InputError(f"{chosen} is larger than 1 MiB; it is no configuration")
     except OSError as error:  # a folder that may not be entered, a name that is too long
         raise InputError(f"the configuration {chosen} cannot be read ({error.strerror}); {_WHICH}") from error
-    return parse(main, chosen, read_text(chosen, _WHICH))
+    try:
+        return parse(main, chosen, read_text(chosen, _WHICH))
+    except InputError as error:
+        raise InputError(f"{error} (aisp-local config edit opens the file)") from error
 
 
 def parse(main: click.Group, path: Path, text: str) -> Settings:
@@ -237,8 +243,10 @@ def effective(main: click.Group, settings: Settings) -> list[Effective]:
         own = settings.of(name, options)
         for key, option in options.items():
             value, origin = from_environment(option), ""
-            if value is not None:
-                origin = next(variable for variable in _variables(option) if os.environ.get(variable))
+            variable = set_variable(option)
+            if variable is not None:
+                origin = variable if value is not None else f"{variable}, which cannot be used"
+                value = os.environ[variable] if value is None else value
             elif key in own:
                 value, origin = own[key], settings.path.name
             else:
@@ -249,5 +257,7 @@ def effective(main: click.Group, settings: Settings) -> list[Effective]:
     return found
 
 
-def _variables(option: click.Option) -> list[str]:
-    return [option.envvar] if isinstance(option.envvar, str) else list(option.envvar or ())
+def set_variable(option: click.Option) -> str | None:
+    """The environment variable that sets an option now, if any does."""
+    names = [option.envvar] if isinstance(option.envvar, str) else list(option.envvar or ())
+    return next((name for name in names if os.environ.get(name)), None)

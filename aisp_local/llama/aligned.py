@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -220,7 +219,8 @@ class AlignedLlama:
         ``budget=1``, else at once. ``align``: see the class.
 
         ``temperature``, ``top_p``, ``top_k`` and ``min_p`` default to the method's own, with ``budget=1`` to
-        llama-cpp-python's. ``logits_processor``, ``logit_bias``, ``stopping_criteria`` and penalties need ``budget=1``.
+        llama-cpp-python's; what the method has not, and penalties, a warning names. ``logits_processor``,
+        ``logit_bias`` and ``stopping_criteria`` need ``budget=1``.
         Raises InputError (a ValueError) for what cannot be, as where the prompt is longer than ``n_ctx``.
         """
         return self._complete(
@@ -401,9 +401,7 @@ class AlignedLlama:
         if len(tokens) >= self._n_ctx:
             raise InputError(f"Requested tokens ({len(tokens)}) exceed context window of {self._n_ctx}")
         room = self._n_ctx - len(tokens)
-        if seed is None:
-            seed = random.Random(self._seed).randint(0, 2**32)
-        self._seed = seed
+        self._seed = seed = arguments.seed_of(seed, self._seed)
         processors = list(logits_processor or ())
         if logit_bias:
             processors.append(_biased({int(token): float(bias) for token, bias in logit_bias.items()}))
@@ -506,12 +504,11 @@ class AlignedLlama:
         method = align.get("method", DEFAULT_METHOD)
         for name, given in {
             "logits_processor or logit_bias": ask.processors,
-            "a penalty": ask.penalties.some,
             "stopping_criteria": ask.criteria,
         }.items():
             if given:
                 raise InputError(f"{name} works with the model alone; leave it out, or use budget=1")
-        align |= arguments.method_sampling(ask.sampling, method)
+        align |= arguments.method_sampling(ask.sampling, method, ask.penalties.some)
         if put is not None and method in STREAMED:
             align |= STREAMED[method] | {"n": arguments.budget(align)}
         on_progress: Callable[[Progress], None] | None = align.pop("on_progress", None)

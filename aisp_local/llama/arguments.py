@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 import json
+import random
+import secrets
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from aisp_local.api import Aligner
-from aisp_local.controllers import options_of
+from aisp_local.controllers import defaults_of
 from aisp_local.defaults import DEFAULT_EFFORT, DEFAULT_METHOD, budget_of, check_search
 from aisp_local.errors import InputError
 from aisp_local.grammar import Grammar
@@ -56,7 +58,7 @@ _REFUSED: dict[str, Any] = {
 
 _SAMPLING = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
 _UNSAMPLED = {"typical_p": 1.0, "tfs_z": 1.0, "mirostat_mode": 0, "mirostat_tau": 5.0, "mirostat_eta": 0.1}
-
+_ANY_SEED = 2**32 - 1
 
 _OWN = {
     "grammar": "grammar or response_format",
@@ -130,20 +132,34 @@ def plain_sampling(given: Mapping[str, Any], temperature: float) -> Sampling:
     return Sampling(values["temperature"], max(0, values["top_k"]), min(1.0, values["top_p"]), values["min_p"])
 
 
-def method_sampling(given: Mapping[str, Any], method: str) -> dict[str, Any]:
-    """Options of the method. Raises InputError for what it has not, unless it is what llama-cpp-python defaults to."""
-    known, found = options_of(method), dict[str, Any]()
+def method_sampling(given: Mapping[str, Any], method: str, penalised: bool) -> dict[str, Any]:
+    """Options of the method. A warning names what programs ask of the model alone and a search by it goes without.
+
+    A temperature of 0 or less, to a method that samples, asks for nothing: a search gives the same answer each time.
+    """
+    known, found, without = defaults_of(method), dict[str, Any](), ["penalties"] * penalised
     for name, value in given.items():
-        if value is None:
+        if value is None or (name == "temperature" and value <= 0 and known.get(name, 0) > 0):
             continue
         if name in known:
             found[name] = value
         elif value != _SAMPLING[name]:
-            raise InputError(
-                f"{name} is {value}, and the method {method!r} has no such option; leave it out, "
-                "or use budget=1 (the model alone) or method='best-of-n'"
-            )
+            without.append(name)
+    if without:
+        warnings.warn(
+            f"the method {method!r} goes without {', '.join(sorted(without))}; with budget=1 the model alone is "
+            "sampled as llama.cpp does",
+            stacklevel=3,
+        )
     return found
+
+
+def seed_of(seed: int | None, before: int) -> int:
+    """The seed of a completion: -1 (or what a C program takes for it) is another one each time, as in llama.cpp, and
+    None the next one after the last completion's."""
+    if seed is None:
+        return random.Random(before).randint(0, 2**32)
+    return secrets.randbelow(_ANY_SEED) if seed in (-1, _ANY_SEED) else seed
 
 
 def shown(messages: Sequence[Mapping[str, Any]]) -> list[Message]:

@@ -24,6 +24,7 @@ from urllib.parse import quote
 import requests
 
 from aisp_local.errors import AispError, InputError
+from aisp_local.files import hold
 from aisp_local.models import store
 from aisp_local.models.find import hugging_face_home
 from aisp_local.models.names import is_model, n_parts, parts_of, plain, tag_of
@@ -135,7 +136,8 @@ class Hub:
                 part.unlink(missing_ok=True)
                 return
         url = f"{self.endpoint}/{listing.repository}/resolve/{listing.commit}/{quote(file.name)}"
-        with part.open("ab") as out, _alone(out, path):
+        with part.open("ab") as out:
+            hold(out, f"{path.name} is being pulled by another process; wait for it")
             failures = 0
             while (have := _have(part)) != file.size:
                 if have > file.size:
@@ -348,21 +350,6 @@ def _check_room(missing: int) -> None:
             f"{missing / 1e9:.1f} GB are missing and {place} has room for {free / 1e9:.1f} GB; "
             "make room, or set AISP_MODELS to a folder on another disk"
         )
-
-
-@contextmanager
-def _alone(out: IO[bytes], path: Path) -> Iterator[None]:
-    """Two processes that write one file would spoil it. Freed with the process, however it ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    try:
-        fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise InputError(f"{path.name} is being pulled by another process; wait for it") from error
-    yield
 
 
 def _reason(error: Exception) -> str:

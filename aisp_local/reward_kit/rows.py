@@ -42,9 +42,11 @@ def read_rows(lines: Iterable[str], name: str, prompt: Prompt, *, json_lines: bo
         try:
             row = parse_row(line)
             own = prompt_of(row["prompt"]) if row.get("prompt") is not None else prompt
+            if isinstance(row.get("error"), dict):
+                raise ValueError("it has an error in the place of an answer; the command that wrote it tries it again")
             responses = row["responses"] if "responses" in row else [row.get("response", row.get("answer"))]
             if not isinstance(responses, list) or not all(isinstance(text, str) for text in responses):
-                raise ValueError("it needs 'response', a string, or 'responses', a list of strings")
+                raise ValueError("it needs 'response' or 'answer', a string, or 'responses', a list of strings")
         except ValueError as error:
             raise InputError(f"{name}, line {number}: {error}") from error
         for i, text in enumerate(responses, 1):

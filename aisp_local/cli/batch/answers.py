@@ -6,11 +6,11 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from aisp_local.cli.output import print_answer
 from aisp_local.errors import InputError
-from aisp_local.files import check_output, write_output
+from aisp_local.files import check_output, hold, write_output
 from aisp_local.finite import finite
 
 _BEGIN = b'{"line": '
@@ -30,10 +30,28 @@ class Answers:
         """By their lines, what was answered: errors are not, they are tried again."""
         self._kept = path is not None and (path.is_file() or not path.exists())
         self._ordered: list[int] = []
+        self._held: IO[bytes] | None = None
         if path is not None:
             check_output(path)
         if path is not None and path.is_file():
-            self._read(path, keys)
+            try:
+                self._hold(path)
+                self._read(path, keys)
+            except BaseException:
+                self.close()
+                raise
+
+    def close(self) -> None:
+        """Let other processes have the file."""
+        if self._held is not None:
+            self._held.close()
+            self._held = None
+
+    def _hold(self, path: Path) -> None:
+        """Two processes would answer the same lines twice. Another file at the path is held anew."""
+        self.close()
+        self._held = path.open("ab")
+        hold(self._held, f"{path} is being written by another process; wait for it, or give another file to -o")
 
     def add(self, line: int, entry: Mapping[str, Any]) -> None:
         """Append and keep it, whatever happens next. Raises InputError where that cannot be."""
@@ -43,6 +61,8 @@ class Answers:
             return
         data = text.encode("utf-8", "replace") + b"\n"
         try:
+            if self._kept and self._held is None:
+                self._hold(self.path)
             # In one call, so that no two programs' lines mix.
             file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
             try:
@@ -75,13 +95,15 @@ class Answers:
             raise InputError(_no_answer(path, len(lines) + 1))
         for i, text in enumerate(lines, 1):
             line, key, failed = self._entry(path, i, text)
+            if failed:  # tried again, and its line may have been mended
+                continue
             self._check(path, i, line, key, keys)
-            if not failed:
-                self.done.setdefault(line, text + b"\n")
+            self.done.setdefault(line, text + b"\n")
         self._ordered = list(self.done)
         kept = b"".join(self.done.values())
         if kept != data:
             write_output(path, kept)
+            self._hold(path)
 
     def _entry(self, path: Path, i: int, text: bytes) -> tuple[int, str, bool]:
         try:

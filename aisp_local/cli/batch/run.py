@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,27 +66,28 @@ class Batch:
         how = _hash([self._about, aligner.engine.fingerprint, aligner.reward.name, str(search)])
         keys = {question.line: f"{question.hash}-{how}" for question in self.questions}
         answers = Answers(output, self.source, keys)
-        pending = [question for question in self.questions if question.line not in answers.done]
-        line.begin(len(self.questions), len(answers.done), self._search["max_tokens"])
-        answered, failed = len(answers.done), list[int]()
-        for group in self._groups(pending):
-            for question, found in zip(group, self._answers(aligner, group, stop, line), strict=True):
-                if isinstance(found, KeyboardInterrupt) or (
-                    isinstance(found, Result) and found.status == "interrupted"
-                ):
-                    continue  # not the answer that it would have been
-                entry: dict[str, Any] = {"line": question.line, "id": question.id, "key": keys[question.line]}
-                if isinstance(found, Result):
-                    entry |= {"prompt": question.prompt, **form(found)}
-                    answered += 1
-                else:
-                    entry["error"] = {"type": type(found).__name__, "message": str(found)}
-                    failed.append(question.line)
-                answers.add(question.line, entry)
-                line.ended(failed="error" in entry)
-            if stop() or (self._strict and failed):
-                break
-        answers.order()
+        with closing(answers):
+            pending = [question for question in self.questions if question.line not in answers.done]
+            line.begin(len(self.questions), len(answers.done), self._search["max_tokens"])
+            answered, failed = len(answers.done), list[int]()
+            for group in self._groups(pending):
+                for question, found in zip(group, self._answers(aligner, group, stop, line), strict=True):
+                    if isinstance(found, KeyboardInterrupt) or (
+                        isinstance(found, Result) and found.status == "interrupted"
+                    ):
+                        continue  # not the answer that it would have been
+                    entry: dict[str, Any] = {"line": question.line, "id": question.id, "key": keys[question.line]}
+                    if isinstance(found, Result):
+                        entry |= {"prompt": question.prompt, **form(found)}
+                        answered += 1
+                    else:
+                        entry["error"] = {"type": type(found).__name__, "message": str(found)}
+                        failed.append(question.line)
+                    answers.add(question.line, entry)
+                    line.ended(failed="error" in entry)
+                if stop() or (self._strict and failed):
+                    break
+            answers.order()
         return Outcome(answered, failed, stopped=answered + len(failed) < len(self.questions))
 
     def _checked(self, question: Question) -> Question:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from aisp_local.cli.chat import commands
 from aisp_local.cli.chat.conversation import Conversation, latest, messages, path_of
@@ -29,6 +28,7 @@ from aisp_local.cli.options import (
     read_grammar,
     search_options,
     settable,
+    typed,
 )
 from aisp_local.defaults import layered
 from aisp_local.errors import AispError, BindingError, InputError
@@ -73,6 +73,8 @@ def chat(context: click.Context, /, question: str | None, persona: str | None, r
       aisp-local chat --resume
       aisp-local chat "Go on with this story:" < story.txt
     """
+    if question is not None and not question.strip():
+        raise InputError("the question is empty; ask something, or leave it out to talk")
     conversation = Conversation()
     if resume is not None:
         conversation = Conversation.load(latest() if resume == _LATEST else path_of(resume))
@@ -83,7 +85,7 @@ def chat(context: click.Context, /, question: str | None, persona: str | None, r
     grammar = read_grammar(said["grammar_file"], said["json_schema"])
     steering = None if said["steering"] is None else Steering.load(said["steering"])
     for name, given in (("steering", steering is not None), ("warm-start", said["warm_start"])):
-        if given and not settings.holds and _typed(context, name.replace("-", "_")):
+        if given and not settings.holds and typed(name.replace("-", "_")):
             raise InputError(f"--{name} needs a method that holds a control: score, with a strength above 0")
     piped = None if question is None or (sys.stdin is not None and sys.stdin.isatty()) else _piped()
     names = ("model", "lora", "lora_scaled", "reward", "judge")
@@ -145,8 +147,8 @@ def _said(context: click.Context, resumed: Mapping[str, Any], persona: Mapping[s
     """
     system = context.params["system"]
     params = context.params | {"system": None if system is None else commands.text_or_file(system)}
-    typed = {name: value for name, value in params.items() if _typed(context, name)}
-    said = layered(params, resumed, persona, typed)
+    given = {name: value for name, value in params.items() if typed(name)}
+    said = layered(params, resumed, persona, given)
     said.setdefault("budget", None)
     method, known = said["method"], settable(said["method"])
     layers: list[Mapping[str, Any]] = [{"strength": params["strength"]}]
@@ -154,12 +156,8 @@ def _said(context: click.Context, resumed: Mapping[str, Any], persona: Mapping[s
     for file in (resumed, persona):
         layers += [file.get("options", {}), {"strength": file["strength"]} if "strength" in file else {}]
     options = {name: value for layer in layers for name, value in layer.items() if name in known and value is not None}
-    said["options"] = options | method_options(method, typed.get("strength"), False, typed.get("more", ()))
+    said["options"] = options | method_options(method, given.get("strength"), False, given.get("more", ()))
     return said
-
-
-def _typed(context: click.Context, name: str) -> bool:
-    return context.get_parameter_source(name) is ParameterSource.COMMANDLINE
 
 
 def _settings(said: Mapping[str, Any]) -> Settings:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @click.option("--plots", type=FILE, help="Write accuracy.svg, calibration.svg and length.svg into this folder.")
 @click.option("--json", "json_", is_flag=True, help="Print a JSON object.")
 def eval_(folder: Path, data: Path, plots: Path | None, json_: bool) -> None:
-    """Measure how often the reward in FOLDER agrees with the preferences in DATA.
+    """Measure how often a reward FOLDER agrees with preferences in DATA.
 
     DATA is JSONL (.gz: gzipped) with 'chosen' and 'rejected' and, where these are only responses, 'prompt': strings,
     lists of messages, or whole dialogues of Human and Assistant. 'source' or 'subset' groups the rows.

@@ -16,7 +16,7 @@ from aisp_local.cli.output import one_line, print_json, size_text
 @click.argument("folders", nargs=-1, type=FILE)
 @click.option("--json", "json_", is_flag=True, help="Print a JSON list.")
 def list_(folders: tuple[Path, ...], json_: bool) -> None:
-    """List the shipped rewards and recipes, your own rewards and those in FOLDERS.
+    """List the shipped rewards and recipes, your own rewards, those in FOLDERS and those of other packages.
 
     Your own are looked for in the folder that AISP_REWARDS names, by default ~/.local/share/aisp-local/rewards.
 
@@ -25,7 +25,7 @@ def list_(folders: tuple[Path, ...], json_: bool) -> None:
       aisp-local reward list
       aisp-local reward list my_rewards --json
     """
-    from aisp_local import shipped
+    from aisp_local import plugins, shipped
     from aisp_local.cli.output import print_answer
     from aisp_local.errors import InputError
     from aisp_local.reward_kit.folders import describe, find_rewards, standard_folders
@@ -53,6 +53,8 @@ def list_(folders: tuple[Path, ...], json_: bool) -> None:
         rows.append(
             {"kind": "recipe", "folder": str(path), "name": name, "error": None, "description": description_of(path)}
         )
+    for name, package in plugins.packages("aisp_local.rewards", shipped.named_rewards()).items():
+        rows.append({"kind": "package", "folder": None, "name": name, "error": None, "description": f"of {package}"})
     if json_:
         print_json(rows)
         return
@@ -60,8 +62,8 @@ def list_(folders: tuple[Path, ...], json_: bool) -> None:
         if row["error"]:
             print_answer(one_line(f"{row['name']}  broken: {row['error']}"))
             continue
-        what = "recipe" if row["kind"] == "recipe" else size_text(row["bytes"])
-        print_answer(one_line(f"{row['name']}  {what}  {row['folder']}"))
+        what = size_text(row["bytes"]) if row["kind"] == "folder" else row["kind"]
+        print_answer(one_line(f"{row['name']}  {what}  {row['folder'] or ''}"))
         for text in (row["description"], f"licence: {row['licence']}" if "licence" in row else ""):
             if text:
                 print_answer(one_line(f"    {text}"))
