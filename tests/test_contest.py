@@ -141,6 +141,23 @@ def test_a_setting_that_blows_up_is_passed_over(tmp_path: Path) -> None:
     assert set(played) == {2.0} and sum("not finite" in line for line in said) == 2
 
 
+def test_a_method_of_hindsight_plays_all_its_settings(tmp_path: Path) -> None:
+    aligner = Aligner(FakeEngine(), FakeReward(lambda prompt, responses: [float(len(r)) for r in responses]))
+    real = aligner.generate_many
+
+    def generate_many(prompts: Any, *, temperature: float, **options: Any) -> Any:
+        results = real(prompts, temperature=temperature, **options)
+        return [replace(r, candidates=[replace(c, reward=temperature % 3) for c in r.candidates]) for r in results]
+
+    aligner.generate_many = generate_many  # type: ignore[method-assign]
+    entry = Entry("best-of-n", "best-of-n", n=4, grid=[{"temperature": t} for t in (1.0, 2.0, 4.0)], hindsight=True)
+    pair = Pair("p", "m", "r", ["never asked"], ["b", "c"], max_tokens=6)
+    store = Store(tmp_path / "runs.jsonl")
+    game = Contest(pair, aligner, store, budgets=[4], seed=0, say=lambda line: None)
+    assert [run.settings for run in game.play([entry], 0)["best-of-n"]] == [{"temperature": 2.0}] * 2
+    assert {run.prompt for run in store.runs()} == {"b", "c"} and len(store.runs()) == 6
+
+
 def run(rewards: list[float], n: int = 2, answer: str = "a b") -> Run:
     return Run("p", "x", "q", 0, len(rewards), n, {}, rewards, answer, 1.0, 10)
 

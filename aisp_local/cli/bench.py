@@ -120,7 +120,7 @@ def controllers(
     threads: int | None,
     out: Path,
 ) -> None:
-    """Compare alignment methods at equal numbers of rollouts, each with its knob tuned on prompts of their own.
+    """Compare alignment methods at equal numbers of rollouts, each tuned, best-of-n in hindsight.
 
     Runs are kept in OUT as they come: the same command goes on where it was stopped. report.md and report.json say what
     was found, with 95% intervals over prompts. Without --pair and --method: all of them.

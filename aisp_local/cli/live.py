@@ -76,7 +76,7 @@ class ProgressLine(StatusLine):
         if done:
             end = (self._whole_at if self._whole else progress.seconds) * progress.iterations / done
             line += f"  {duration(end - progress.seconds)} left"
-        self._show(line, "(Ctrl-C: best so far)")
+        self._show(line, "Ctrl-C ends it")
 
 
 class Streamed(ProgressLine):
