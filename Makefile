@@ -8,15 +8,18 @@ BIN    := $(VENV)/bin
 chat: $(VENV)/.installed
 	$(BIN)/aisp-local chat
 
+# Files of tests side by side, each file's own in their order; a process takes up to 1 GB.
+PYTEST := $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
+
 test: $(VENV)/.test lint
-	$(BIN)/pytest
+	$(PYTEST)
 
 # With PyTorch and transformers: the slow tests too, those of exporting and training rewards, and other generated
 # examples at every run. TORCH names another one than pip would take, such as one without CUDA:
 # make test-all TORCH=torch==2.13.0+cpu
 TORCH ?= torch
 test-all: $(VENV)/.test-all lint
-	$(BIN)/pytest -m "not gpu" --hypothesis-profile=default
+	$(PYTEST) -m "not gpu" --hypothesis-profile=default
 
 bench: $(VENV)/.installed
 	$(BIN)/aisp-local bench speed --report benchmarks/RESULTS.md

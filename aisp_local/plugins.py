@@ -7,6 +7,7 @@ from collections.abc import Collection
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal
 
+from aisp_local import shipped
 from aisp_local.errors import InputError
 
 Group = Literal["aisp_local.controllers", "aisp_local.rewards"]
@@ -22,6 +23,11 @@ def names(group: Group, builtin: Collection[str]) -> list[str]:
 def packages(group: Group, builtin: Collection[str]) -> dict[str, str]:
     """The same, each with the package that adds it."""
     return {name: _package(point) for name, point in sorted(_found(group, builtin).items())}
+
+
+def rewards() -> dict[str, str]:
+    """The rewards that installed packages add to those shipped, each with its package."""
+    return packages("aisp_local.rewards", shipped.named_rewards())
 
 
 def load(group: Group, name: str, builtin: Collection[str]) -> Any:

@@ -57,8 +57,7 @@ class RewardPath(FilePath):
         from aisp_local.reward_kit.folders import find_rewards, standard_folders
 
         folders = find_rewards(standard_folders()[1:])
-        others = plugins.names("aisp_local.rewards", shipped.named_rewards())
-        return _matching(incomplete, ["shipped", "judge", *shipped.recipes(), *others, *map(str, folders)])
+        return _matching(incomplete, ["shipped", "judge", *shipped.recipes(), *plugins.rewards(), *map(str, folders)])
 
 
 FILE = FilePath()

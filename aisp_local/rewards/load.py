@@ -37,13 +37,11 @@ def _from_path(path: Path) -> Reward:
             return load_recipe(recipes[path.name])
         if (folder := shipped.reward_by_name(path.name)) is not None:
             return OnnxReward.load(folder)
-        builtin = shipped.named_rewards()
-        if (make := plugins.load("aisp_local.rewards", path.name, builtin)) is not None:
+        if (make := plugins.load("aisp_local.rewards", path.name, shipped.named_rewards())) is not None:
             return _of_plugin(path.name, make)
-        others = plugins.names("aisp_local.rewards", builtin)
         raise RewardError(
             f"reward folder {path} does not exist; check the path given with -r, "
-            f"or use a recipe by its name: {', '.join([*recipes, *others])}"
+            f"or use a recipe by its name: {', '.join([*recipes, *plugins.rewards()])}"
         )
     return OnnxReward.load(path)
 

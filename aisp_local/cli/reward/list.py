@@ -53,7 +53,7 @@ def list_(folders: tuple[Path, ...], json_: bool) -> None:
         rows.append(
             {"kind": "recipe", "folder": str(path), "name": name, "error": None, "description": description_of(path)}
         )
-    for name, package in plugins.packages("aisp_local.rewards", shipped.named_rewards()).items():
+    for name, package in plugins.rewards().items():
         rows.append({"kind": "package", "folder": None, "name": name, "error": None, "description": f"of {package}"})
     if json_:
         print_json(rows)

@@ -28,11 +28,12 @@ def show(folder: Path, json_: bool) -> None:
       aisp-local reward show my_reward
       aisp-local reward show kind-and-safe
     """
+    from aisp_local import plugins
     from aisp_local.cli.output import print_answer
 
     if (recipe := recipe_file(folder)) is not None:
         lines, data = _recipe(recipe)
-    elif not folder.exists() and (package := _added().get(str(folder))) is not None:
+    elif not folder.exists() and (package := plugins.rewards().get(str(folder))) is not None:
         data = {"name": str(folder), "kind": "package", "package": package}
         lines = _rows({"name": str(folder), "package": package, "used by": f"-r {folder}"})
     else:
@@ -41,12 +42,6 @@ def show(folder: Path, json_: bool) -> None:
         print_json(data)
     else:
         print_answer("\n".join(map(one_line, lines)))
-
-
-def _added() -> dict[str, str]:
-    from aisp_local import plugins, shipped
-
-    return plugins.packages("aisp_local.rewards", shipped.named_rewards())
 
 
 def _rows(rows: dict[str, str]) -> list[str]:
