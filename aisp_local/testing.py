@@ -160,9 +160,9 @@ class FakeEngine:
                     _, *law = sparse_law(logits, controls.sampling, controls.shift)
                     laws += [(i, step, int(t), float(p), float(q)) for t, p, q in zip(*law, strict=True)]
                 logprobs[i].append(float(log_softmax(base.astype(np.float64))[0, token]))
-                if (controls.vectors is not None or controls.processor is not None) and step >= len(prefix):
+                if step >= len(prefix):
                     p = log_law(logits, controls.sampling)[0]
-                    q = log_softmax(base.astype(np.float64) / (controls.sampling.temperature or 1.0))[0]
+                    q = log_softmax(base.astype(np.float64))[0]
                     kl[i] += float((np.exp(p) * np.where(np.isneginf(p), 0, p - q)).sum())
                 if token == 0 or any(stop in _text(tokens[i]) for stop in stop_strings):
                     reasons[i] = "stop"

@@ -168,9 +168,10 @@ class Rollouts:
 
     ``base_logprobs[i]`` has the shape ``[len(tokens[i])]``: log-probability (nats) of each token under the
     base model at temperature 1, without truncation; None when it was not asked for, as is ``kl``:
-    sum over the tokens of KL(law sampled from || base law at the same temperature) in nats, for greedy decoding
-    under control KL(softmax(W(z + v)) || softmax(W z)). The base law is not truncated, else it could be infinite. A
-    grammar belongs to the law sampled from and not to the base model's: what it rules out is counted.
+    sum over the tokens of KL(law sampled from || base law at temperature 1) in nats, for greedy decoding
+    KL(softmax(W(z + v)) || softmax(W z)). The base law is not truncated, else it could be infinite: what a temperature,
+    top-p, min-p or a grammar makes of the law counts, with a control and without one, so that all methods are measured
+    from the same model.
     ``prelogits[i]`` has the shape ``[len(tokens[i]), d]`` (before the control). None when not asked for, as ``laws``.
     """
 

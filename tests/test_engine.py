@@ -93,9 +93,34 @@ def test_reports_agree_with_the_head(engine: LlamaEngine) -> None:
         picked = q[np.arange(len(z)), out.tokens[row]]
         np.testing.assert_allclose(out.base_logprobs[row], picked, atol=0.02)
         np.testing.assert_allclose(out.kl[row], (np.exp(p) * (p - q)).sum(), rtol=0.05)
-    base = roll(engine, Controls(n=2), want=want, max_tokens=10)
-    assert base.kl is not None
-    np.testing.assert_array_equal(base.kl, 0.0)
+    for sampling in (Sampling(), Sampling(1.0)):
+        base = roll(engine, Controls(n=2, sampling=sampling), want=want, max_tokens=10)
+        assert base.kl is not None
+        np.testing.assert_array_equal(base.kl, 0.0)
+
+
+@pytest.mark.parametrize("size", [0.0, 0.5])
+@pytest.mark.parametrize("sampling", [Sampling(0.6), Sampling(1.0, min_p=0.1), Sampling(1.4, top_p=0.9), Sampling(2.0)])
+def test_nats_are_those_from_the_model_itself(engine: LlamaEngine, size: float, sampling: Sampling) -> None:
+    """Temperature and truncation count, with a control and without one."""
+    v = size * np.random.default_rng(1).standard_normal((3, 1, engine.d)).astype(np.float32)
+    controls = Controls(n=3, vectors=v if size else None, held=bool(size), sampling=sampling)
+    out = roll(engine, controls, want=frozenset({"kl", "prelogits"}), max_tokens=10)
+    assert out.prelogits is not None and out.kl is not None
+    for row in range(3):
+        q = engine.head.project(out.prelogits[row]).astype(np.float64)
+        x = engine.head.project(out.prelogits[row] + v[row]).astype(np.float64)
+        x -= x.max(axis=1, keepdims=True)
+        p = np.exp(x / sampling.temperature)
+        for whole, law in zip(np.exp(x), p, strict=True):  # cut before the temperature
+            law[whole < sampling.min_p] = 0
+            order = np.argsort(-whole)
+            law[order[(np.cumsum(whole[order]) - whole[order]) / whole.sum() >= sampling.top_p]] = 0
+        p /= p.sum(axis=1, keepdims=True)
+        q -= np.log(np.exp(q).sum(axis=1, keepdims=True))
+        expected = float((p * (np.log(np.maximum(p, 1e-300)) - q)).sum())
+        assert expected > 0.05
+        assert out.kl[row] == pytest.approx(expected, rel=0.05)
 
 
 def test_stops(engine: LlamaEngine) -> None:

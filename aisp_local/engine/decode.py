@@ -561,24 +561,21 @@ class Decoder:
         controlled = self._controlled[active]
         if needs_head and z is not None:
             base = np.where(controlled[:, None], self._head().project(z), base)
-        for _, mine in column.processed:
-            controlled = controlled | np.isin(np.arange(len(active)), mine)
-        controlled = controlled | np.isin(np.arange(len(active)), column.constrained)
         if "logprobs" in want:
             logprobs = log_softmax(base.astype(np.float64))
             self._logprobs[active, step] = logprobs[np.arange(len(active)), current]
         if "kl" in want:
-            for sampling, mine in column.samplings:
-                moved = mine[controlled[mine] & free[mine]]
-                if len(moved):
-                    p = log_law(logits[moved], sampling)
-                    for j, i in enumerate(moved.tolist()):
+            for sampling, theirs in column.samplings:
+                drawn = theirs[free[theirs]]
+                if len(drawn):
+                    p = log_law(logits[drawn], sampling)
+                    for j, i in enumerate(drawn.tolist()):
                         constraint = self._constraints.get(int(active[i]))
                         left = None if constraint is None else constraint.law(logits[i], sampling)
                         if left is not None:
                             p[j] = log_softmax(left.astype(np.float64) / (sampling.temperature or 1.0))
-                    q = log_softmax(base[moved].astype(np.float64) / (sampling.temperature or 1.0))
-                    self._kl[active[moved]] += (np.exp(p) * np.where(np.isneginf(p), 0.0, p - q)).sum(axis=1)
+                    q = log_softmax(base[drawn].astype(np.float64))
+                    self._kl[active[drawn]] += (np.exp(p) * np.where(np.isneginf(p), 0.0, p - q)).sum(axis=1)
 
     def _take(self, row: int, reason: FinishReason) -> None:
         """Move what the row decoded to its job; the row is free."""
