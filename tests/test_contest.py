@@ -18,7 +18,7 @@ from aisp_local import Aligner
 from aisp_local.bench import contest, contest_run
 from aisp_local.bench.contest import Contest, Entry, Pair, Run, Store, best_at
 from aisp_local.bench.contest_plot import curves
-from aisp_local.bench.contest_report import diversity, last_mean, needed, summary, table
+from aisp_local.bench.contest_report import diversity, interval, last_mean, needed, shown, student, summary, table
 from aisp_local.cli.main import main
 from aisp_local.errors import DecodeError, InputError
 from aisp_local.testing import FakeEngine, FakeReward
@@ -191,12 +191,63 @@ def test_an_answer_may_be_another_than_the_best() -> None:
     assert drawn.count("<polyline") == 2 and "soft" not in drawn, "a curve and its name"
 
 
+@pytest.mark.parametrize(
+    ("freedom", "known"), [(1, 12.706), (2, 4.303), (3, 3.182), (7, 2.365), (11, 2.201), (23, 2.069)]
+)
+def test_quantiles_of_t(freedom: int, known: float) -> None:
+    assert student(freedom) == pytest.approx(known, abs=0.004)
+
+
+def test_intervals_hold_what_they_promise() -> None:
+    """Of few prompts too: 19 times in 20 the mean lies within."""
+    rng = np.random.default_rng(0)
+    for size in (3, 4, 12):
+        found = [interval(rng.standard_normal(size)) for _ in range(2000)]
+        assert np.mean([low < 0 < high for _, low, high in found]) == pytest.approx(0.95, abs=0.015)
+    assert shown(interval([1.5])) == "1.50" and shown(interval([float("nan"), 2.0, 2.0])) == "2.00 [2.00, 2.00]"
+    assert shown(interval([])) == "-"
+
+
+def test_runs_of_another_model_or_reward_are_not_taken(tmp_path: Path) -> None:
+    """Nor those with another judge or limit; the same question is asked once."""
+    asked: list[str] = []
+
+    def reward(name: str, sign: float) -> FakeReward:
+        made = FakeReward(lambda prompt, texts: [sign * len(text) for text in texts])
+        made.name = name
+        return made
+
+    def play(made: FakeReward, max_tokens: int = 6, judge: FakeReward | None = None, vocabulary: int = 30) -> Run:
+        aligner = Aligner(FakeEngine(vocabulary=vocabulary), made, judge=judge)
+        real = aligner.generate_many
+
+        def generate_many(*args: Any, **options: Any) -> Any:
+            asked.append(made.name)
+            return real(*args, **options)
+
+        aligner.generate_many = generate_many  # type: ignore[method-assign]
+        store = Store(tmp_path / "runs.jsonl")
+        game = Contest(
+            Pair("p", "m", "r", ["a"], ["b"], max_tokens), aligner, store, budgets=[4], seed=0, say=lambda line: None
+        )
+        (run,) = game.play([Entry("best-of-n", "best-of-n", n=4, settings={"temperature": 1.0})], 0)["best-of-n"]
+        return run
+
+    first, second = play(reward("long", 1)), play(reward("short", -1))
+    assert min(first.rewards) > 0 > max(second.rewards) and len(asked) == 2
+    assert play(reward("long", 1)) == first and len(asked) == 2
+    play(reward("long", 1), max_tokens=5)
+    play(reward("long", 1), judge=reward("short", -1))
+    play(reward("long", 1), vocabulary=20)
+    assert len(asked) == 5
+
+
 def test_all_in_one_iteration_say_nothing_of_fewer() -> None:
     runs = [run([1.0, 3.0, 2.0, 5.0], n=4), run([0.0, 1.0, 4.0, 2.0], n=4)]
     assert np.isnan(best_at(runs, 2)).all() and best_at(runs, 4).tolist() == [5.0, 4.0]
     base = [run([1.0, 3.0, 2.0, 5.0]), run([0.0, 1.0, 4.0, 2.0])]
     made = table("p", summary({"best-of-n": base, "streamed": runs}, [2, 4]), [2, 4], 2).markdown()
-    assert "| streamed | - | 4.50 [4.00, 5.00] | - | +0.00 [" in made
+    assert "| streamed | - | 4.50 [-1.85, 10.85] | - | +0.00 [" in made
 
 
 def test_the_curves_of_a_contest() -> None:
@@ -234,7 +285,7 @@ def test_figures() -> None:
     sd = np.mean([np.std(r.rewards) for r in runs])
     assert rows[1]["best_sd_over_base"] == pytest.approx((7 - 4.5) / sd)
     made = table("p", rows, [2, 4], 2).markdown()
-    assert "| other | 4.50 [4.00, 5.00] |" in made and "+2.50 [" in made and "over best-of-n at 4" in made
+    assert "| other | 4.50 [-1.85, 10.85] |" in made and "+2.50 [" in made and "over best-of-n at 4" in made
     leads = summary({"score": [run([9.0] * 4)] * 2, "best-of-n": runs}, [2, 4])
     assert leads[1]["lead_4"][0] == pytest.approx(4.5) and leads[0]["lead_4"] == (0.0, 0.0, 0.0)
     assert "score's lead over it at 2 [95%]" in table("p", leads, [2, 4], 2).markdown()

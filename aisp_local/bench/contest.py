@@ -1,8 +1,8 @@
 """Alignment methods against each other; runs are kept as they come, so that a contest can be stopped and gone on with.
 
-Each method is tuned over as many settings as the others, on prompts of their own at the middle budget, best-of-n in
-hindsight on the evaluation prompts; a published setting, where there is one, is a row of its own. All see the same
-prompts, seeds and numbers of rollouts.
+Each method but ``score``, which has one setting for all, is tuned over as many settings as the others, on prompts of
+their own at the middle budget, best-of-n in hindsight on the evaluation prompts; a published setting, where there is
+one, is a row of its own. All see the same prompts, seeds and numbers of rollouts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from aisp_local import controllers
+from aisp_local import __version__, controllers
 from aisp_local.api import Aligner
 from aisp_local.engine import LlamaEngine
 from aisp_local.errors import DecodeError, InputError
@@ -61,6 +61,7 @@ def _grid(**values: Sequence[float]) -> list[Settings]:
 
 _ESS = _grid(ess=(0.05, 0.1, 0.15, 0.25, 0.4, 0.6))
 _SIGMA = _grid(sigma=(0.5, 0.7, 1.0, 1.4, 2.0, 2.8))
+_WEIGHT = _grid(weight=(0.5, 1.0, 2.0, 4.0, 8.0, 16.0))
 _HELD = {"bases": 1, "per_step": 0.5}
 PUBLISHED = {"sigma": 0.5**0.5, "lambda_": 0.3, "alpha": 0.999}
 
@@ -88,7 +89,7 @@ ENTRIES = (
         ],
         hindsight=True,  # others are measured by it, and tuning on a few prompts is a matter of luck
     ),
-    Entry("soft-best-of-n", "soft-best-of-n", settings={"lambda_": 0.3}),
+    Entry("soft-best-of-n", "soft-best-of-n", grid=_grid(lambda_=(0.03, 0.1, 0.2, 0.3, 0.5, 1.0))),
     Entry("aisp", "aisp", grid=_SIGMA),
     Entry("aisp, published", "aisp", n=32, settings=PUBLISHED),
     Entry("aisp-static", "aisp-static", grid=_SIGMA),
@@ -96,7 +97,8 @@ ENTRIES = (
     Entry("held and per-step noise", "aisp-bases", settings=_HELD, grid=_SIGMA),
     Entry("aisp-bases", "aisp-bases", settings={"bases": 4}, grid=_SIGMA),
     Entry("cem", "cem", grid=_SIGMA),
-    Entry("args", "args", n=2, most=2, grid=_grid(weight=(0.5, 1.0, 2.0, 4.0, 8.0, 16.0))),
+    Entry("args", "args", n=2, most=2, grid=_WEIGHT),
+    Entry("args, greedy", "args", n=1, most=1, settings={"temperature": 0.0}, grid=_WEIGHT),
     Entry("re-control", "re-control", n=16, grid=_grid(rate=(0.03, 0.1, 0.3, 1.0, 3.0, 10.0))),
     Entry(
         "misvo",
@@ -123,10 +125,12 @@ class Pair:
 @dataclass(frozen=True)
 class Run:
     """What is kept of one search. ``rewards`` and ``texts`` are in the order of the rollouts, ``clock`` has the seconds
-    since the start after each iteration. ``kl``: of the law sampled from, in the last iteration, nats; ``exact_kl``: as
-    the engine computes it against the whole base law, in the second iteration. ``logprob``: of the answer's tokens
-    under the base model; ``low_logprob``: the mean of the least likely 16 in a row. ``judged``: what the judge gives
-    the answer of the first so many rollouts, ``chosen``: its reward, of a method whose answer is not the best of them.
+    since the start after each iteration. ``setup``: a hash of the model, the rewards and the limit of tokens. ``kl``:
+    as the method counts it, in the last iteration, nats; ``exact_kl``: as the engine computes it against the whole base
+    law at temperature 1, in the second iteration (where there is but one, in that), the selection's added. ``logprob``:
+    of the answer's tokens under the base model; ``low_logprob``: the mean of the least likely 16 in a row. ``judged``:
+    what the judge gives the answer of the first so many rollouts, ``chosen``: its reward, of a method whose answer is
+    not the best of them.
     """
 
     pair: str
@@ -150,6 +154,7 @@ class Run:
     judged: dict[str, float] = field(default_factory=dict)
     chosen: dict[str, float] = field(default_factory=dict)
     texts: list[str] = field(default_factory=list)
+    setup: str = ""
 
 
 def prompt_sets() -> dict[str, dict[str, list[str]]]:
@@ -190,8 +195,21 @@ class Store:
 
 
 def _key(run: Run) -> str:
-    asked = [run.pair, run.label, run.prompt, run.seed, run.budget, run.n, sorted(run.settings.items())]
+    asked = [run.setup, run.pair, run.label, run.prompt, run.seed, run.budget, run.n, sorted(run.settings.items())]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+
+
+def setup(aligner: Aligner, max_tokens: int) -> str:
+    """A hash of what runs of the same question may differ in: the model, the rewards, the limit, the version."""
+    origins, judge = aligner.origins, aligner.judge
+    told = [
+        __version__,
+        aligner.engine.fingerprint,
+        [aligner.reward.name, origins.reward.fingerprint],
+        None if judge is None else [judge.name, origins.judge.fingerprint],
+        max_tokens,
+    ]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 
 class Contest:
@@ -210,6 +228,7 @@ class Contest:
     ):
         self.pair, self.aligner, self._store, self._more = pair, aligner, store, more or {}
         self.budgets, self._seed, self._say = sorted(budgets), seed, say
+        self._setup = setup(aligner, pair.max_tokens)
 
     def play(self, entries: Sequence[Entry], exact_kl_prompts: int) -> dict[str, list[Run]]:
         """The runs on the evaluation prompts by the entries' labels."""
@@ -225,7 +244,7 @@ class Contest:
                 except DecodeError as error:
                     self._say(f"{what}: {error}")
                     continue
-                mean = float(best_at(runs, max(self.budgets)).mean())
+                mean = _mean(best_at(runs, max(self.budgets)))
                 self._say(f"{what}: mean best reward {mean:.3f}")
                 if mean > most:
                     played[entry.label], most = runs, mean
@@ -244,7 +263,7 @@ class Contest:
                 self._say(f"{what}: {error}")
                 means.append(-np.inf)
                 continue
-            means.append(float(best_at(runs, budget).mean()))
+            means.append(_mean(best_at(runs, budget)))
             self._say(f"{what}: {means[-1]:.3f}")
         order = sorted(range(len(means)), key=lambda i: -means[i])
         return [entry.grid[i] for i in order if np.isfinite(means[i])] if entry.grid else [{}]
@@ -259,19 +278,19 @@ class Contest:
             asked = [
                 Run(
                     self.pair.name, entry.label, text, self._seed + start, budget, n, dict(settings),
-                    [], "", 0.0, 0,
+                    [], "", 0.0, 0, setup=self._setup,
                 )
                 for text in group
             ]  # fmt: skip
             found = [self._store.get(run) for run in asked]
             if any(run is None for run in found):
-                made = self._search(entry, settings, group, asked, start < exact_kl_prompts)
+                made = self._search(entry, settings, group, asked, exact_kl_prompts - start)
                 self._store.add(made)
                 found = list(made)
             yield from (run for run in found if run is not None)
 
     def _search(
-        self, entry: Entry, settings: Settings, group: Sequence[str], asked: Sequence[Run], exact_kl: bool
+        self, entry: Entry, settings: Settings, group: Sequence[str], asked: Sequence[Run], exact_kl_prompts: int
     ) -> list[Run]:
         messages: list[list[Message]] = [[{"role": "user", "content": text}] for text in group]
         common: dict[str, Any] = {
@@ -287,11 +306,11 @@ class Contest:
         results = self.aligner.generate_many(messages, budget=asked[0].budget, **common)
         seconds = (time.perf_counter() - began) / len(group)
         exact: list[float | None] = [None] * len(group)
-        if exact_kl:
+        if exact_kl_prompts > 0:
             # Again, since the second output product would be in the seconds; the control is at its length by then.
             budget = min(asked[0].budget, _EXACT * asked[0].n)
-            again = self.aligner.generate_many(messages, budget=budget, kl=True, **common)
-            exact = [_last_kl(result) for result in again if isinstance(result, Result)]
+            again = self.aligner.generate_many(messages[:exact_kl_prompts], budget=budget, kl=True, **common)
+            exact[: len(again)] = [_last_kl(result) if isinstance(result, Result) else None for result in again]
         runs = []
         for i, (run, prompt, result, kl) in enumerate(zip(asked, messages, results, exact, strict=True)):
             if not isinstance(result, Result):
@@ -334,7 +353,8 @@ class Contest:
         found = {}
         for budget in self.budgets:
             rewards = np.array([c.reward for c in rollouts[:budget]])
-            found[budget] = rollouts[int(rewards.argmax()) if choosing is None else choosing.choose(rewards)]
+            best = int(np.where(np.isfinite(rewards), rewards, -np.inf).argmax())
+            found[budget] = rollouts[best if choosing is None else choosing.choose(rewards)]
         return found, choosing is not None
 
     def _judged(self, prompt: list[Message], answers: Mapping[int, Candidate]) -> dict[str, float]:
@@ -349,10 +369,22 @@ def best_at(runs: Sequence[Run], budget: int) -> npt.NDArray[np.float64]:
     """Reward of the answer among each run's first ``budget`` rollouts; nan where one iteration has more."""
     return np.array(
         [
-            run.chosen.get(str(budget), np.max(run.rewards[:budget])) if min(run.n, run.budget) <= budget else np.nan
+            run.chosen.get(str(budget), best_so_far(run)[:budget][-1]) if min(run.n, run.budget) <= budget else np.nan
             for run in runs
         ]
     )
+
+
+def best_so_far(run: Run) -> npt.NDArray[np.float64]:
+    """The best reward [rollouts] up to each rollout; nan until one is finite."""
+    rewards = np.array(run.rewards, np.float64)
+    return np.fmax.accumulate(np.where(np.isfinite(rewards), rewards, np.nan))
+
+
+def _mean(values: npt.NDArray[np.float64]) -> float:
+    """Without those that are not finite; -inf of none."""
+    kept = values[np.isfinite(values)]
+    return float(kept.mean()) if len(kept) else -np.inf
 
 
 def answer_logprobs(engine: LlamaEngine, prompt: Prompt, answer: str) -> FloatArray | None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from aisp_local.bench.contest import Run
+from aisp_local.bench.contest import Run, best_so_far
 from aisp_local.svg import Axes
 
 _MOST = 8  # colours
@@ -20,11 +20,12 @@ def curves(pair: str, played: Mapping[str, Sequence[Run]]) -> str:
     eight are drawn, no variants of a method, and none whose answer is not the best of its rollouts.
     """
     drawn = [label for label, runs in played.items() if ", " not in label and not runs[0].chosen][:_MOST]
-    so_far = {label: np.mean([np.maximum.accumulate(run.rewards) for run in played[label]], axis=0) for label in drawn}
+    so_far = {label: np.mean([best_so_far(run) for run in played[label]], axis=0) for label in drawn}
     most = max(len(values) for values in so_far.values())
     begins = {label: min(played[label][0].n, len(values)) for label, values in so_far.items()}
     first = min(begins.values())
     shown = np.concatenate([values[begins[label] - 1 :] for label, values in so_far.items()])
+    shown = shown[np.isfinite(shown)] if np.isfinite(shown).any() else np.zeros(1)
     room = 0.09 * len(so_far) * float(np.ptp(shown))  # below the curves, for their names
     axes = Axes(
         f"{pair}: best reward so far",
@@ -33,6 +34,6 @@ def curves(pair: str, played: Mapping[str, Sequence[Run]]) -> str:
     )
     for i, (label, values) in enumerate(so_far.items()):
         at = sorted({round(2 ** (step / 8)) for step in range(8 * 20)} & set(range(begins[label], len(values) + 1)))
-        axes.curve([(math.log2(n), float(values[n - 1])) for n in at], i)
+        axes.curve([(math.log2(n), float(values[n - 1])) for n in at if np.isfinite(values[n - 1])], i)
     axes.legend(list(so_far))
     return axes.svg()

@@ -2,31 +2,47 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from aisp_local.bench.contest import Run, best_at
+from aisp_local.bench.contest import Run, best_at, best_so_far
 from aisp_local.bench.tables import Table
 
 Array = npt.NDArray[np.float64]
 
 BASE, DEFAULT = "best-of-n", "score"
-_DRAWS = 4000
+_Z = 1.959964
 
 
 def interval(values: Sequence[float] | Array) -> tuple[float, float, float]:
-    """Mean over prompts and its 95% bootstrap interval; those without a value (nan) are left out."""
+    """Mean over prompts and its 95% interval by Student's t, which so few need; those without a value (nan) are left
+    out. One value has no interval (nan)."""
     kept = np.asarray(values, np.float64)
     kept = kept[np.isfinite(kept)]
-    if not len(kept):
-        return (float("nan"),) * 3
-    rng = np.random.default_rng(0)
-    means = kept[rng.integers(0, len(kept), (_DRAWS, len(kept)))].mean(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(kept.mean()), float(low), float(high)
+    if len(kept) < 2:
+        return (float(kept[0]) if len(kept) else float("nan"), float("nan"), float("nan"))
+    mean, half = float(kept.mean()), student(len(kept) - 1) * float(kept.std(ddof=1)) / math.sqrt(len(kept))
+    return mean, mean - half, mean + half
+
+
+def student(freedom: int) -> float:
+    """The 0.975 quantile of Student's t, to 0.004 (Abramowitz and Stegun 26.7.5; exact for 1 and 2)."""
+    if freedom == 1:
+        return math.tan(math.pi * 0.475)
+    if freedom == 2:
+        return 0.95 * math.sqrt(2 / (4 * 0.975 * 0.025))
+    z, v = _Z, float(freedom)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + sum(term / v ** (i + 1) for i, term in enumerate(terms))
 
 
 def needed(runs: Sequence[Run], reward: float) -> int | None:
@@ -37,14 +53,16 @@ def needed(runs: Sequence[Run], reward: float) -> int | None:
     """
     if runs[0].chosen:
         return None
-    so_far = np.mean([np.maximum.accumulate(run.rewards) for run in runs], axis=0)
+    so_far = np.mean([best_so_far(run) for run in runs], axis=0)
     reached, n = np.flatnonzero(so_far >= reward), runs[0].n
     return min(-(-(int(reached[0]) + 1) // n) * n, len(so_far)) if len(reached) else None
 
 
 def last_mean(run: Run) -> float:
-    """Mean reward of the last iteration's rollouts."""
-    return float(np.mean(run.rewards[-run.n :]))
+    """Mean reward of the last iteration's rollouts, of those that have one."""
+    values = np.array(run.rewards[-run.n :], np.float64)
+    values = values[np.isfinite(values)]
+    return float(values.mean()) if len(values) else float("nan")
 
 
 def diversity(text: str) -> float:
@@ -59,9 +77,10 @@ def diversity(text: str) -> float:
 def summary(played: Mapping[str, Sequence[Run]], budgets: Sequence[int]) -> list[dict[str, Any]]:
     """One entry of figures for each method; ``sd`` is the base model's spread within a prompt, as best-of-n samples."""
     base = played[BASE]
-    sd = float(np.mean([np.std(run.rewards) for run in base]))
-    middle = float(np.mean([np.mean(run.rewards) for run in base]))
-    goal = float(best_at(base, max(budgets)).mean())
+    drawn = [np.array(run.rewards)[np.isfinite(run.rewards)] for run in base]
+    sd = float(np.mean([np.std(rewards) for rewards in drawn if len(rewards)]))
+    middle = float(np.mean([np.mean(rewards) for rewards in drawn if len(rewards)]))
+    goal = interval(best_at(base, max(budgets)))[0]
     rows = []
     for label, runs in played.items():
         row: dict[str, Any] = {"method": label, "settings": dict(runs[0].settings), "n": runs[0].n}
@@ -71,8 +90,9 @@ def summary(played: Mapping[str, Sequence[Run]], budgets: Sequence[int]) -> list
             if DEFAULT in played:
                 row[f"lead_{budget}"] = interval(best_at(played[DEFAULT], budget) - best_at(runs, budget))
         row["rollouts_to_base_best"] = needed(runs, goal)
-        row["last_mean_sd"] = (float(np.nanmean([last_mean(run) for run in runs])) - middle) / sd
-        row["best_sd_over_base"] = (float(best_at(runs, max(budgets)).mean()) - goal) / sd
+        end, best = mean_of([last_mean(run) for run in runs]), mean_of(best_at(runs, max(budgets)).tolist())
+        row["last_mean_sd"] = None if end is None else (end - middle) / sd
+        row["best_sd_over_base"] = None if best is None else (best - goal) / sd
         row["kl"] = mean_of([run.kl for run in runs])
         row["exact_kl"] = mean_of([run.exact_kl for run in runs])
         row["diversity"] = float(np.mean([diversity(run.answer) for run in runs]))
@@ -85,7 +105,8 @@ def summary(played: Mapping[str, Sequence[Run]], budgets: Sequence[int]) -> list
 
 
 def mean_of(values: Sequence[float | None]) -> float | None:
-    found = [value for value in values if value is not None]
+    """Of those there are and that are finite; None of none."""
+    found = [value for value in values if value is not None and math.isfinite(value)]
     return float(np.mean(found)) if found else None
 
 
@@ -99,7 +120,8 @@ def table(pair: str, rows: Sequence[Mapping[str, Any]], budgets: Sequence[int], 
         *(f"{name} at {budget} [95%]" for budget in budgets),
         f"rollouts to best-of-{most}",
         "mean of the last iteration, sd above the base",
-        "KL of the second iteration, nats (truncation included)",
+        "KL, nats",
+        "as the method counts it",
         "diversity",
         "log-likelihood a token",
         "seconds",
@@ -111,15 +133,15 @@ def table(pair: str, rows: Sequence[Mapping[str, Any]], budgets: Sequence[int], 
     )
     for row in rows:
         settings = ", ".join(f"{name.rstrip('_')} {value:.3g}" for name, value in row["settings"].items())
-        kl = row["exact_kl"] if row["exact_kl"] is not None else row["kl"]
         made.rows.append(
             [
                 f"{row['method']} ({settings})" if settings else row["method"],
                 *(shown(row[f"best_{budget}"]) for budget in budgets),
                 *(shown(row[f"{key}_{budget}"], sign=True) for budget in budgets),
                 row["rollouts_to_base_best"] or "-",
-                f"{row['last_mean_sd']:+.2f}",
-                "-" if kl is None else f"{kl:.1f}",
+                "-" if row["last_mean_sd"] is None else f"{row['last_mean_sd']:+.2f}",
+                "-" if row["exact_kl"] is None else f"{row['exact_kl']:.1f}",
+                "-" if row["kl"] is None else f"{row['kl']:.1f}",
                 f"{row['diversity']:.2f}",
                 "-" if row["logprob"] is None else f"{row['logprob']:.2f}",
                 f"{row['seconds']:.1f}",
@@ -132,4 +154,6 @@ def shown(values: tuple[float, float, float], sign: bool = False) -> str:
     if np.isnan(values[0]):
         return "-"
     form = "{:+.2f}" if sign else "{:.2f}"
+    if np.isnan(values[1]):  # of one prompt
+        return form.format(values[0])
     return f"{form.format(values[0])} [{form.format(values[1])}, {form.format(values[2])}]"

@@ -11,7 +11,7 @@ from pathlib import Path
 from aisp_local import shipped
 from aisp_local.api import Aligner
 from aisp_local.bench import quality, value
-from aisp_local.bench.contest import ENTRIES, Contest, Entry, Pair, Run, Store, prompt_sets
+from aisp_local.bench.contest import ENTRIES, Contest, Entry, Pair, Run, Store, prompt_sets, setup
 from aisp_local.bench.contest_plot import curves
 from aisp_local.bench.contest_report import BASE, summary, table
 from aisp_local.bench.machine import describe
@@ -126,7 +126,7 @@ def play(
 
 def _value(pair: Pair, aligner: Aligner, out: Path, seed: int, say: Callable[[str], None]) -> Path | None:
     """The file of a value function that was trained on the tuning prompts, now if it is missing; None without torch."""
-    path = out / f"{pair.name}.value.safetensors"
+    path = out / f"{pair.name}-{setup(aligner, pair.max_tokens)}-{seed}.value.safetensors"
     if path.exists():
         return path
     if find_spec("torch") is None:
@@ -190,9 +190,10 @@ def run_quality(
 ) -> str:
     """Play the contests and write what they say of quality (see ``quality.write``), anew after every pair."""
     machine, reports, text = describe(), list[quality.Report](), ""
+    asked = {"budgets": list(budgets), "seed": seed, "prompts with exact KL": exact_kl}
     for pair, played in play(
         pairs, entries, out, budgets=budgets, exact_kl=exact_kl, seed=seed, threads=threads, say=say
     ):
         reports.append(quality.report(pair, played, budgets))
-        text = quality.write(out, machine, reports)
+        text = quality.write(out, asked, machine, reports)
     return text

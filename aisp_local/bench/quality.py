@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from aisp_local.bench.contest import Pair, Run, best_at
+from aisp_local.bench.contest import Pair, Run, best_at, best_so_far
 from aisp_local.bench.contest_plot import curves
 from aisp_local.bench.contest_report import BASE, diversity, interval, last_mean, mean_of, needed, shown
 from aisp_local.bench.tables import Table
@@ -38,21 +38,26 @@ class Report:
     rows: list[dict[str, Any]]
     tables: list[Table]
     plot: str
-    answers: list[tuple[str, list[tuple[str, float, float | None, str]]]]  # prompt; method, reward, judge, text
+    answers: list[dict[str, Any]]  # the counted ones: prompt, method, answer, reward, judge, and rewards by budget
 
 
 def p_value(differences: Sequence[float] | Array) -> float:
     """Two-sided, of paired differences whose signs would be chance: the share of sign patterns whose mean is as far
-    from 0. All patterns for up to 14 pairs, else so many drawn ones."""
+    from 0. All patterns for up to 14 pairs, else so many drawn ones and this one. Pairs without a difference (nan) are
+    left out; nan if there are no others."""
     d = np.asarray(differences, np.float64)
+    d = d[np.isfinite(d)]
+    if not len(d):
+        return float("nan")
     if not np.any(d):
         return 1.0
     if len(d) <= _EXACT:
         signs = np.array(list(itertools.product((-1.0, 1.0), repeat=len(d))))
     else:
         signs = np.random.default_rng(0).choice([-1.0, 1.0], (_DRAWS, len(d)))
-    means = np.abs(signs @ d)
-    return float((means >= abs(d.sum()) - 1e-9 * np.abs(d).sum()).mean())
+    reached = np.abs(signs @ d) >= abs(d.sum()) - 1e-9 * np.abs(d).sum()
+    drawn = len(d) > _EXACT
+    return float((reached.sum() + drawn) / (len(reached) + drawn))
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -69,13 +74,19 @@ def win_rate(a: Array, b: Array) -> float:
     return float((a > b).mean() + (a == b).mean() / 2)
 
 
-def best_by(runs: Sequence[Run], seconds: float) -> Array:
-    """Best reward of the iterations that each run had finished by then; of its first, if none had."""
+def best_by(runs: Sequence[Run], seconds: Sequence[float]) -> Array:
+    """Best reward of the iterations that each run had finished by its time; nan where there was none, and for a method
+    whose answer is not the best of its rollouts."""
     found = []
-    for run in runs:
-        done = max(1, int(np.searchsorted(run.clock, seconds * (1 + 1e-9), side="right")))
-        found.append(float(np.max(run.rewards[: done * run.n])))
+    for run, deadline in zip(runs, seconds, strict=True):
+        done = int(np.searchsorted(run.clock, deadline * (1 + 1e-9), side="right"))
+        found.append(float(best_so_far(run)[: done * run.n][-1]) if done and not run.chosen else float("nan"))
     return np.array(found)
+
+
+def _in_time(values: Array) -> tuple[float, float, float]:
+    """Nothing where one of the prompts had nothing by then: the others would be a choice of prompts."""
+    return interval(values if np.isfinite(values).all() else [])
 
 
 def _judged(runs: Sequence[Run], budget: int) -> Array | None:
@@ -89,9 +100,9 @@ def report(pair: Pair, played: Played, budgets: Sequence[int]) -> Report:
         raise InputError(f"runs of {pair.name} were kept by an older version, without times; give another folder")
     base, most = played[BASE], max(budgets)
     sizes = [2**k for k in range(4, 11) if 2**k <= most]
-    goals = {size: float(best_at(base, size).mean()) for size in sizes}
-    # Seconds that best-of-n takes for so many rollouts.
-    times = {b: float(np.mean([run.clock[min(len(run.clock), -(-b // run.n)) - 1] for run in base])) for b in budgets}
+    goals = {size: interval(best_at(base, size))[0] for size in sizes}
+    # Seconds that best-of-n takes for so many rollouts of each prompt.
+    times = {b: [run.clock[min(len(run.clock), -(-b // run.n)) - 1] for run in base] for b in budgets}
     others = [label for label in played if label != BASE]
     rows: list[dict[str, Any]] = []
     for label, runs in played.items():
@@ -107,13 +118,14 @@ def report(pair: Pair, played: Played, budgets: Sequence[int]) -> Report:
                 "ahead": {b: interval(best_at(runs, b) - best_at(base, b)) for b in budgets},
                 "p": p_value(ahead) if label in others else None,
                 "wins": win_rate(best_at(runs, most), best_at(base, most)),
-                "by_time": {b: interval(best_by(runs, times[b])) for b in budgets},
-                "ahead_by_time": {b: interval(best_by(runs, times[b]) - best_by(base, times[b])) for b in budgets},
+                "by_time": {b: _in_time(best_by(runs, times[b])) for b in budgets},
+                "ahead_by_time": {b: _in_time(best_by(runs, times[b]) - best_by(base, times[b])) for b in budgets},
                 "rollouts_to": {size: needed(runs, goal) for size, goal in goals.items()},
-                "mean_last": float(np.nanmean([last_mean(run) for run in runs])),
+                "mean_last": mean_of([last_mean(run) for run in runs]),
                 "judge": None if judged is None else interval(judged),
                 "judge_wins": None if judged is None or base_judged is None else win_rate(judged, base_judged),
-                "kl": mean_of([run.kl if run.exact_kl is None else run.exact_kl for run in runs]),
+                "kl": mean_of([run.exact_kl for run in runs]),
+                "counted_kl": mean_of([run.kl for run in runs]),
                 "diversity": float(np.mean([diversity(run.answer) for run in runs])),
                 "logprob": mean_of([run.logprob / run.answer_tokens for run in runs if run.logprob is not None]),
                 "low_logprob": mean_of([run.low_logprob for run in runs]),
@@ -122,15 +134,16 @@ def report(pair: Pair, played: Played, budgets: Sequence[int]) -> Report:
                 "scored": float(np.mean([run.n_scored for run in runs])),
             }
         )
-    corrected = iter(holm([row["p"] for row in rows if row["p"] is not None]))
+    compared = [row for row in rows if row["p"] is not None and np.isfinite(row["p"])]
+    corrected = dict(zip(map(id, compared), holm([row["p"] for row in compared]), strict=True))
     for row in rows:
-        row["p_holm"] = None if row["p"] is None else next(corrected)
+        row["p_holm"] = corrected.get(id(row))
     return Report(
         pair,
         rows,
-        _tables(pair, rows, budgets, times, goals),
+        _tables(pair, rows, budgets, {b: float(np.mean(seconds)) for b, seconds in times.items()}, goals),
         curves(pair.name, played),
-        _answers(pair, played),
+        _answers(pair, played, budgets),
     )
 
 
@@ -174,7 +187,16 @@ def _tables(
     price = Table(
         f"{name}-price",
         f"{name}: the answers of {most} rollouts",
-        ["method", "judge [95%]", "judge's wins", "KL, nats", "diversity", "log-likelihood a token", "least of 16"],
+        [
+            "method",
+            "judge [95%]",
+            "judge's wins",
+            "KL of an early iteration, nats",
+            "of the last, as the method counts it",
+            "diversity",
+            "log-likelihood a token",
+            "least of 16",
+        ],
     )
     for row in rows:
         settings = ", ".join(f"{key.rstrip('_')} {value:.3g}" for key, value in row["settings"].items())
@@ -187,9 +209,9 @@ def _tables(
                 label,
                 *(shown(best[b]) for b in budgets),
                 *(shown(row["ahead"][b], sign=True) for b in budgets),
-                "-" if row["p_holm"] is None else f"{row['p_holm']:.3f}",
+                "-" if row["p_holm"] is None else "< 0.001" if row["p_holm"] < 0.001 else f"{row['p_holm']:.3f}",
                 f"{100 * row['wins']:.0f}%",
-                f"{row['mean_last']:.2f}",
+                "-" if row["mean_last"] is None else f"{row['mean_last']:.2f}",
             ]
         )
         time.rows.append(
@@ -202,13 +224,14 @@ def _tables(
                 f"{row['scored']:.0f}",
             ]
         )
-        needs.rows.append([label, *(str(row["rollouts_to"][size] or f"more than {most}") for size in goals)])
+        needs.rows.append([label, *(str(row["rollouts_to"][size] or f"more than {row['rollouts']}") for size in goals)])
         price.rows.append(
             [
                 label,
                 "-" if row["judge"] is None else shown(row["judge"]),
                 "-" if row["judge_wins"] is None else f"{100 * row['judge_wins']:.0f}%",
                 "-" if row["kl"] is None else f"{row['kl']:.1f}",
+                "-" if row["counted_kl"] is None else f"{row['counted_kl']:.1f}",
                 f"{row['diversity']:.2f}",
                 "-" if row["logprob"] is None else f"{row['logprob']:.2f}",
                 "-" if row["low_logprob"] is None else f"{row['low_logprob']:.2f}",
@@ -217,16 +240,14 @@ def _tables(
     return [reward, time, needs, price]
 
 
-def _answers(pair: Pair, played: Played) -> list[tuple[str, list[tuple[str, float, float | None, str]]]]:
-    answers = []
-    for i, prompt in enumerate(pair.evaluation[:_SHOWN]):
-        told = []
+def _answers(pair: Pair, played: Played, budgets: Sequence[int]) -> list[dict[str, Any]]:
+    most, found = max(budgets), []
+    for i, prompt in enumerate(pair.evaluation):
         for label, runs in played.items():
-            run = runs[i]
-            judged = list(run.judged.values())
-            told.append((label, float(np.max(run.rewards)), judged[-1] if judged else None, run.answer))
-        answers.append((prompt, told))
-    return answers
+            rewards = {budget: float(best_at([runs[i]], budget)[0]) for budget in budgets}
+            told = {"prompt": prompt, "method": label, "answer": runs[i].answer, "reward": rewards[most]}
+            found.append(told | {"judge": runs[i].judged.get(str(most)), "rewards": rewards})
+    return found
 
 
 def page(title: str, about: str, reports: Sequence[Report]) -> str:
@@ -234,25 +255,44 @@ def page(title: str, about: str, reports: Sequence[Report]) -> str:
     parts = [f"<p>{html.escape(about)}</p>"]
     for each in reports:
         pair = each.pair
-        judge = "" if pair.judge is None else f", judged by {Path(pair.judge).name}"
-        about_pair = f"{Path(pair.model).name} rewarded by {Path(pair.reward).name}{judge}"
-        parts.append(f"<h2>{html.escape(pair.name)}</h2><p>{html.escape(about_pair)}</p>{each.plot}")
+        parts.append(f"<h2>{html.escape(pair.name)}</h2><p>{html.escape(_about(pair))}</p>{each.plot}")
         for each_table in each.tables:
             parts += [f"<h3>{html.escape(each_table.title)}</h3>", html_table(each_table.columns, each_table.rows)]
-        for prompt, told in each.answers:
+        for prompt in pair.evaluation[:_SHOWN]:
             parts.append(f"<h3>{html.escape(prompt)}</h3>")
-            for label, reward, judged, text in told:
-                said = f"{label}: reward {reward:.2f}" + ("" if judged is None else f", judge {judged:.2f}")
-                parts.append(f"<p>{html.escape(said)}</p><blockquote>{html.escape(text)}</blockquote>")
+            for told in (one for one in each.answers if one["prompt"] == prompt):
+                said = f"{told['method']}: reward {told['reward']:.2f}"
+                said += "" if told["judge"] is None else f", judge {told['judge']:.2f}"
+                parts.append(f"<p>{html.escape(said)}</p><blockquote>{html.escape(told['answer'])}</blockquote>")
     return html_document(title, parts)
 
 
-def write(out: Path, machine: Mapping[str, Any], reports: Sequence[Report]) -> str:
-    """quality.md, quality.html and quality.json in a folder, each whole; gives the Markdown."""
-    about = ", ".join(f"{name} {value}" for name, value in machine.items())
-    text = "\n".join([about, "", *(table.markdown() for each in reports for table in each.tables)])
+def _about(pair: Pair) -> str:
+    judge = "" if pair.judge is None else f", judged by {Path(pair.judge).name}"
+    return f"{Path(pair.model).name} rewarded by {Path(pair.reward).name}{judge}, at most {pair.max_tokens} tokens"
+
+
+def write(out: Path, asked: Mapping[str, Any], machine: Mapping[str, Any], reports: Sequence[Report]) -> str:
+    """quality.md, quality.html and quality.json in a folder, each whole; gives the Markdown. ``asked`` of all pairs."""
+    about = ", ".join(f"{name} {value}" for name, value in {**machine, **asked}.items())
+    text = f"{about}\n"
+    for each in reports:
+        tables = "\n".join(table.markdown() for table in each.tables)
+        text += f"\n## {each.pair.name}\n\n{_about(each.pair)}.\n\n{tables}"
     write_output(out / "quality.md", text)
     write_output(out / "quality.html", page("Alignment methods, compared", about, reports))
-    content = {"machine": dict(machine), "pairs": [{"pair": r.pair.name, "rows": r.rows} for r in reports]}
+    pairs = [
+        {
+            "name": each.pair.name,
+            "model": Path(each.pair.model).name,
+            "reward": Path(each.pair.reward).name,
+            "judge": None if each.pair.judge is None else Path(each.pair.judge).name,
+            "max_tokens": each.pair.max_tokens,
+            "rows": each.rows,
+            "answers": each.answers,
+        }
+        for each in reports
+    ]
+    content = {"machine": dict(machine), "asked": dict(asked), "pairs": pairs}
     write_output(out / "quality.json", json.dumps(finite(content), indent=1) + "\n")
     return text

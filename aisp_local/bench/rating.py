@@ -4,20 +4,35 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from aisp_local.bench.contest import Run, Store
-from aisp_local.bench.contest_report import interval
 from aisp_local.bench.tables import Table
 from aisp_local.errors import InputError
+from aisp_local.files import read_bytes, write_output
+from aisp_local.reward_kit.statistics import wilson
 
 CHOICES = {"1": 1.0, "2": 0.0, "=": 0.5}
 """What a person may say, and what the answer shown first has of it."""
+
+_BEGIN = b'{"pair": '  # of every line of ratings
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the method ``label`` answered; ``reward`` is None where it has no number."""
+
+    pair: str
+    prompt: str
+    label: str
+    text: str
+    reward: float | None
 
 
 @dataclass(frozen=True)
@@ -46,30 +61,58 @@ class Rating:
     score: float
 
 
-def questions(store: Store, labels: Sequence[str], seed: int) -> list[Question]:
-    """Of all runs with the largest budget of their pair, every two methods on every prompt, in a drawn order.
+def read_answers(folder: Path) -> list[Answer]:
+    """The answers that a report of ``bench quality`` counts, from its quality.json.
 
-    Raises InputError where there are no two answers to compare.
+    Raises InputError where there is none, or none with answers.
     """
-    runs = store.runs()
-    unknown = sorted(set(labels) - {run.label for run in runs})
+    path = folder / "quality.json"
+    if not path.is_file():
+        raise InputError(f"{folder} holds no quality.json; run bench quality with this folder first")
+    data = read_bytes(path)
+    try:
+        pairs = json.loads(data.decode("utf-8"))["pairs"]
+        answers = [_answer(pair["name"], entry) for pair in pairs for entry in pair["answers"]]
+        if not answers:
+            raise ValueError("it has none")
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise InputError(
+            f"{path} holds no answers as bench quality writes them; run bench quality with this folder again"
+        ) from error
+    return answers
+
+
+def _answer(pair: Any, entry: Any) -> Answer:
+    """Raises TypeError for what is none."""
+    reward = entry["reward"]
+    if type(reward) not in (int, float, type(None)):
+        raise TypeError("the reward is no number")
+    texts = pair, entry["prompt"], entry["method"], entry["answer"]
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError("something that is not a text")
+    return Answer(*texts, None if reward is None else float(reward))
+
+
+def questions(answers: Sequence[Answer], labels: Sequence[str], seed: int) -> list[Question]:
+    """Every two methods on every prompt where they answer differently, in a drawn order; of ``labels``, if any.
+
+    Raises InputError for a label without answers, and where there are no two to compare.
+    """
+    known = sorted({answer.label for answer in answers})
+    unknown = sorted(set(labels) - set(known))
     if unknown:
-        raise InputError(f"there are no runs of {unknown[0]!r}; there are {', '.join(sorted({r.label for r in runs}))}")
-    most: dict[tuple[str, str], int] = {}
-    for run in runs:
-        most[run.pair, run.label] = max(run.budget, most.get((run.pair, run.label), 0))
-    answers: dict[tuple[str, str], dict[str, Run]] = {}
-    for run in runs:
-        if (not labels or run.label in labels) and run.budget == most[run.pair, run.label]:
-            answers.setdefault((run.pair, run.prompt), {})[run.label] = run
+        raise InputError(f"there are no answers of {unknown[0]!r}; there are {', '.join(known)}")
+    texts: dict[tuple[str, str], dict[str, str]] = {}
+    for answer in answers:
+        if not labels or answer.label in labels:
+            texts.setdefault((answer.pair, answer.prompt), {})[answer.label] = answer.text
     rng = random.Random(seed)
     found = []
-    for (pair, prompt), by_label in answers.items():
+    for (pair, prompt), by_label in texts.items():
         for both in itertools.combinations(sorted(by_label), 2):
             first, second = rng.sample(both, 2)
-            texts = by_label[first].answer, by_label[second].answer
-            if texts[0] != texts[1]:
-                found.append(Question(pair, prompt, first, second, texts))
+            if by_label[first] != by_label[second]:
+                found.append(Question(pair, prompt, first, second, (by_label[first], by_label[second])))
     if not found:
         raise InputError("there are no two different answers to one prompt; run bench quality with two methods first")
     rng.shuffle(found)
@@ -77,17 +120,25 @@ def questions(store: Store, labels: Sequence[str], seed: int) -> list[Question]:
 
 
 class Ratings:
-    """Ratings in a file of JSON lines; what was rated is not asked again."""
+    """Ratings in a file of JSON lines, each line whole; what was rated is not asked again.
+
+    Raises InputError for a file of something else, and where a rating cannot be kept.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self.all: list[Rating] = []
         if path.exists():
-            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            *lines, rest = read_bytes(path, "give another folder").split(b"\n")
+            for number, line in enumerate(lines, 1):
                 try:
-                    self.all.append(Rating(**json.loads(line)))
-                except (ValueError, TypeError) as error:
+                    self.all.append(_rating(line))
+                except (ValueError, TypeError, RecursionError) as error:
                     raise InputError(f"{path}, line {number} is no rating; give another folder") from error
+            if not rest.startswith(_BEGIN[: len(rest)]):
+                raise InputError(f"{path}, line {len(lines) + 1} is no rating; give another folder")
+            if rest:  # what an interrupt left of a line
+                write_output(path, b"".join(line + b"\n" for line in lines))
 
     def left(self, asked: Sequence[Question]) -> Iterator[Question]:
         done = {json.dumps([r.pair, r.prompt, *sorted((r.first, r.second))]) for r in self.all}
@@ -95,9 +146,25 @@ class Ratings:
 
     def add(self, question: Question, score: float) -> None:
         rating = Rating(question.pair, question.prompt, question.first, question.second, score)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(rating)) + "\n")
+        data = json.dumps(asdict(rating)).encode() + b"\n"
+        try:
+            with self._path.open("ab") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise InputError(f"{self._path} cannot be written ({error.strerror}); make room and go on") from error
         self.all.append(rating)
+
+
+def _rating(line: bytes) -> Rating:
+    """Raises ValueError or TypeError for what is none."""
+    rating = Rating(**json.loads(line.decode("utf-8")))
+    if not all(isinstance(text, str) for text in (rating.pair, rating.prompt, rating.first, rating.second)):
+        raise TypeError("something that is not a text")
+    if type(rating.score) not in (int, float) or rating.score not in CHOICES.values():
+        raise ValueError("the score is none of 0, 0.5 and 1")
+    return rating
 
 
 def rate(
@@ -121,16 +188,19 @@ def rate(
             show("please say 1, 2, = or q")
 
 
-def table(ratings: Sequence[Rating], rewards: Mapping[tuple[str, str, str], float]) -> Table:
-    """For every two methods: how often a person, and the reward, preferred the first, with 95% intervals.
+def table(ratings: Sequence[Rating], answers: Sequence[Answer]) -> Table:
+    """For every two methods: how often a person, and the reward that ``answers`` have, preferred the first.
 
-    ``rewards``: of the answers, by pair, prompt and label.
+    "Alike" is half a win. The 95% interval of the person's share is Wilson's score interval (E. B. Wilson, Journal of
+    the American Statistical Association 22, 1927, pages 209 to 212), which holds for few and for unanimous ratings;
+    with halves among them it is wider than it need be.
     """
     made = Table(
         "ratings",
         f"{len(ratings)} ratings",
         ["pair", "method", "against", "ratings", "preferred by the person [95%]", "by the reward", "both agree"],
     )
+    rewards = {(answer.pair, answer.prompt, answer.label): answer.reward for answer in answers}
     groups: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
     for r in ratings:
         a, b = sorted((r.first, r.second))
@@ -140,11 +210,11 @@ def table(ratings: Sequence[Rating], rewards: Mapping[tuple[str, str, str], floa
         groups.setdefault((r.pair, a, b), []).append((score, by_reward))
     for (pair, a, b), scores in sorted(groups.items()):
         person, reward = np.array(scores).T
-        mean, low, high = interval(person)
+        low, high = wilson(float(person.sum()), len(person))
         told = (person != 0.5) & np.isfinite(reward) & (reward != 0.5)
         agree = f"{100 * float((person[told] == reward[told]).mean()):.0f}%" if told.any() else "-"
         seen = reward[np.isfinite(reward)]
         by_reward_shown = f"{100 * float(seen.mean()):.0f}%" if len(seen) else "-"
-        shown = f"{100 * mean:.0f}% [{100 * low:.0f}, {100 * high:.0f}]"
+        shown = f"{100 * person.mean():.0f}% [{100 * max(0.0, low):.0f}, {100 * high:.0f}]"  # no -0
         made.rows.append([pair, a, b, len(scores), shown, by_reward_shown, agree])
     return made
