@@ -291,6 +291,7 @@ def test_the_commands(tmp_path: Path) -> None:
         ("blocks", "is not of the form NAME=VALUE"),
         ("=3", "is not of the form NAME=VALUE"),
         ("seed=3", "has no option 'seed'; its options are blocks, commit"),
+        ("nats=abc", "nats is 'abc'; it must be a number"),
         ("blocks=many", "blocks is 'many'; it must be a whole number"),
         ("temperature=true", "temperature is True; it must be a number"),
         ("commit=maybe", "commit is 'maybe'; it must be true or false"),

@@ -127,6 +127,7 @@ BAD = {
     "no threads": (["--threads", "0"], "llama.cpp takes 1 to 512"),
     "negative seed": (["--seed", "-1"], "the seed is -1"),
     "no time": (["--time-limit", "0"], "the time limit is 0.0 seconds"),
+    "no time by its other name": (["--budget-seconds", "0"], "the time limit is 0.0 seconds"),
     "time that is no number": (["--time-limit", "nan"], "the time limit is nan seconds"),
     "missing steering": (["--steering", "u.json"], "u.json cannot be read (No such file or directory); check the path"),
     "steering is a folder": (["--steering", "."], ". cannot be read (Is a directory); check the path of the steering"),

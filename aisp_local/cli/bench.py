@@ -201,7 +201,7 @@ def quality(
 @click.option("-m", "--model", type=MODEL, help="GGUF model. Default: a shipped pair.")
 @click.option("-r", "--reward", type=FILE, help="What rewards its answers.")
 @click.option("--prompts", type=FILE, help="JSON file of two lists, tuning and evaluation.")
-@click.option("--max-prompts", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--max-prompts", type=click.IntRange(1), help="Prompts. Default: each experiment's own, 2 to 8.")
 @click.option("--max-tokens", type=click.IntRange(1), default=96, show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--threads", type=int, help="CPU threads for decoding.")
@@ -214,7 +214,7 @@ def experiment(
     model: Path | None,
     reward: Path | None,
     prompts: Path | None,
-    max_prompts: int,
+    max_prompts: int | None,
     max_tokens: int,
     seed: int,
     threads: int | None,
@@ -224,7 +224,8 @@ def experiment(
 ) -> None:
     """Repeat an experiment on how alignment by pre-logits works; each writes NAME.md, NAME.json and plots into OUT.
 
-    Without NAME: all of them, which takes about an hour on two cores.
+    Without NAME: all of them, which takes some four hours on two cores. Each page names the command that makes it
+    again.
 
     \b
     Examples:
@@ -323,13 +324,10 @@ def rate(folder: Path, methods: tuple[str, ...], seed: int) -> None:
       aisp-local bench rate quality --method score --method best-of-n
     """
     from aisp_local.bench import rating
-    from aisp_local.bench.contest import Store
-    from aisp_local.errors import InputError
+    from aisp_local.cli.output import print_answer
 
-    if not (folder / "runs.jsonl").is_file():
-        raise InputError(f"{folder} holds no runs.jsonl; run bench quality with this folder first")
-    store = Store(folder / "runs.jsonl")
-    asked = rating.questions(store, methods, seed)
+    answers = rating.read_answers(folder)
+    asked = rating.questions(answers, methods, seed)
     ratings = rating.Ratings(folder / "ratings.jsonl")
 
     def ask(text: str) -> str:
@@ -338,6 +336,5 @@ def rate(folder: Path, methods: tuple[str, ...], seed: int) -> None:
         except click.Abort:
             raise EOFError from None
 
-    rating.rate(ratings.left(asked), ratings, len(asked), ask, click.echo)
-    rewards = {(run.pair, run.prompt, run.label): max(run.rewards) for run in store.runs()}
-    click.echo("\n" + rating.table(ratings.all, rewards).markdown())
+    rating.rate(ratings.left(asked), ratings, len(asked), ask, print_answer)
+    print_answer("\n" + rating.table(ratings.all, answers).markdown())

@@ -139,7 +139,13 @@ def search_options(command: F) -> F:
             type=FILE,
             help="Answers are texts of this grammar, in llama.cpp's notation (GBNF).",
         ),
-        click.option("--time-limit", type=float, help="Seconds; then the best answer so far."),
+        click.option(
+            "--time-limit",
+            "--budget-seconds",
+            "time_limit",
+            type=float,
+            help="Seconds; then the best answer so far.",
+        ),
         click.option(
             "--option",
             "more",

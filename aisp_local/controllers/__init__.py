@@ -140,13 +140,17 @@ def create(
 
 
 def _check_kind(value: Any, parameter: inspect.Parameter) -> None:
-    """Raises InputError for an option of another kind than its default, where that is a number or a switch."""
+    """Raises InputError for an option of another kind than is said of it, or than its default, where that is a number
+    or a switch."""
     default: object = parameter.default
-    if isinstance(default, bool):
+    kind = getattr(parameter.annotation, "__name__", str(parameter.annotation)).removesuffix(" | None")
+    if value is None and default is None:
+        return
+    if kind == "bool" or isinstance(default, bool):
         fits, what = value in (True, False), "true or false"
-    elif isinstance(default, int) and parameter.annotation in (int, "int"):
+    elif kind == "int":
         fits, what = isinstance(value, Integral) and not isinstance(value, bool), "a whole number"
-    elif isinstance(default, int | float):
+    elif kind == "float" or isinstance(default, int | float):
         fits, what = isinstance(value, Real) and not isinstance(value, bool), "a number"
     else:
         return

@@ -25,6 +25,9 @@ class Verdict:
     note: str
 
 
+MOSTLY_NOISE = "rollouts that begin alike are rewarded hardly more alike than others: this reward is mostly noise"
+"""What ``Guard.noise`` says."""
+
 _REPEATED = "answers repeat themselves: the control and its strength are halved"
 
 
@@ -60,8 +63,7 @@ class Guard:
             return None
         ratio = (between / groups) / (within / rest)
         self._noise = bool(ratio < 1.0 + _CHANCE * np.sqrt(2 / groups + 2 / rest))
-        said = "rollouts that begin alike are rewarded hardly more alike than others: this reward is mostly noise"
-        return said if self._noise else None
+        return MOSTLY_NOISE if self._noise else None
 
     def glance(self, tokens: Sequence[npt.NDArray[np.int32]]) -> Verdict | None:
         """At ``tokens`` of rollouts that pause, at most once an iteration.

@@ -10,7 +10,7 @@ import numpy as np
 from aisp_local import shipped
 from aisp_local.api import Aligner
 from aisp_local.bench.contest import answer_logprobs
-from aisp_local.bench.contest_report import interval
+from aisp_local.bench.contest_report import interval, shown
 from aisp_local.bench.experiments.lab import Experiment, Finding, Lab, in_order, last, rewards
 from aisp_local.bench.tables import Table
 from aisp_local.engine import LlamaEngine
@@ -70,9 +70,9 @@ def _lora(lab: Lab) -> Finding:
                     _away(lab, results, base, adapted) if engine is adapted else 0.0
                 )
                 ahead = interval(best - reference)
-                shown = "{:+.2f} [{:+.2f}, {:+.2f}]".format(*ahead)
+                over = shown(ahead, sign=True)
                 first = float(found[:, :_N].mean())
-                made.rows.append([name, method, f"{first:.2f}", f"{best.mean():.2f}", shown, f"{nats:.1f}"])
+                made.rows.append([name, method, f"{first:.2f}", f"{best.mean():.2f}", over, f"{nats:.1f}"])
                 data.append(
                     {
                         "model": name,
@@ -93,4 +93,5 @@ LORA = Experiment(
     "reaches more, at more nats, since it learns for this prompt; both together are best, as their gains add up in "
     "part.",
     _lora,
+    prompts=8,
 )

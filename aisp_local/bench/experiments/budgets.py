@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from aisp_local.bench.contest_report import interval, shown
 from aisp_local.bench.experiments.lab import SETTINGS, Experiment, Finding, Lab, rewards
 from aisp_local.bench.tables import Table
 from aisp_local.svg import Axes
@@ -20,12 +21,17 @@ _METHODS, _N = ("score", "aisp", "best-of-n"), 32
 def _samples(lab: Lab) -> Finding:
     budget = lab.size(1024, 64)
     sizes = [2**k for k in range(4, 11) if 2**k <= budget]
-    curves = {}
+    best = {}
     for method in _METHODS:
         found = rewards(lab.search(method, budget, _N, **SETTINGS.get(method, {})))
-        curves[method] = np.maximum.accumulate(found, axis=1).mean(axis=0)
+        best[method] = np.maximum.accumulate(found, axis=1)
+    curves = {method: so_far.mean(axis=0) for method, so_far in best.items()}
     made = Table("samples", f"Mean best reward, {len(lab.prompts)} prompts", ["method", *map(str, sizes)])
     made.rows.extend([method, *(f"{curve[s - 1]:.2f}" for s in sizes)] for method, curve in curves.items())
+    ahead = Table("samples-ahead", "The same over best-of-n's [95%]", ["method", *map(str, sizes)])
+    for method in _METHODS[:-1]:
+        over = best[method] - best["best-of-n"]
+        ahead.rows.append([method, *(shown(interval(over[:, s - 1]), sign=True) for s in sizes)])
     needs = Table("samples-needed", "Rollouts to what best-of-n has with N", ["method", *(f"N = {s}" for s in sizes)])
     for method in _METHODS[:-1]:
         row = []
@@ -34,11 +40,11 @@ def _samples(lab: Lab) -> Finding:
             # Of an iteration a rollout may owe its reward to all others.
             row.append(str(-(-(int(reached[0]) + 1) // _N) * _N) if len(reached) else f"more than {budget}")
         needs.rows.append([method, *row])
-    shown = np.concatenate([curve[15:] for curve in curves.values()])
+    plotted = np.concatenate([curve[15:] for curve in curves.values()])
     axes = Axes(
         "best reward so far",
         (4.0, math.log2(budget), "log2 of the rollouts"),
-        (float(shown.min()), float(shown.max()), "mean over prompts"),
+        (float(plotted.min()), float(plotted.max()), "mean over prompts"),
     )
     for i, curve in enumerate(curves.values()):
         axes.curve(
@@ -51,7 +57,7 @@ def _samples(lab: Lab) -> Finding:
         )
     axes.legend(list(curves))
     data = {method: {size: float(curve[size - 1]) for size in sizes} for method, curve in curves.items()}
-    return Finding([made, needs], {"curves": axes.svg()}, data)
+    return Finding([made, ahead, needs], {"curves": axes.svg()}, data)
 
 
 SAMPLES = Experiment(
@@ -73,7 +79,7 @@ def _batched(lab: Lab) -> Finding:
             "n",
             "iterations",
             "prompts at once",
-            "best reward",
+            "best reward [95%]",
             "steps",
             "tokens decoded",
             "texts scored",
@@ -103,13 +109,13 @@ def _batched(lab: Lab) -> Finding:
             finally:
                 engine.timeline = OFF
             found = [result for result in results if isinstance(result, Result)]
-            best = float(np.mean([result.reward for result in found]))
+            best = interval([result.reward for result in found])
             steps = sum(event.get("name") == "decode" for event in timeline.events())
             tokens, scored = sum(r.n_tokens for r in found), sum(s.n_scored for r in found for s in r.iterations)
             at_once = len(lab.prompts) if together else 1
-            made.rows.append([method, n, budget // n, at_once, f"{best:.2f}", steps, tokens, scored, f"{seconds:.1f}"])
+            made.rows.append([method, n, budget // n, at_once, shown(best), steps, tokens, scored, f"{seconds:.1f}"])
             data.append(
-                {"method": method, "n": n, "at_once": at_once, "best": best, "steps": steps, "seconds": seconds}
+                {"method": method, "n": n, "at_once": at_once, "best": best[0], "steps": steps, "seconds": seconds}
             )
             lab.say(f"{method}, n = {n}, {at_once} at once")
     return Finding([made], data=data)
@@ -132,7 +138,7 @@ def _product(lab: Lab) -> Finding:
     made = Table(
         "product",
         f"{budget} rollouts in iterations of n, {len(lab.prompts)} prompts",
-        ["method", "n", "iterations", "best reward", "mean of the last iteration", "seconds a prompt"],
+        ["method", "n", "iterations", "best reward [95%]", "mean of the last iteration [95%]", "seconds a prompt"],
     )
     data = []
     for method in ("score", "aisp"):
@@ -140,9 +146,9 @@ def _product(lab: Lab) -> Finding:
             began = time.perf_counter()
             found = rewards(lab.search(method, budget, n))
             seconds = (time.perf_counter() - began) / len(lab.prompts)
-            best, mean = float(found.max(axis=1).mean()), float(found[:, -n:].mean())
-            made.rows.append([method, n, budget // n, f"{best:.2f}", f"{mean:.2f}", f"{seconds:.2f}"])
-            data.append({"method": method, "n": n, "best": best, "last": mean, "seconds": seconds})
+            best, end = interval(found.max(axis=1)), interval(found[:, -n:].mean(axis=1))
+            made.rows.append([method, n, budget // n, shown(best), shown(end), f"{seconds:.2f}"])
+            data.append({"method": method, "n": n, "best": best[0], "last": end[0], "seconds": seconds})
     return Finding([made], data=data)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from aisp_local.bench.contest import answer_logprobs
+from aisp_local.bench.contest_report import interval, shown
 from aisp_local.bench.experiments.lab import SETTINGS, Experiment, Finding, Lab, last, number, rewards, variety
 from aisp_local.bench.tables import Table
 from aisp_local.controllers.score import FULL_KL
@@ -37,7 +38,7 @@ def _strength(lab: Lab) -> Finding:
             "strength",
             "nats allowed",
             "best of 32",
-            "best of all",
+            "best of all [95%]",
             "mean of the last iteration",
             "its nats, as counted",
             "KL of the second, truncation included",
@@ -55,6 +56,7 @@ def _strength(lab: Lab) -> Finding:
             "allowed": FULL_KL * strength**2,
             "first": float(found[:, :_N].max(axis=1).mean()),
             "best": float(found.max(axis=1).mean()),
+            "best_interval": interval(found.max(axis=1)),
             "last": float(found[:, -_N:].mean()),
             "counted": last(results, lambda s: s.kl),
             "kl": last(exact, lambda s: s.kl),
@@ -66,7 +68,9 @@ def _strength(lab: Lab) -> Finding:
             [
                 f"{strength:g}",
                 f"{figures['allowed']:.1f}",
-                *(f"{figures[key]:.2f}" for key in ("first", "best", "last")),
+                f"{figures['first']:.2f}",
+                shown(figures["best_interval"]),
+                f"{figures['last']:.2f}",
                 *(number(figures[key], ".1f") for key in ("counted", "kl")),
                 *(number(figures[key]) for key in ("variety", "likelihood")),
             ]
@@ -91,7 +95,7 @@ def _blocks(lab: Lab) -> Finding:
         "blocks",
         f"{budget} rollouts in iterations of {_N}, {len(lab.prompts)} prompts; seconds: of decoding, the reward and "
         "the update, in this run",
-        ["blocks", "best of 32", "best of all", "texts scored a rollout", "seconds a prompt", "over best-of-n's"],
+        ["blocks", "best of 32", "best of all [95%]", "texts scored a rollout", "seconds a prompt", "over best-of-n's"],
     )
     data: list[dict[str, Any]] = []
     ways: list[tuple[str, str, dict[str, Any]]] = [("best-of-n", "best-of-n", dict(SETTINGS["best-of-n"]))]
@@ -102,10 +106,11 @@ def _blocks(lab: Lab) -> Finding:
         results = lab.search(method, budget, _N, **options)
         seconds = (time.perf_counter() - began) / len(lab.prompts)
         found, scored = rewards(results), sum(s.n_scored for result in results for s in result.iterations)
-        figures = {
+        figures: dict[str, Any] = {
             "blocks": label,
             "first": float(found[:, :_N].max(axis=1).mean()),
             "best": float(found.max(axis=1).mean()),
+            "best_interval": interval(found.max(axis=1)),
             "scored": scored / found.size,
             "seconds": seconds,
         }
@@ -114,7 +119,7 @@ def _blocks(lab: Lab) -> Finding:
             [
                 label,
                 f"{figures['first']:.2f}",
-                f"{figures['best']:.2f}",
+                shown(figures["best_interval"]),
                 f"{figures['scored']:.1f}",
                 f"{seconds:.2f}",
                 f"{seconds / data[0]['seconds']:.2f}",

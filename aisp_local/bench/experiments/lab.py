@@ -16,12 +16,16 @@ from aisp_local.bench.machine import describe
 from aisp_local.bench.tables import Table
 from aisp_local.files import write_output
 from aisp_local.rewards import Reward
+from aisp_local.rewards.identity import Origin
 from aisp_local.types import Candidate, Message, Result
 
 Array = npt.NDArray[np.float64]
 
 SETTINGS: Mapping[str, Mapping[str, Any]] = {"best-of-n": {"temperature": 0.8}}
 """Options of methods whose own defaults are not what a contest would choose on the shipped pairs."""
+
+WORDS = Path(__file__).parent.with_name("words.toml")
+"""The rule of the pair stories-words, whose optimum, 0, is known."""
 
 _GROUP = 4  # prompts in one batch
 
@@ -41,6 +45,10 @@ class Lab:
     def on(self, aligner: Aligner) -> Lab:
         """The same with another model or reward."""
         return replace(self, aligner=aligner)
+
+    def rewarded_by(self, path: Path) -> bool:
+        """Whether the reward is the one that lies there, by what its files hold."""
+        return self.aligner.origins.reward.fingerprint == Origin.of(path).fingerprint
 
     def size(self, usual: int, small: int) -> int:
         return small if self.small else usual
@@ -85,13 +93,18 @@ class Finding:
 
 @dataclass(frozen=True)
 class Experiment:
-    """``expected``: the shape that a reader should see, and why; written before looking."""
+    """``expected``: the shape that a reader should see, and why; written before looking.
+
+    ``prompts``: how many it takes where nobody says how many, and ``least`` those without which it says nothing.
+    """
 
     name: str
     question: str
     expected: str
     run: Callable[[Lab], Finding]
     pair: str = "stories"  # the shipped pair it runs on by default
+    prompts: int = 4
+    least: int = 1
 
 
 def in_order(result: Result) -> list[Candidate]:
@@ -128,17 +141,18 @@ def number(value: float, form: str = ".2f") -> str:
     return "-" if not np.isfinite(value) else format(value, form)
 
 
-def write(out: Path, experiment: Experiment, finding: Finding, about: str) -> str:
-    """NAME.md, NAME.json and the plots in a folder, each whole; gives the Markdown."""
+def write(out: Path, experiment: Experiment, finding: Finding, about: str, command: str) -> str:
+    """NAME.md, NAME.json and the plots in a folder, each whole; gives the Markdown. ``command`` makes them again."""
     machine = ", ".join(f"{name} {value}" for name, value in describe().items())
     lines = [f"# {experiment.name}", "", experiment.question, "", f"Expected: {experiment.expected}", ""]
-    lines += [f"{about}. {machine}.", ""]
+    lines += [f"{about}. {machine}.", "", f"Made again by `{command}`.", ""]
     for name, svg in finding.plots.items():
         write_output(out / f"{experiment.name}-{name}.svg", svg)
         lines += [f"![{name}]({experiment.name}-{name}.svg)", ""]
     lines += [table.markdown() for table in finding.tables]
     text = "\n".join(lines)
     write_output(out / f"{experiment.name}.md", text)
-    content = {"experiment": experiment.name, "machine": describe(), "about": about, "data": finding.data}
-    write_output(out / f"{experiment.name}.json", json.dumps(content, indent=1, default=float) + "\n")
+    content = {"experiment": experiment.name, "command": command, "machine": describe(), "about": about}
+    written = json.dumps({**content, "data": finding.data}, indent=1, default=float)
+    write_output(out / f"{experiment.name}.json", written + "\n")
     return text

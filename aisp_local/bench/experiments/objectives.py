@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import resources
 
 import numpy as np
 
+from aisp_local import shipped
+from aisp_local.bench.contest_report import interval, shown
 from aisp_local.bench.experiments.lab import SETTINGS, Experiment, Finding, Lab, rewards
 from aisp_local.bench.tables import Table
 from aisp_local.rewards import Reward, load_reward
+from aisp_local.rewards.base import call
+from aisp_local.types import Result
 
 _UNWANTED = re.compile(r"\b(sad|scared|afraid|angry|cry|cried|crying|mean|hurt|bad|mad|upset|lost)\b", re.I)
 
@@ -39,29 +43,52 @@ def _reward(name: str) -> Reward:
         return load_reward(path)
 
 
+def _scores(reward: Reward, lab: Lab, results: Sequence[Result]) -> list[float]:
+    """Of each prompt's answer."""
+    answers = zip(lab.prompts, results, strict=True)
+    return [float(call(reward.name, reward.score, prompt, [result.answer])[0]) for prompt, result in answers]
+
+
 def _objectives(lab: Lab) -> Finding:
     budget = lab.size(64, 16)
+    story = lab.aligner.reward if lab.rewarded_by(shipped.reward()) else load_reward(shipped.reward())
     made = Table(
         "objectives",
         f"Answers of {budget} rollouts, means over {len(lab.prompts)} prompts",
-        ["wish", "what is counted", "base model", "best-of-n", "score", "reward: base", "best-of-n", "score"],
+        [
+            "wish",
+            "what is counted",
+            "base model",
+            "best-of-n",
+            "score",
+            "reward: base",
+            "best-of-n",
+            "score",
+            "score over best-of-n [95%]",
+            f"{story.name} of score's answers over best-of-n's [95%]",
+        ],
     )
     data = []
     for wish, file, counted, count in GOALS:
         reward = _reward(file)
         found: dict[str, tuple[float, float]] = {}
+        got: dict[str, list[float]] = {}
+        stories: dict[str, list[float]] = {}
         for method, n in (("best-of-n", 16), ("score", None)):
             results = lab.search(method, budget, n, reward=reward, **SETTINGS.get(method, {}))
             if method == "best-of-n":
                 drawn = [c for result in results for c in result.candidates]
                 found["base"] = float(np.mean([count(c.text) for c in drawn])), float(rewards(results).mean())
-            answers = [count(result.answer) for result in results], [result.reward for result in results]
-            found[method] = float(np.mean(answers[0])), float(np.mean(answers[1]))
+            got[method] = [result.reward for result in results]
+            stories[method] = _scores(story, lab, results)
+            counts = [count(result.answer) for result in results]
+            found[method] = float(np.mean(counts)), float(np.mean(got[method]))
         ways = ("base", "best-of-n", "score")
-        made.rows.append(
-            [wish, counted, *(f"{found[way][0]:.2f}" for way in ways), *(f"{found[way][1]:.2f}" for way in ways)]
-        )
-        data.append({"wish": wish, **{way: found[way] for way in ways}})
+        over, of_story = (interval(np.subtract(each["score"], each["best-of-n"])) for each in (got, stories))
+        figures = [f"{found[way][i]:.2f}" for i in (0, 1) for way in ways]
+        made.rows.append([wish, counted, *figures, shown(over, sign=True), shown(of_story, sign=True)])
+        ahead = {"score over best-of-n": over, "story over best-of-n": of_story}
+        data.append({"wish": wish, **{way: found[way] for way in ways}, **ahead})
     return Finding([made], data=data)
 
 
@@ -70,6 +97,7 @@ OBJECTIVES = Experiment(
     "Does the same search serve other wishes: shorter, happier, calmer answers?",
     "what is counted falls from the base's mean to the best-of-n answer's and further to score's, without any "
     "training; words that a rule can count are easily avoided, length least easily, since it cannot be told from a "
-    "beginning.",
+    "beginning. What is counted is what the rule itself forbids or limits: it shows that the search obeys, not that "
+    "answers are better. What obeying costs is seen by the shipped reward alone, which is the other part of each wish.",
     _objectives,
 )

@@ -5,18 +5,18 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from aisp_local.bench.experiments.lab import SETTINGS, Experiment, Finding, Lab, number, rewards
+from aisp_local.bench.contest_report import interval, shown
+from aisp_local.bench.experiments.lab import SETTINGS, WORDS, Array, Experiment, Finding, Lab, number, rewards
 from aisp_local.bench.tables import Table
+from aisp_local.controllers.guard import MOSTLY_NOISE
 from aisp_local.rewards import Reward, load_reward
 from aisp_local.rewards.base import call
-from aisp_local.types import Prompt
+from aisp_local.types import Prompt, Result
 
 _SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
 
@@ -49,6 +49,7 @@ BEGINNINGS = Experiment(
     "the correlation rises with what there is of the response. Where it is near 0 until the end, selecting unfinished "
     "rollouts is drawing lots: `--option selection=0`.",
     _beginnings,
+    prompts=8,
 )
 
 
@@ -73,16 +74,29 @@ class Noisy:
 
 
 def _noise(lab: Lab) -> Finding:
-    words = load_reward(Path(str(resources.files("aisp_local.bench").joinpath("words.toml"))))
-    found = [_noised(lab, lab.aligner.reward), _noised(lab, words)]
+    found = [_noised(lab, lab.aligner.reward), _noised(lab, load_reward(WORDS))]
     return Finding([table for table, _ in found], data={table.title: data for table, data in found})
+
+
+def _warned(results: Sequence[Result]) -> tuple[int, int]:
+    """Searches whose guard said that the reward is noise, and those that it warned of anything else."""
+    notes = [[stats.note.split("; ") for stats in result.iterations if stats.note] for result in results]
+    said = [{note for one in each for note in one} for each in notes]
+    return sum(MOSTLY_NOISE in each for each in said), sum(bool(each - {MOSTLY_NOISE}) for each in said)
+
+
+def _true(reward: Reward, lab: Lab, texts: Sequence[Sequence[str]]) -> Array:
+    """What the reward gives each prompt's texts without noise, in the mean."""
+    pairs = zip(lab.prompts, texts, strict=True)
+    return np.array([call(reward.name, reward.score, prompt, each).mean() for prompt, each in pairs])
 
 
 def _noised(lab: Lab, reward: Reward) -> tuple[Table, list[dict[str, Any]]]:
     budget = lab.size(128, 32)
     base = lab.search("best-of-n", lab.size(64, 16), 16, reward=reward, temperature=0.8, seed=9)
     spread = float(rewards(base).std(axis=1).mean()) or 1.0
-    middle = float(rewards(base).mean())
+    middles = rewards(base).mean(axis=1)  # of each prompt
+    middle = float(middles.mean())
     made = Table(
         f"noise-{reward.name}",
         f"{reward.name}: {budget} rollouts; in standard deviations of the base above its mean (base: {middle:.2f}, "
@@ -91,27 +105,30 @@ def _noised(lab: Lab, reward: Reward) -> tuple[Table, list[dict[str, Any]]]:
             "noise's share of the variance",
             "method",
             "what the search saw",
-            "true reward of its answer",
-            "searches with a warning",
+            "true reward of its answer [95%]",
+            "searches warned of noise",
+            "warned of anything else",
         ],
     )
-    data = []
+    data: list[dict[str, Any]] = []
+    chance: Array | None = None
+
+    def add(share: float, method: str, seen: float, true: Array, warned: tuple[int, int] | None) -> None:
+        got = interval((true - middles) / spread)
+        counts = ["-", "-"] if warned is None else [f"{count} of {len(true)}" for count in warned]
+        made.rows.append([f"{100 * share:.0f}%", method, f"{seen:+.2f}", shown(got, sign=True), *counts])
+        figures = {"share": share, "method": method, "seen": seen, "true": got[0], "interval": got}
+        data.append({**figures, "noise": warned and warned[0], "other": warned and warned[1]})
+
     for share in lab.some((0.0, 0.2, 0.5, 0.8, 1.0)):
-        noisy = Noisy(reward, share, spread)
+        noisy, zero = Noisy(reward, share, spread), 0.0 if share >= 1.0 else middle
         for method in ("score", "aisp", "best-of-n"):
             results = lab.search(method, budget, 16, reward=noisy, **SETTINGS.get(method, {}))
-            true = [
-                float(call(reward.name, reward.score, prompt, [result.answer])[0])
-                for prompt, result in zip(lab.prompts, results, strict=True)
-            ]
-            zero = 0.0 if share >= 1.0 else middle
             seen = (float(np.mean([result.reward for result in results])) - zero) / spread
-            got = (float(np.mean(true)) - middle) / spread
-            warned = sum(any(stats.note for stats in result.iterations) for result in results)
-            made.rows.append(
-                [f"{100 * share:.0f}%", method, f"{seen:+.2f}", f"{got:+.2f}", f"{warned} of {len(results)}"]
-            )
-            data.append({"share": share, "method": method, "seen": seen, "true": got, "warned": warned})
+            add(share, method, seen, _true(reward, lab, [[result.answer] for result in results]), _warned(results))
+        # Those of best-of-n, the last; it draws the same ones whatever their rewards.
+        chance = _true(reward, lab, [[c.text for c in r.candidates] for r in results]) if chance is None else chance
+        add(share, "random choice", (float(rewards(results).mean()) - zero) / spread, chance, None)
     return made, data
 
 
@@ -119,7 +136,10 @@ NOISE = Experiment(
     "noise",
     "What is left of each method's gain as its reward, a learnt one and a rule of known optimum, becomes noise?",
     "what the search sees stays high, as it picks the luckiest errors, while the true reward falls towards the base's; "
-    "with noise alone every method is random search: 0. Methods that learn must not fall below 0, and score's "
-    "guard should say that rewards are noise, or that answers became worse or repetitive.",
+    "with noise alone every method is like a random choice among best-of-n's rollouts. Methods that learn must not "
+    "fall below it, and score's guard should say that rewards are noise, or that answers became worse or repetitive. "
+    "aisp has no guard: its rollouts of an iteration come from one law, so that it has no siblings whose rewards could "
+    "be more alike than others'; only score can tell noise.",
     _noise,
+    prompts=8,
 )

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from aisp_local.bench.contest_report import interval, shown
 from aisp_local.bench.experiments.lab import Experiment, Finding, Lab, last, number, rewards, variety
 from aisp_local.bench.tables import Table
 from aisp_local.controllers import Aisp
@@ -16,12 +17,13 @@ from aisp_local.types import Rollouts
 _N = 16
 
 
-def _figures(lab: Lab, iterations: int, **options: Any) -> dict[str, float]:
+def _figures(lab: Lab, iterations: int, **options: Any) -> dict[str, Any]:
     """Of the published method with these options."""
     results = lab.search("aisp", _N * iterations, _N, kl=True, **options)
     found = rewards(results)
     return {
         "best": float(found.max(axis=1).mean()),
+        "best_interval": interval(found.max(axis=1)),
         "first": float(found[:, :_N].mean()),
         "spread": float(found[:, :_N].std(axis=1).mean()),
         "last": float(found[:, -_N:].mean()),
@@ -32,11 +34,11 @@ def _figures(lab: Lab, iterations: int, **options: Any) -> dict[str, float]:
     }
 
 
-def _sweep(name: str, title: str, knob: str, values: list[tuple[str, dict[str, float]]]) -> Table:
-    columns = [knob, "best reward", "mean of the first", "mean of the last iteration", "its KL, nats"]
+def _sweep(name: str, title: str, knob: str, values: list[tuple[str, dict[str, Any]]]) -> Table:
+    columns = [knob, "best reward [95%]", "mean of the first", "mean of the last iteration", "its KL, nats"]
     made = Table(name, title, [*columns, "effective sample size", "norm of U", "variety of the last"])
     for label, f in values:
-        figures = [number(f[key]) for key in ("best", "first", "last")]
+        figures = [shown(f["best_interval"]), number(f["first"]), number(f["last"])]
         made.rows.append(
             [
                 label,
@@ -83,7 +85,8 @@ def _map(lab: Lab) -> Finding:
         marked = [[grid[x, s]["last"] < calm["first"] - calm["spread"] for s in sigmas] for x in lambdas]
         names = [f"{x:g}" for x in lambdas], [f"{s:g}" for s in sigmas]
         plots[key] = heat_map(f"aisp: {title}", ("lambda", names[0]), ("sigma", names[1]), cells, marked)
-        table = Table(f"map-{key}", f"{title} (rows: lambda, columns: sigma)", ["", *names[1]])
+        over = f"means over {len(lab.prompts)} prompts; rows: lambda, columns: sigma"
+        table = Table(f"map-{key}", f"{title} ({over})", ["", *names[1]])
         for name, row in zip(names[0], cells, strict=True):
             table.rows.append([name, *(number(c, ".1f" if key == "kl" else ".2f") for c in row)])
         tables.append(table)
@@ -98,6 +101,7 @@ MAP = Experiment(
     "lose variety where noise of a step picks the same few tokens; lambda matters far less. Framed: the mean "
     "reward of the last iteration is a standard deviation below that of the first with the least noise.",
     _map,
+    prompts=2,
 )
 
 
