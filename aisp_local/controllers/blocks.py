@@ -34,7 +34,7 @@ class Schedule:
             raise InputError(f"blocks is {blocks}; it must be at least 1")
         self._blocks = blocks
         self._max_tokens, self._expected = max_tokens, float(max_tokens)
-        self._first = min(_FIRST, self._block)
+        self._first = min(_FIRST, self.block)
 
     @property
     def expected(self) -> float:
@@ -42,19 +42,20 @@ class Schedule:
         return self._expected
 
     @property
-    def _block(self) -> int:
+    def block(self) -> int:
+        """Tokens of a block, but for the first ones."""
         return max(_SHORTEST, math.ceil(self._expected / self._blocks))
 
     def learn(self, lengths: Sequence[int]) -> None:
         """Of responses that ended."""
         if lengths:
             self._expected = float(np.mean(lengths))
-            self._first = self._block
+            self._first = self.block
 
     def pause(self, position: int) -> int | None:
         """Where rollouts of so many tokens pause next; None: they run to their end."""
-        at = position + max(self._first, min(position, self._block))
-        return at if at + self._block // 2 < self._max_tokens else None
+        at = position + max(self._first, min(position, self.block))
+        return at if at + self.block // 2 < self._max_tokens else None
 
     def count(self, begin: int = 0) -> int:
         """Pauses of a response of the expected length that has so many tokens, those that are to come."""

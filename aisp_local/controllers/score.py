@@ -11,9 +11,10 @@ and u is made shorter where ``KL(p_u || p_0)`` would be above its part of the bu
 differ by the block alone, so do their rewards: what other blocks add to the variance of g is gone.
 
 Of every step the engine reports the tokens that min-p left and their probabilities, so that nothing below costs
-anything per entry of the vocabulary. Divergences are means over the block's own steps, times the mean length of a
-response. The base law, which does not become peaked as p_u does, measures the steps: by the Fisher matrix of p_u they
-would grow without end.
+anything per entry of the vocabulary. Divergences are means over steps, times the mean length of a response, the longest
+so far: of a move over the block's own steps, of u over those of a whole response, since a block's last survivors may be
+where u does little. The base law, which does not become peaked as p_u does, measures the steps: by the Fisher matrix of
+p_u they would grow without end.
 
 ``strength`` names the nats over a response that both ways together may use, each half of them: the control, and the
 selection, by how many survive.
@@ -25,25 +26,25 @@ Sources: REINFORCE (Williams 1992); a trust region in nats as in TRPO (arXiv 150
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from aisp_local.controllers.blocks import BLOCKS, Schedule, select, selection_kl, survivors
 from aisp_local.controllers.guard import Guard, Verdict
-from aisp_local.controllers.tilts import Steps
+from aisp_local.controllers.tilts import Sample, Steps
 from aisp_local.controllers.weights import NOISE, length
 from aisp_local.errors import InputError
 from aisp_local.types import ControllerInfo, Controls, FloatArray, Head, Laws, Rollouts, Sampling
 
 Array = npt.NDArray[np.float64]
 Tokens = npt.NDArray[np.int32]
-Divergence = Callable[[FloatArray], float]
 
 FULL_KL = 80.0
 """Nats over a response that a strength of 1 allows."""
 
+_SAMPLE = 64  # steps of a block that nats are measured at
 _REFINEMENTS = 4  # of the factor that shortens u: its divergence is nearly quadratic
 
 
@@ -106,15 +107,19 @@ class Score:
             self._u = steering.astype(np.float32)
         self._guard = Guard()
         self._schedule = Schedule(max_tokens, blocks)
+        self._longest = 0.0  # tokens of a response, mean of an iteration
+        self._blocks: list[Sample] = []  # of the iteration's steps so far
         self._begin()
 
     def _begin(self) -> None:
         """A new iteration."""
+        self._before, self._blocks = self._blocks, []
         self._position = 0  # tokens that its rollouts have
+        self._hold = np.float32(1.0)  # what u is multiplied with for the rest of it
         self._going_on: list[Tokens] = []  # with what each of the rollouts begins
         self._parents: npt.NDArray[np.int64] = np.zeros(0, np.int64)  # of each [n]: which is whose sibling
         self._finished: list[tuple[float, Tokens]] = []
-        self._kls: list[float] = []  # of the control, by block
+        self._moved = 0.0  # nats by the control, of all rollouts together
         self._selected = 0.0  # nats
 
     @property
@@ -123,16 +128,17 @@ class Score:
         return self._u.copy()
 
     def ask(self, n: int) -> Controls:
-        controlled = self._head is not None and bool(self._u.any())
+        u = self._u * self._hold
+        controlled = self._head is not None and bool(u.any())
         return Controls(
             n=n,
-            vectors=np.tile(self._u, (n, 1, 1)) if controlled else None,
+            vectors=np.tile(u, (n, 1, 1)) if controlled else None,
             held=controlled,
             sampling=self._sampling,
             prefixes=self._going_on or None,
             pause=self._schedule.pause(self._position) if self._pauses and n > 1 else None,
             want=frozenset({"laws"}) if self._control_kl > 0 else frozenset(),
-            shift=self._head.shift(self._u) if controlled and self._head is not None else None,
+            shift=self._head.shift(u) if controlled and self._head is not None else None,
         )
 
     def tell(self, rollouts: Rollouts, rewards: npt.NDArray[np.float64]) -> ControllerInfo:
@@ -140,11 +146,11 @@ class Score:
         if len(self._parents):
             self._guard.compare(parents, rewards)
         blocks = 1 + (self._schedule.count() if self._pauses else 0)
+        paused = [i for i, reason in enumerate(rollouts.finish_reasons) if reason == "paused"]
         if rollouts.laws is not None and self._head is not None and len(rollouts.laws):
             given = [len(prefix) for prefix in self._going_on] or [0] * len(rewards)
             drawn = [tokens[begin:] for tokens, begin in zip(rollouts.tokens, given, strict=True)]
-            self._learn(rollouts.laws, drawn, _advantages(parents, rewards), self._step / blocks)
-        paused = [i for i, reason in enumerate(rollouts.finish_reasons) if reason == "paused"]
+            self._learn(rollouts.laws, drawn, _advantages(parents, rewards), self._step / blocks, len(paused))
         ended = zip(rewards, rollouts.tokens, rollouts.finish_reasons, strict=True)
         self._finished += [(reward, tokens) for reward, tokens, reason in ended if reason != "paused"]
         if paused:
@@ -174,7 +180,8 @@ class Score:
         rewards = np.array([reward for reward, _ in self._finished])
         tokens = [row for _, row in self._finished]
         self._schedule.learn([len(row) for row in tokens])
-        kl = self._selected + (float(np.mean(self._kls)) if self._kls else 0.0)
+        self._longest = max(self._longest, self._schedule.expected)
+        kl = self._selected + self._moved / len(tokens)
         said = self._heed(self._guard.look(rewards, tokens) if self._u.any() else None)
         notes = [note for note in (said, self._guard.noise()) if note]
         return ControllerInfo(
@@ -189,40 +196,51 @@ class Score:
         self._control_kl /= 4  # half of the strength
         return verdict.note
 
-    def _learn(self, laws: Laws, drawn: Sequence[Tokens], advantages: Array | None, step: float) -> None:
-        """Move u by ``step`` nats along the advantages [n] of what was drawn, and keep it within its budget."""
+    def _learn(self, laws: Laws, drawn: Sequence[Tokens], advantages: Array | None, step: float, going_on: int) -> None:
+        """Move u by ``step`` nats along the advantages [n] of what was drawn, and keep it within its budget: at the
+        iteration's steps so far, and from there on at those of the iteration before; and, for what is left of the
+        iteration, within what is left of the budget, however much the control turned out to do."""
         assert self._head is not None
-        vocabulary, place = np.unique(np.concatenate([laws.token, *drawn]), return_inverse=True)
+        end = int(laws.step.max()) + 1
+        self._blocks.append(Sample(laws, _SAMPLE))
+        seen, weights = Sample.joined([*self._blocks, *(sample.after(end) for sample in self._before)])
+        vocabulary, place = np.unique(np.concatenate([laws.token, *drawn, seen.token]), return_inverse=True)
         rows = self._head.take(vocabulary) * np.float32(self._head.gain / self._sampling.temperature)
-        entry, token = place[: len(laws)], place[len(laws) :]
-        steps, expected = Steps(laws), self._schedule.expected
+        entry, token, elsewhere = np.split(place, [len(laws), len(place) - len(seen)])
+        block, steps = Steps(laws), Steps(seen, weights)
+        # A control for which answers became short would get more nats a step, and the next ones may be long again.
+        expected = max(self._schedule.expected, self._longest)
 
-        def change(u: FloatArray) -> FloatArray:
-            """What u adds to the entries' logits [K]. Without BLAS, whose threads spin on cores that decode next."""
-            return np.asarray(np.einsum("vd,d->v", rows, u)[entry])
+        def change(u: FloatArray, where: npt.NDArray[np.intp]) -> FloatArray:
+            """What u adds to the logits of entries. Without BLAS, whose threads spin on cores that decode next."""
+            return np.asarray(np.einsum("vd,d->v", rows, u)[where])
 
-        self._kls.append(expected * steps.divergence(change(self._u)))
-        if advantages is None:
-            return
-        weights = np.bincount(token, np.repeat(advantages, [len(row) for row in drawn]), len(vocabulary))
-        weights -= np.bincount(entry, advantages[laws.row] * laws.probability, len(vocabulary))
-        gradient = np.einsum("vd,v->d", rows, (weights / len(drawn)).astype(np.float32))
-        variance = expected * steps.variance(change(gradient))
-        if variance > 0:
-            self._u = self._u + np.float32(math.sqrt(2 * step / variance)) * gradient
-            self._shorten(lambda y: expected * steps.divergence(y), change(self._u))
+        self._moved += block.count * block.divergence(change(self._u * self._hold, entry))
+        if advantages is not None:
+            sums = np.bincount(token, np.repeat(advantages, [len(row) for row in drawn]), len(vocabulary))
+            sums -= np.bincount(entry, advantages[laws.row] * laws.probability, len(vocabulary))
+            gradient = np.einsum("vd,v->d", rows, (sums / len(drawn)).astype(np.float32))
+            variance = expected * block.variance(change(gradient, entry))
+            if variance > 0:
+                self._u = self._u + np.float32(math.sqrt(2 * step / variance)) * gradient
+                self._u *= _fitting(steps, change(self._u, elsewhere), self._control_kl / expected)
+        n = len(self._finished) + len(drawn)
+        left = going_on / n * max(expected - end, self._schedule.block)  # steps of a rollout
+        nats = max(self._control_kl - self._moved / n, 0.0)
+        self._hold = _fitting(steps, change(self._u, elsewhere), nats / left) if left else np.float32(1.0)
 
-    def _shorten(self, divergence: Divergence, y: FloatArray) -> None:
-        """Keep u, which adds y to the logits, within its budget of nats."""
-        total, factor = divergence(y), 1.0
-        if total <= self._control_kl:
-            return
-        for _ in range(_REFINEMENTS):
-            factor *= math.sqrt(self._control_kl / total)
-            total = divergence(y * np.float32(factor))
-            if not total > 0.0:  # too little to be told from nothing
-                break
-        self._u = self._u * np.float32(factor)
+
+def _fitting(steps: Steps, y: FloatArray, nats: float) -> np.float32:
+    """What y is to be multiplied with, at most 1, for a mean divergence of so many nats."""
+    total, factor = steps.divergence(y), 1.0
+    if total <= nats:
+        return np.float32(1.0)
+    for _ in range(_REFINEMENTS):
+        factor *= math.sqrt(nats / total)
+        total = steps.divergence(y * np.float32(factor))
+        if not total > 0.0:  # too little to be told from nothing
+            break
+    return np.float32(factor)
 
 
 def _advantages(parents: npt.NDArray[np.int64], rewards: npt.NDArray[np.float64]) -> Array | None:

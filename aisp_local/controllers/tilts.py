@@ -6,6 +6,8 @@ divergences below are exact among a step's entries, and none needs the vocabular
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -15,14 +17,15 @@ Array = npt.NDArray[np.float64]
 
 
 class Steps:
-    """The steps of some rollouts. Entries [K] are those of ``Laws``; sums are over the entries of a step."""
+    """The steps of some rollouts. Entries [K] are those of ``Laws``; sums are over the entries of a step.
 
-    def __init__(self, laws: Laws) -> None:
+    ``weights`` [steps]: what each counts in means, all alike without them.
+    """
+
+    def __init__(self, laws: Laws, weights: Array | None = None) -> None:
+        self._weights = weights
         self._base = laws.base.astype(np.float64)
-        begins = np.empty(len(laws), np.bool_)
-        begins[:1] = True
-        begins[1:] = (laws.row[1:] != laws.row[:-1]) | (laws.step[1:] != laws.step[:-1])
-        self._starts = np.flatnonzero(begins)
+        self._starts = np.flatnonzero(_begins(laws))
         self._sizes = np.diff(np.append(self._starts, len(laws)))
 
     @property
@@ -34,12 +37,55 @@ class Steps:
         y = y - np.repeat(np.maximum.reduceat(y, self._starts), self._sizes)
         weights = self._base * np.exp(y, dtype=np.float64)
         norm = self._sum(weights)
-        return max(0.0, float((self._sum(weights * y) / norm - np.log(norm)).mean()))  # not below it by rounding
+        return max(0.0, self._mean(self._sum(weights * y) / norm - np.log(norm)))  # not below it by rounding
 
     def variance(self, y: FloatArray) -> float:
         """Mean over the steps of Var_p(y), p the base law: twice the divergence of a small y."""
         first = self._sum(self._base * y)
-        return float((self._sum(self._base * np.square(y, dtype=np.float64)) - first * first).mean())
+        return self._mean(self._sum(self._base * np.square(y, dtype=np.float64)) - first * first)
+
+    def _mean(self, values: Array) -> float:
+        return float(np.average(values, weights=self._weights))
 
     def _sum(self, values: Array) -> Array:
         return np.add.reduceat(values, self._starts)
+
+
+class Sample:
+    """Some steps of rollouts that stand for all of them: every so many."""
+
+    def __init__(self, laws: Laws, most: int) -> None:
+        index = np.cumsum(_begins(laws)) - 1  # of each entry's step
+        self._every = max(1, -(-int(index[-1] + 1) // most)) if len(index) else 1
+        self.laws = _some(laws, index % self._every == 0)
+
+    def after(self, step: int) -> Sample:
+        """Those from some step of the rollouts on."""
+        found = object.__new__(Sample)
+        found._every, found.laws = self._every, _some(self.laws, self.laws.step >= step)
+        return found
+
+    @staticmethod
+    def joined(samples: Sequence[Sample]) -> tuple[Laws, Array]:
+        """The laws of some samples, no step in two of them, and the weights of the steps."""
+        laws = Laws(
+            np.concatenate([sample.laws.row for sample in samples]),
+            np.concatenate([sample.laws.step for sample in samples]),
+            np.concatenate([sample.laws.token for sample in samples]),
+            np.concatenate([sample.laws.probability for sample in samples]),
+            np.concatenate([sample.laws.base for sample in samples]),
+        )
+        weights = [np.full(np.count_nonzero(_begins(sample.laws)), float(sample._every)) for sample in samples]
+        return laws, np.concatenate(weights)
+
+
+def _begins(laws: Laws) -> npt.NDArray[np.bool_]:
+    """Which entries [K] are a step's first."""
+    begins = np.empty(len(laws), np.bool_)
+    begins[:1] = True
+    begins[1:] = (laws.row[1:] != laws.row[:-1]) | (laws.step[1:] != laws.step[:-1])
+    return begins
+
+
+def _some(laws: Laws, kept: npt.NDArray[np.bool_]) -> Laws:
+    return Laws(laws.row[kept], laws.step[kept], laws.token[kept], laws.probability[kept], laws.base[kept])
