@@ -71,6 +71,7 @@ def test_the_file_then_the_environment_then_the_command_line(file: Path, monkeyp
     monkeypatch.setenv("AISP_TIME_LIMIT", "2.5")
     got = in_effect(monkeypatch, "generate", "x")
     assert got["threads"] == 5 and got["time_limit"] == 2.5
+    assert in_effect(monkeypatch, "generate", "x", "--budget-seconds", "3")["time_limit"] == 3
     assert in_effect(monkeypatch, "generate", "x", "--threads", "6", "-m", "storyteller")["threads"] == 6
     assert "[default: 5]" in re.sub(r"\s+", " ", aisp("chat", "--help").output)
     monkeypatch.delenv("AISP_THREADS")

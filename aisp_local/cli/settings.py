@@ -48,7 +48,8 @@ def commands(main: click.Group) -> dict[str, dict[str, click.Option]]:
 
 
 def key_of(option: click.Option) -> str:
-    return max(option.opts, key=len).lstrip("-").replace("-", "_")
+    """Its long name, the first of several."""
+    return next((name for name in option.opts if name.startswith("--")), option.opts[0]).lstrip("-").replace("-", "_")
 
 
 def name_variables(main: click.Group) -> None:
