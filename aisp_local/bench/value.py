@@ -67,7 +67,8 @@ def train(
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[Value, dict[str, float]]:
     """A ReLU network d -> d -> 1 whose loss is RE-Control's: the squared difference of consecutive values, and of the
-    last one to the response's reward. A tenth of the responses is held out; the best epoch on them is kept.
+    last one to the response's reward. A tenth of the responses is held out, of the same prompts; the best epoch on them
+    is kept.
 
     Gives the value function and, of the held-out responses, the correlation of its mean, first and last value with the
     reward. Source: arXiv 2406.05954 and its training script.
