@@ -202,7 +202,7 @@ class Score:
         iteration, within what is left of the budget, however much the control turned out to do."""
         assert self._head is not None
         end = int(laws.step.max()) + 1
-        self._blocks.append(Sample(laws, _SAMPLE))
+        self._blocks.append(Sample.of(laws, _SAMPLE))
         seen, weights = Sample.joined([*self._blocks, *(sample.after(end) for sample in self._before)])
         vocabulary, place = np.unique(np.concatenate([laws.token, *drawn, seen.token]), return_inverse=True)
         rows = self._head.take(vocabulary) * np.float32(self._head.gain / self._sampling.temperature)

@@ -7,6 +7,7 @@ divergences below are exact among a step's entries, and none needs the vocabular
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -51,31 +52,29 @@ class Steps:
         return np.add.reduceat(values, self._starts)
 
 
+@dataclass(frozen=True)
 class Sample:
-    """Some steps of rollouts that stand for all of them: every so many."""
+    """Some steps of rollouts, each of which stands for ``every`` of them."""
 
-    def __init__(self, laws: Laws, most: int) -> None:
+    laws: Laws
+    every: int
+
+    @classmethod
+    def of(cls, laws: Laws, most: int) -> Sample:
+        """At most so many steps, evenly."""
         index = np.cumsum(_begins(laws)) - 1  # of each entry's step
-        self._every = max(1, -(-int(index[-1] + 1) // most)) if len(index) else 1
-        self.laws = _some(laws, index % self._every == 0)
+        every = max(1, -(-int(index[-1] + 1) // most)) if len(index) else 1
+        return cls(_some(laws, index % every == 0), every)
 
     def after(self, step: int) -> Sample:
         """Those from some step of the rollouts on."""
-        found = object.__new__(Sample)
-        found._every, found.laws = self._every, _some(self.laws, self.laws.step >= step)
-        return found
+        return replace(self, laws=_some(self.laws, self.laws.step >= step))
 
     @staticmethod
     def joined(samples: Sequence[Sample]) -> tuple[Laws, Array]:
         """The laws of some samples, no step in two of them, and the weights of the steps."""
-        laws = Laws(
-            np.concatenate([sample.laws.row for sample in samples]),
-            np.concatenate([sample.laws.step for sample in samples]),
-            np.concatenate([sample.laws.token for sample in samples]),
-            np.concatenate([sample.laws.probability for sample in samples]),
-            np.concatenate([sample.laws.base for sample in samples]),
-        )
-        weights = [np.full(np.count_nonzero(_begins(sample.laws)), float(sample._every)) for sample in samples]
+        laws = Laws(*(np.concatenate([getattr(sample.laws, f.name) for sample in samples]) for f in fields(Laws)))
+        weights = [np.full(np.count_nonzero(_begins(sample.laws)), float(sample.every)) for sample in samples]
         return laws, np.concatenate(weights)
 
 
@@ -88,4 +87,4 @@ def _begins(laws: Laws) -> npt.NDArray[np.bool_]:
 
 
 def _some(laws: Laws, kept: npt.NDArray[np.bool_]) -> Laws:
-    return Laws(laws.row[kept], laws.step[kept], laws.token[kept], laws.probability[kept], laws.base[kept])
+    return Laws(*(getattr(laws, f.name)[kept] for f in fields(Laws)))
