@@ -23,7 +23,7 @@ from aisp_local import __version__, controllers
 from aisp_local.api import Aligner
 from aisp_local.engine import LlamaEngine
 from aisp_local.errors import DecodeError, InputError
-from aisp_local.files import write_output
+from aisp_local.jsonl import append, whole_lines
 from aisp_local.rewards.base import call
 from aisp_local.seeds import RowSeeds
 from aisp_local.types import Candidate, Controls, FloatArray, Message, Prompt, Result
@@ -34,6 +34,7 @@ Say = Callable[[str], None]
 _EXACT = 2  # iterations, at the end of which the KL is computed exactly
 _WINDOW = 16  # tokens
 _GROUP = 4  # prompts in one batch; what is kept at a time
+_BEGIN, _NONE = b'{"pair": ', "is no run of a contest; give another file"  # of every line of runs; of another
 
 
 @dataclass(frozen=True)
@@ -164,21 +165,20 @@ def prompt_sets() -> dict[str, dict[str, list[str]]]:
 
 
 class Store:
-    """Runs in a file of JSON lines, each line whole; a run that is there already is not made again."""
+    """Runs in a file of JSON lines, each line whole; a run that is there already is not made again.
+
+    Raises InputError for a file of something else, and where runs cannot be kept.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._found: dict[str, Run] = {}
-        if path.exists():
-            *lines, rest = path.read_text(encoding="utf-8").split("\n")
-            for number, line in enumerate(lines, 1):
-                try:
-                    run = Run(**json.loads(line))
-                except (ValueError, TypeError) as error:
-                    raise InputError(f"{path}, line {number} is no run of a contest; give another file") from error
-                self._found[_key(run)] = run
-            if rest:  # what an interrupt left of a line
-                write_output(path, "".join(line + "\n" for line in lines))
+        for number, line in enumerate(whole_lines(path, _BEGIN, _NONE), 1):
+            try:
+                run = Run(**json.loads(line))
+            except (ValueError, TypeError, RecursionError) as error:
+                raise InputError(f"{path}, line {number} {_NONE}") from error
+            self._found[_key(run)] = run
 
     def runs(self) -> list[Run]:
         """All of them."""
@@ -189,8 +189,7 @@ class Store:
         return self._found.get(_key(run))
 
     def add(self, runs: Sequence[Run]) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(asdict(run)) + "\n" for run in runs))
+        append(self._path, "".join(json.dumps(asdict(run)) + "\n" for run in runs).encode())
         self._found |= {_key(run): run for run in runs}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -15,13 +14,14 @@ import numpy as np
 
 from aisp_local.bench.tables import Table
 from aisp_local.errors import InputError
-from aisp_local.files import read_bytes, write_output
+from aisp_local.files import read_bytes
+from aisp_local.jsonl import append, whole_lines
 from aisp_local.reward_kit.statistics import wilson
 
 CHOICES = {"1": 1.0, "2": 0.0, "=": 0.5}
 """What a person may say, and what the answer shown first has of it."""
 
-_BEGIN = b'{"pair": '  # of every line of ratings
+_BEGIN, _NONE = b'{"pair": ', "is no rating; give another folder"  # of every line of ratings; of another
 
 
 @dataclass(frozen=True)
@@ -128,17 +128,11 @@ class Ratings:
     def __init__(self, path: Path) -> None:
         self._path = path
         self.all: list[Rating] = []
-        if path.exists():
-            *lines, rest = read_bytes(path, "give another folder").split(b"\n")
-            for number, line in enumerate(lines, 1):
-                try:
-                    self.all.append(_rating(line))
-                except (ValueError, TypeError, RecursionError) as error:
-                    raise InputError(f"{path}, line {number} is no rating; give another folder") from error
-            if not rest.startswith(_BEGIN[: len(rest)]):
-                raise InputError(f"{path}, line {len(lines) + 1} is no rating; give another folder")
-            if rest:  # what an interrupt left of a line
-                write_output(path, b"".join(line + b"\n" for line in lines))
+        for number, line in enumerate(whole_lines(path, _BEGIN, _NONE), 1):
+            try:
+                self.all.append(_rating(line))
+            except (ValueError, TypeError, RecursionError) as error:
+                raise InputError(f"{path}, line {number} {_NONE}") from error
 
     def left(self, asked: Sequence[Question]) -> Iterator[Question]:
         done = {json.dumps([r.pair, r.prompt, *sorted((r.first, r.second))]) for r in self.all}
@@ -146,14 +140,7 @@ class Ratings:
 
     def add(self, question: Question, score: float) -> None:
         rating = Rating(question.pair, question.prompt, question.first, question.second, score)
-        data = json.dumps(asdict(rating)).encode() + b"\n"
-        try:
-            with self._path.open("ab") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise InputError(f"{self._path} cannot be written ({error.strerror}); make room and go on") from error
+        append(self._path, json.dumps(asdict(rating)).encode() + b"\n")
         self.all.append(rating)
 
 

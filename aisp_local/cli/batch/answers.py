@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -12,9 +11,11 @@ from aisp_local.cli.output import print_answer
 from aisp_local.errors import InputError
 from aisp_local.files import check_output, hold, write_output
 from aisp_local.finite import finite
+from aisp_local.jsonl import append, whole_lines
 
 _BEGIN = b'{"line": '
 """Of every line, so that a file that is none of ours is not taken for one that was being written."""
+_NONE = "is no answer of `generate --input`; give another file to -o"  # such a file's line
 
 
 class Answers:
@@ -50,7 +51,10 @@ class Answers:
     def _hold(self, path: Path) -> None:
         """Two processes would answer the same lines twice. Another file at the path is held anew."""
         self.close()
-        self._held = path.open("ab")
+        try:
+            self._held = path.open("ab")
+        except OSError as error:
+            raise InputError(f"{path} cannot be written ({error.strerror}); choose another path") from error
         hold(self._held, f"{path} is being written by another process; wait for it, or give another file to -o")
 
     def add(self, line: int, entry: Mapping[str, Any]) -> None:
@@ -60,20 +64,9 @@ class Answers:
             print_answer(text)
             return
         data = text.encode("utf-8", "replace") + b"\n"
-        try:
-            if self._kept and self._held is None:
-                self._hold(self.path)
-            # In one call, so that no two programs' lines mix.
-            file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
-            try:
-                if os.write(file, data) < len(data):
-                    raise OSError(0, "it is full")
-                if self._kept:
-                    os.fsync(file)
-            finally:
-                os.close(file)
-        except OSError as error:
-            raise InputError(f"{self.path} cannot be written ({error.strerror}); make room and go on") from error
+        if self._kept and self._held is None:
+            self._hold(self.path)
+        append(self.path, data)
         self._ordered.append(line)
 
     def order(self) -> None:
@@ -86,13 +79,7 @@ class Answers:
 
     def _read(self, path: Path, keys: Mapping[int, str]) -> None:
         """What is there: a line without an end was being written when the program was killed, and is dropped."""
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise InputError(f"{path} cannot be read ({error.strerror}); choose another path") from error
-        *lines, torn = data.split(b"\n")
-        if not torn.startswith(_BEGIN[: len(torn)]):
-            raise InputError(_no_answer(path, len(lines) + 1))
+        lines = whole_lines(path, _BEGIN, _NONE)
         for i, text in enumerate(lines, 1):
             line, key, failed = self._entry(path, i, text)
             if failed:  # tried again, and its line may have been mended
@@ -100,10 +87,9 @@ class Answers:
             self._check(path, i, line, key, keys)
             self.done.setdefault(line, text + b"\n")
         self._ordered = list(self.done)
-        kept = b"".join(self.done.values())
-        if kept != data:
-            write_output(path, kept)
-            self._hold(path)
+        if len(self.done) < len(lines):
+            write_output(path, b"".join(self.done.values()))
+        self._hold(path)  # a file that was written anew is another
 
     def _entry(self, path: Path, i: int, text: bytes) -> tuple[int, str, bool]:
         try:
@@ -112,7 +98,7 @@ class Answers:
         except (ValueError, KeyError, TypeError, RecursionError):
             line = key = None
         if not isinstance(line, int) or not isinstance(key, str):
-            raise InputError(_no_answer(path, i))
+            raise InputError(f"{path}, line {i} {_NONE}")
         return line, key, "error" in entry
 
     def _check(self, path: Path, i: int, line: int, key: str, keys: Mapping[int, str]) -> None:
@@ -124,7 +110,3 @@ class Answers:
         else:
             why = f"answers something else than line {line} of {self._source} asks"
         raise InputError(f"{path}, line {i} {why}; give another file to -o, or delete {path}")
-
-
-def _no_answer(path: Path, line: int) -> str:
-    return f"{path}, line {line} is no answer of `generate --input`; give another file to -o"
