@@ -27,7 +27,7 @@ from aisp_local.cli.serve import serve
 from aisp_local.defaults import DEFAULT_TOGETHER
 from aisp_local.errors import InputError, ScoreError
 from aisp_local.server import Server as Listening
-from aisp_local.server import Settings, make_app
+from aisp_local.server import Settings, app, make_app
 from aisp_local.server.request import ApiError, parse
 from aisp_local.testing import FakeEngine, FakeReward
 from aisp_local.trace import schema
@@ -245,6 +245,17 @@ def test_a_client_that_watches_sees_every_iteration() -> None:
         iterations = [body for name, body in seen if name == "aisp.iteration"]
         assert [body["iteration"] for body in iterations] == [1, 2, 3] and iterations[-1]["rollouts"] == 12
         assert [name for name, _ in seen].count("aisp.result") == 1 and seen[-1] == ("", "[DONE]")
+
+
+def test_a_silent_stream_says_that_it_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In comments, which OpenAI's client passes over."""
+    monkeypatch.setattr(app, "_QUIET", 0.05)
+    with fake(slowly) as server:
+        data = server.chat(stream=True, aisp={"budget": 8, "rows": 4, "method": "best-of-n"})[2]
+        assert data.count(": the search goes on\n\n") >= 2 and data.endswith("data: [DONE]\n\n")
+        more = {"aisp": {"budget": 8, "rows": 4, "method": "best-of-n"}}
+        parts = list(server.client().chat.completions.create(model="m", messages=STORY, stream=True, extra_body=more))
+        assert "".join(part.choices[0].delta.content or "" for part in parts)
 
 
 class Stream:

@@ -45,6 +45,7 @@ _PAGE_HEADERS = {
 }
 _FINISH = {"stop": "stop", "length": "length"}
 _OBJECT = {True: "chat.completion", False: "text_completion"}
+_QUIET = 15.0  # seconds after which a stream says that it lives: proxies close what is silent for a minute or so
 
 
 @dataclass(frozen=True)
@@ -267,10 +268,16 @@ class _Server:
     async def _events(
         self, name: str, watching: asyncio.Task[None], events: asyncio.Queue[Event]
     ) -> AsyncIterator[Event]:
-        """Until the last one, with which the search is over."""
+        """Until the last one, with which the search is over; ``waits`` where none came for a while."""
+        event: Event = ("waits", None)
         try:
-            while (event := await events.get())[0] not in ("done", "failed"):
-                yield event
+            while event[0] not in ("done", "failed"):
+                try:
+                    event = await asyncio.wait_for(events.get(), _QUIET)
+                except TimeoutError:
+                    event = ("waits", None)
+                if event[0] not in ("done", "failed"):
+                    yield event
         finally:
             watching.cancel()
             self._leave(name)
@@ -298,7 +305,9 @@ class _Server:
         if ask.chat:
             yield chunk(0, "", role=True)
         async for kind, value in told:
-            if kind == "settled":
+            if kind == "waits":
+                yield ": the search goes on\n\n"  # a comment, which clients pass over
+            elif kind == "settled":
                 yield chunk(0, value[len(sent) :])
                 sent = value
             elif kind in ("iteration", "progress"):
