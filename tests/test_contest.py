@@ -141,6 +141,17 @@ def test_a_setting_that_blows_up_is_passed_over(tmp_path: Path) -> None:
     assert set(played) == {2.0} and sum("not finite" in line for line in said) == 2
 
 
+def test_a_row_is_tuned_with_the_settings_that_it_plays_with(tmp_path: Path) -> None:
+    aligner = Aligner(FakeEngine(), FakeReward(lambda prompt, responses: [float(len(r)) for r in responses]))
+    entry = Entry("cold", "best-of-n", n=4, settings={"min_p": 0.1}, grid=[{"temperature": t} for t in (0.5, 1.0)])
+    store = Store(tmp_path / "runs.jsonl")
+    pair = Pair("p", "m", "r", ["a"], ["b"], max_tokens=6)
+    Contest(pair, aligner, store, budgets=[4], seed=0, say=lambda line: None).play([entry], 0)
+    tuned = [run.settings for run in store.runs() if run.prompt == "a"]
+    assert tuned == [{"min_p": 0.1, "temperature": 0.5}, {"min_p": 0.1, "temperature": 1.0}]
+    assert all(run.settings["min_p"] == 0.1 for run in store.runs() if run.prompt == "b")
+
+
 def test_a_method_of_hindsight_plays_all_its_settings(tmp_path: Path) -> None:
     aligner = Aligner(FakeEngine(), FakeReward(lambda prompt, responses: [float(len(r)) for r in responses]))
     real = aligner.generate_many

@@ -257,7 +257,7 @@ class Contest:
         for settings in entry.grid:
             what = f"{self.pair.name}: tuning {entry.label}, {_shown(settings)}"
             try:
-                runs = list(self._runs(entry, settings, self.pair.tuning, budget, 0))
+                runs = list(self._runs(entry, {**entry.settings, **settings}, self.pair.tuning, budget, 0))
             except DecodeError as error:
                 self._say(f"{what}: {error}")
                 means.append(-np.inf)
