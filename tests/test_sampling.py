@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aisp_local.engine.sampling import log_law, pick
+from aisp_local.engine.sampling import log_law, pick, sparse_law
 from aisp_local.types import Sampling
 
 
@@ -110,3 +110,17 @@ def test_a_law_that_is_flat_is_cut_at_the_same_token(spread: float, sampling: Sa
         np.testing.assert_allclose(law[row], expected, atol=2 * expected.max() if spread == 0 else 1e-3)
         assert law[row, tokens[row]] > 0
     assert tokens[2] == 7
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.1, 1.0, 5.0])
+@pytest.mark.parametrize("min_p", [1e-8, 0.02])
+def test_a_law_on_its_few_tokens(temperature: float, min_p: float) -> None:
+    """Also where it is so cold that all but the likeliest have next to nothing."""
+    rng, sampling = np.random.default_rng(3), Sampling(temperature, min_p=min_p)
+    logits, shift = (rng.normal(0, scale, (4, 50)).astype(np.float32) for scale in (3, 1))
+    for shifted in (None, shift):
+        rows, tokens, p, base = sparse_law(logits, sampling, shifted)
+        law = np.zeros(logits.shape)
+        law[rows, tokens] = p
+        np.testing.assert_allclose(law, np.exp(log_law(logits, sampling)), atol=1e-5)
+        np.testing.assert_allclose(np.bincount(rows, base), 1.0, rtol=1e-5)

@@ -17,13 +17,14 @@ from aisp_local.controllers.score import FULL_KL, Score
 from aisp_local.controllers.tilts import Steps
 from aisp_local.controllers.weights import length
 from aisp_local.engine import LlamaEngine
+from aisp_local.engine.sampling import log_law
 from aisp_local.errors import InputError
 from aisp_local.loop import search
 from aisp_local.rewards import Composite
 from aisp_local.rewards.rules import Length
 from aisp_local.seeds import RowSeeds
 from aisp_local.testing import FakeEngine, FakeReward
-from aisp_local.types import Controls, Laws, Limits, Prompt, Result, Rollouts
+from aisp_local.types import Controls, Laws, Limits, Prompt, Result, Rollouts, Sampling
 
 D, V, T = 8, 12, 10
 
@@ -55,6 +56,10 @@ def dense(laws: Laws) -> dict[tuple[int, int], tuple[np.ndarray, np.ndarray]]:
     return found
 
 
+def divergence(p: np.ndarray, q: np.ndarray) -> float:
+    return float((p[p > 0] * np.log(p[p > 0] / q[p > 0])).sum())
+
+
 def test_one_step_against_its_formula_in_float64() -> None:
     engine, temperature = FakeEngine(d=D, vocabulary=V), 3.0
     w = engine.head.weight.astype(np.float64)
@@ -73,9 +78,9 @@ def test_one_step_against_its_formula_in_float64() -> None:
             g += advantages[row] * w.T @ (np.eye(V)[token] - p) / temperature / 5
             mean = w.T @ q
             fisher += ((w.T * q) @ w - np.outer(mean, mean)) / temperature**2
-            tilted = q * np.exp(w @ before / temperature)
-            tilted /= tilted.sum()
-            expected += float((tilted[q > 0] * np.log(tilted[q > 0] / q[q > 0])).sum())
+            uncontrolled = np.where(q >= (1 - 1e-6) * 0.001 ** (1 / temperature) * q.max(), q, 0.0)
+            uncontrolled /= uncontrolled.sum()
+            expected += divergence(p, q) - divergence(uncontrolled, q)
             # The base law, from the sampled one and what the control added.
             inside = p > 0
             untilted = np.where(inside, p, 1) * np.exp(-(w @ before) / temperature) * inside
@@ -97,7 +102,7 @@ def test_divergences_of_tilted_laws(seed: int, steps: int, size: int) -> None:
     base = rng.dirichlet(np.ones(size), steps).astype(np.float32)
     index = np.repeat(np.arange(steps), size).astype(np.int32)
     tokens = np.tile(np.arange(size), steps).astype(np.int32)
-    found = Steps(Laws(index // 2, index, tokens, base.ravel(), base.ravel()))
+    found = Steps(Laws(index // 2, index, tokens, base.ravel(), base.ravel()), Sampling(1.0))
     y = rng.standard_normal((steps, size)).astype(np.float32) * 3
 
     def kl(a: np.ndarray) -> Any:
@@ -240,6 +245,7 @@ def test_the_guard_shortens_the_control_and_says_so() -> None:
         ({"nats": -1.0}, "nats is -1.0"),
         ({"nats": float("inf")}, "nats is inf"),
         ({"step": 0.0}, "step is 0.0"),
+        ({"step": 1e7}, "1000000 at most"),
         ({"selection": -0.1}, "selection is -0.1"),
         ({"blocks": 0}, "blocks is 0"),
         ({"temperature": 0.0}, "temperature is 0.0"),
@@ -322,14 +328,69 @@ def test_its_nats_are_the_controls_and_the_selections() -> None:
     assert exact == pytest.approx(counted)
 
 
+@pytest.mark.parametrize("min_p", [0.0, 0.02])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("nats", [3.0, 12.0])
-def test_a_budget_in_nats_holds_in_every_iteration(temperature: float, nats: float) -> None:
+def test_a_budget_in_nats_holds_in_every_iteration(temperature: float, nats: float, min_p: float) -> None:
     """Of a random model, where every state is another: what a block spent the next ones do without."""
     for seed in range(3):
         engine = FakeEngine(d=D, vocabulary=30, seed=seed)
-        result = find(letters, engine=engine, nats=nats, temperature=temperature, budget=128)
-        assert 0.3 * nats < max(s.kl or 0.0 for s in result.iterations) <= 1.1 * nats
+        result = find(letters, engine=engine, nats=nats, temperature=temperature, budget=128, min_p=min_p)
+        assert 0.3 * nats < max(s.kl or 0.0 for s in result.iterations) <= 1.08 * nats
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_its_nats_are_those_of_the_law_that_min_p_leaves(temperature: float) -> None:
+    """Counted on a step's few tokens; here from whole laws, at the states that were visited."""
+    engine, sampling = FakeEngine(d=D, vocabulary=V), Sampling(temperature, min_p=0.1)
+    u, w = 0.4 * np.ones(D, np.float32), engine.head.weight.astype(np.float64)
+    controller = score(engine, temperature=temperature, min_p=0.1, selection=0.0, nats=1e6, steering=u)
+    controls = controller.ask(32)
+    rollouts = engine.rollout("", controls, max_tokens=T, seeds=RowSeeds(1), want=frozenset({"laws", "prelogits"}))
+    assert rollouts.prelogits is not None
+    total = 0.0
+    for states in rollouts.prelogits:
+        base, sampled, uncontrolled = (
+            np.exp(log_law((states + v) @ w.T, law))
+            for v, law in ((0 * u, Sampling(temperature)), (u, sampling), (0 * u, sampling))
+        )
+        total += divergence(sampled, base) - divergence(uncontrolled, base)
+    info = controller.tell(rollouts, np.zeros(32))
+    assert info.kl == pytest.approx(total / 32, rel=1e-3)
+
+
+@pytest.mark.parametrize("size", [3.0, 1e3, 1e20])
+@pytest.mark.parametrize("selection", [0.0, 0.5])
+def test_a_steering_that_is_too_long_is_shortened_whatever_rewards_say(size: float, selection: float) -> None:
+    steering = np.full(D, size, np.float32)
+
+    def all_alike(prompt: Prompt, responses: Sequence[str]) -> list[float]:
+        return [1.0] * len(responses)
+
+    found = find(all_alike, steering=steering, selection=selection, min_p=0.02, n=16, budget=64)
+    assert all((s.kl or 0.0) <= 1.15 * FULL_KL * 0.5**2 for s in found.iterations[1:])
+    # Without selection nothing is told before the first iteration has ended.
+    assert (found.iterations[0].kl or 0.0) > (0.0 if selection else 21.0)
+
+
+def test_what_the_guard_takes_within_an_iteration_is_of_what_is_left() -> None:
+    engine = FakeEngine(d=D, vocabulary=30)
+    controller = score(engine, max_tokens=80, nats=20.0, min_p=0.0, steering=np.full(D, 0.5, np.float32))
+    spent, strength = [], []
+    controls = controller.ask(8)
+    while True:
+        end = controls.pause
+        rollouts = engine.rollout("", controls, max_tokens=80, seeds=RowSeeds(1), want=controls.want)
+        dull = np.tile(np.array([5, 6], np.int32), end or 40)[: end or 80]  # which the guard takes for a loop
+        reasons: Any = ["paused" if end else "length"] * 8
+        info = controller.tell(replace(rollouts, tokens=[dull] * 8, finish_reasons=reasons), np.arange(8.0))
+        spent.append(info.note)
+        if end is None:
+            break
+        controls = controller.ask(8)
+        strength.append(0.0 if controls.vectors is None else float(np.abs(controls.vectors).max()))
+    assert any(note and "repeat" in note for note in spent[:-1]), "the guard spoke before the iteration ended"
+    assert all(size > 0 for size in strength), "a quarter of what was left, not nothing"
 
 
 def test_short_answers_do_not_make_room_for_long_ones() -> None:

@@ -23,11 +23,13 @@ BLOCKS = 8
 
 _FIRST = 6  # tokens of the first block while no response has ended: answers may turn out to be short
 _SHORTEST = 4  # tokens of a block
+_LATER = 1.25  # times its tokens, where a response that is longer than expected pauses next
 _GRID = 4096  # of quantiles
 
 
 class Schedule:
-    """Where rollouts pause, in tokens: each block as long as all before it, at most one of ``blocks`` of a response."""
+    """Where rollouts pause, in tokens: each block as long as all before it, at most one of ``blocks`` of a response of
+    the expected length, and beyond that length a quarter of what there is."""
 
     def __init__(self, max_tokens: int, blocks: int = BLOCKS) -> None:
         if blocks < 1:
@@ -55,6 +57,8 @@ class Schedule:
     def pause(self, position: int) -> int | None:
         """Where rollouts of so many tokens pause next; None: they run to their end."""
         at = position + max(self._first, min(position, self.block))
+        if position >= self._expected:  # few are left, and they may be long
+            at = max(at, math.ceil(_LATER * position))
         return at if at + self.block // 2 < self._max_tokens else None
 
     def count(self, begin: int = 0) -> int:
@@ -84,7 +88,7 @@ def selection_kl(n: int, k: int) -> float:
 
 def survivors(n: int, nats: float) -> int:
     """The fewest of n that may survive a pause within a budget of nats."""
-    return bisect.bisect_left(range(1, n + 1), -nats, key=lambda k: -selection_kl(n, k)) + 1
+    return bisect.bisect_left(range(1, n + 1), -max(nats, 0.0), key=lambda k: -selection_kl(n, k)) + 1
 
 
 def select(scores: npt.NDArray[np.float64], tokens: Sequence[Tokens], k: int) -> list[int]:

@@ -5,7 +5,7 @@ block by block. At the end of each block the reward scores what there is; the be
 many copies as the others (see ``blocks``), and the control moves:
 
     g  =  1/n sum_i A_i sum_t W^T (e_{y_it} - p_it) / T       A: rewards against those of the same parent, standardised
-    u <-  u + eta g,   eta such that eta g alone is ``step / blocks`` nats from the base model,
+    u <-  u + eta g,   eta such that eta g alone is ``step / blocks`` nats from the base model, of all n rollouts,
 
 and u is made shorter where ``KL(p_u || p_0)`` would be above its part of the budget. Since rollouts of one parent
 differ by the block alone, so do their rewards: what other blocks add to the variance of g is gone.
@@ -16,8 +16,8 @@ so far: of a move over the block's own steps, of u over those of a whole respons
 where u does little. The base law, which does not become peaked as p_u does, measures the steps: by the Fisher matrix of
 p_u they would grow without end.
 
-``strength`` names the nats over a response that both ways together may use, each half of them: the control, and the
-selection, by how many survive.
+``strength`` names the nats over a response that both ways together may use, each half of them unless told otherwise:
+the control, and the selection, by how many survive.
 
 Sources: REINFORCE (Williams 1992); a trust region in nats as in TRPO (arXiv 1502.05477); blockwise selection (arXiv
 2310.17022); sequential Monte Carlo with a reward of unfinished responses (arXiv 2404.17546).
@@ -45,7 +45,8 @@ FULL_KL = 80.0
 """Nats over a response that a strength of 1 allows."""
 
 _SAMPLE = 64  # steps of a block that nats are measured at
-_REFINEMENTS = 4  # of the factor that shortens u: its divergence is nearly quadratic
+_MOST_STEP = 1e6  # nats
+_CLOSE, _REFINEMENTS = 0.01, 60  # of the factor that shortens u
 
 
 class Score:
@@ -86,8 +87,8 @@ class Score:
             raise InputError(f"strength is {strength}; it must be in [0, 1]")
         if not 0.0 <= selection <= 1.0:
             raise InputError(f"selection is {selection}; it must be in [0, 1]")
-        if not step > 0 or not math.isfinite(step):
-            raise InputError(f"step is {step} nats; it must be greater than 0")
+        if not 0 < step <= _MOST_STEP:
+            raise InputError(f"step is {step} nats; it must be greater than 0, and {_MOST_STEP:.0f} at most")
         if not temperature > 0:
             raise InputError(f"temperature is {temperature}; score samples, so it must be greater than 0")
         self._head, self._sampling = head, Sampling(temperature, min_p=min_p)
@@ -116,6 +117,7 @@ class Score:
         self._before, self._blocks = self._blocks, []
         self._position = 0  # tokens that its rollouts have
         self._hold = np.float32(1.0)  # what u is multiplied with for the rest of it
+        self._allowed = self._control_kl  # nats by the control, of a rollout
         self._going_on: list[Tokens] = []  # with what each of the rollouts begins
         self._parents: npt.NDArray[np.int64] = np.zeros(0, np.int64)  # of each [n]: which is whose sibling
         self._finished: list[tuple[float, Tokens]] = []
@@ -194,6 +196,9 @@ class Score:
             return None
         self._u = self._u * np.float32(verdict.factor)
         self._control_kl /= 4  # half of the strength
+        n = len(self._finished) + len(self._going_on)
+        spent = self._moved / n if n else 0.0
+        self._allowed = spent + max(self._allowed - spent, 0.0) / 4
         return verdict.note
 
     def _learn(self, laws: Laws, drawn: Sequence[Tokens], advantages: Array | None, step: float, going_on: int) -> None:
@@ -202,12 +207,13 @@ class Score:
         iteration, within what is left of the budget, however much the control turned out to do."""
         assert self._head is not None
         end = int(laws.step.max()) + 1
-        self._blocks.append(Sample.of(laws, _SAMPLE))
+        n = len(self._finished) + len(drawn)
+        self._blocks.append(Sample.of(laws, _SAMPLE, n))
         seen, weights = Sample.joined([*self._blocks, *(sample.after(end) for sample in self._before)])
         vocabulary, place = np.unique(np.concatenate([laws.token, *drawn, seen.token]), return_inverse=True)
         rows = self._head.take(vocabulary) * np.float32(self._head.gain / self._sampling.temperature)
         entry, token, elsewhere = np.split(place, [len(laws), len(place) - len(seen)])
-        block, steps = Steps(laws), Steps(seen, weights)
+        block, steps = Steps(laws, self._sampling), Steps(seen, self._sampling, weights)
         # A control for which answers became short would get more nats a step, and the next ones may be long again.
         expected = max(self._schedule.expected, self._longest)
 
@@ -222,25 +228,32 @@ class Score:
             gradient = np.einsum("vd,v->d", rows, (sums / len(drawn)).astype(np.float32))
             variance = expected * block.variance(change(gradient, entry))
             if variance > 0:
-                self._u = self._u + np.float32(math.sqrt(2 * step / variance)) * gradient
-                self._u *= _fitting(steps, change(self._u, elsewhere), self._control_kl / expected)
-        n = len(self._finished) + len(drawn)
+                # A part of it where only a part of the rollouts are left, which say as much less.
+                self._u = self._u + np.float32(math.sqrt(2 * step * len(drawn) / n / variance)) * gradient
+        self._u = self._u * _fitting(steps, change(self._u, elsewhere), self._control_kl / expected)
         left = going_on / n * max(expected - end, self._schedule.block)  # steps of a rollout
-        nats = max(self._control_kl - self._moved / n, 0.0)
+        nats = max(self._allowed - self._moved / n, 0.0)
         self._hold = _fitting(steps, change(self._u, elsewhere), nats / left) if left else np.float32(1.0)
 
 
 def _fitting(steps: Steps, y: FloatArray, nats: float) -> np.float32:
-    """What y is to be multiplied with, at most 1, for a mean divergence of so many nats."""
-    total, factor = steps.divergence(y), 1.0
+    """What y is to be multiplied with, at most 1, for a mean divergence of so many nats, and no more."""
+    total = steps.divergence(y)
     if total <= nats:
         return np.float32(1.0)
-    for _ in range(_REFINEMENTS):
-        factor *= math.sqrt(nats / total)
+    low, high, factor = 0.0, 1.0, 1.0
+    for _ in range(_REFINEMENTS if nats > 0 else 0):
+        # As a parabola has it; it flattens, and jumps where min-p lets go of a token.
+        guess = factor * math.sqrt((1 - _CLOSE / 2) * nats / total) if total > 0 else high
+        factor = guess if low < guess < high else (low + high) / 2
         total = steps.divergence(y * np.float32(factor))
-        if not total > 0.0:  # too little to be told from nothing
-            break
-    return np.float32(factor)
+        if total > nats:
+            high = factor
+        else:
+            low = factor
+            if total >= (1 - _CLOSE) * nats:
+                break
+    return np.float32(low)
 
 
 def _advantages(parents: npt.NDArray[np.int64], rewards: npt.NDArray[np.float64]) -> Array | None:

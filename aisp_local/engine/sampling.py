@@ -107,7 +107,8 @@ def sparse_law(
     """
     k, size = logits.shape
     depth, temperature = np.float32(np.log(sampling.min_p or _LEAST)), np.float32(sampling.temperature or 1.0)
-    least = logits.max(axis=1) + depth
+    most = logits.max(axis=1)
+    least = most + depth
     kept = _likely(logits, least)
     if shift is not None:
         base = logits - shift
@@ -116,7 +117,7 @@ def sparse_law(
     # Flat indices: numpy finds those of a row far sooner than pairs of them.
     rows, tokens = np.divmod(np.flatnonzero(kept.ravel()), size)
     x = logits[rows, tokens]
-    weights = np.exp((x - least[rows]) / temperature)
+    weights = np.exp((x - most[rows]) / temperature)
     if shift is None:
         p = shares(weights, rows, k)
         return rows, tokens, p, p
