@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from aisp_local import Aligner, Result
-from aisp_local.bench.contest import Pair
+from aisp_local.bench.contest import Pair, whole
 from aisp_local.bench.contest_report import interval
 from aisp_local.bench.contest_run import chosen_pairs
 from aisp_local.bench.machine import describe
@@ -58,10 +58,7 @@ class Searches:
             found = self.aligner.generate_many(
                 prompts[i : i + 4], budget=budget, seed=seed + i, max_tokens=self._max_tokens, steering=steering
             )
-            for result in found:
-                if not isinstance(result, Result):
-                    raise result
-                results.append(result)
+            results += map(whole, found)
         return results
 
     def each(

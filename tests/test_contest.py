@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import tempfile
+import time
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -56,7 +58,9 @@ def test_shipped_pairs_and_methods(tmp_path: Path, arguments: list[str]) -> None
             mean, low, high = row["best_16"]
             assert low <= mean <= high and mean >= (row["best_8"][0] or mean)
             assert row["logprob"] < 0 < row["diversity"] <= 1
-            if row["method"] != "best-of-n":
+            if row["method"] == "qalign":  # whose later iterations are ends of responses
+                assert row["exact_kl"] is None
+            elif row["method"] != "best-of-n":
                 assert row["exact_kl"] >= 0
         assert [row["difference_16"] for row in pair["rows"] if row["method"] == "best-of-n"] == [[0.0, 0.0, 0.0]]
     text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
@@ -253,6 +257,71 @@ def test_runs_of_another_model_or_reward_are_not_taken(tmp_path: Path) -> None:
     assert len(asked) == 5
 
 
+def test_runs_with_other_code_threads_or_machine_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    aligner = Aligner(FakeEngine(), FakeReward(lambda prompt, texts: [0.0 for _ in texts]))
+    first = contest.setup(aligner, 6)
+    assert contest.setup(aligner, 6) == first
+    with monkeypatch.context() as changed:
+        changed.setattr(contest, "_code", lambda: "other")
+        assert contest.setup(aligner, 6) != first
+    monkeypatch.setattr(contest, "describe", lambda: {"processor": "other"})
+    assert contest.setup(aligner, 6) != first
+
+
+def test_an_interrupt_ends_the_contest_and_half_a_search_is_not_kept(tmp_path: Path) -> None:
+    asked = []
+
+    def stopped(prompt: object, texts: Sequence[str]) -> list[float]:
+        asked.append(len(texts))
+        if len(asked) == 4:
+            raise KeyboardInterrupt
+        return [float(len(text)) for text in texts]
+
+    aligner = Aligner(FakeEngine(vocabulary=30), FakeReward(stopped))
+    store = Store(tmp_path / "runs.jsonl")
+    pair = Pair("p", "m", "r", ["a"], ["b", "c"], max_tokens=9)
+    entry = Entry("best-of-n", "best-of-n", n=4, settings={"temperature": 3.0})
+    with pytest.raises(KeyboardInterrupt):
+        Contest(pair, aligner, store, budgets=[32], seed=0, say=lambda line: None).play([entry], 0)
+    assert store.runs() == []
+    played = Contest(pair, aligner, store, budgets=[32], seed=0, say=lambda line: None).play([entry], 0)
+    assert [len(run.rewards) for run in played["best-of-n"]] == [32, 32]
+
+
+@pytest.mark.parametrize("method", ["best-of-n", "soft-best-of-n"])
+def test_kept_runs_say_what_was_chosen_at_other_budgets(tmp_path: Path, method: str) -> None:
+    def play(folder: str, budgets: Sequence[int]) -> list[Run]:
+        reward = FakeReward(lambda prompt, texts: [float(len(text)) for text in texts])
+        aligner = Aligner(FakeEngine(vocabulary=30), reward, judge=FakeReward(lambda p, texts: [1.0 for _ in texts]))
+        (tmp_path / folder).mkdir(exist_ok=True)
+        store = Store(tmp_path / folder / "runs.jsonl")
+        pair = Pair("p", "m", "r", ["a"], ["b", "c"], max_tokens=9)
+        entry = Entry("x", method, n=4, settings={"temperature": 3.0})
+        return Contest(pair, aligner, store, budgets=budgets, seed=0, say=lambda line: None).play([entry], 0)["x"]
+
+    play("kept", [8, 16])
+    again, fresh = play("kept", [4, 16]), play("new", [4, 16])
+    for at in (4, 16):
+        np.testing.assert_array_equal(best_at(again, at), best_at(fresh, at))
+        assert [run.judged[str(at)] for run in again] == [run.judged[str(at)] for run in fresh] == [1.0, 1.0]
+
+
+def test_a_search_that_waits_for_others_has_a_clock_of_its_own(tmp_path: Path) -> None:
+    """All rollouts in one iteration: prompts are searched one after the other."""
+
+    def slowly(prompt: object, texts: Sequence[str]) -> list[float]:
+        time.sleep(0.05)
+        return [float(len(text)) for text in texts]
+
+    aligner = Aligner(FakeEngine(vocabulary=30), FakeReward(slowly))
+    pair = Pair("p", "m", "r", [], ["a", "b", "c", "d"], max_tokens=9)
+    game = Contest(pair, aligner, Store(tmp_path / "runs.jsonl"), budgets=[8], seed=0, say=lambda line: None)
+    (runs,) = game.play([Entry("one", "best-of-n", n=None, settings={"temperature": 3.0})], 0).values()
+    times = [run.clock[-1] for run in runs]
+    assert min(times) >= 0.05
+    assert sum(times) == pytest.approx(sum(run.seconds for run in runs), rel=0.3)
+
+
 def test_all_in_one_iteration_say_nothing_of_fewer() -> None:
     runs = [run([1.0, 3.0, 2.0, 5.0], n=4), run([0.0, 1.0, 4.0, 2.0], n=4)]
     assert np.isnan(best_at(runs, 2)).all() and best_at(runs, 4).tolist() == [5.0, 4.0]
@@ -262,11 +331,11 @@ def test_all_in_one_iteration_say_nothing_of_fewer() -> None:
 
 
 def test_the_curves_of_a_contest() -> None:
-    """Means over prompts of the best so far, from the end of the first iteration on."""
+    """Means over prompts of the best so far, after each iteration."""
     played = {
-        "best-of-n": [run([1.0, 3.0, 2.0, 5.0]), run([0.0, 1.0, 4.0, 2.0])],
-        "other": [run([2.0, 2.0, 2.0, 2.0])] * 2,
-        "other, varied": [run([9.0] * 4)] * 2,
+        "best-of-n": [run([1.0, 3.0, 2.0, 5.0, 6.0, 5.0]), run([0.0, 1.0, 4.0, 2.0, 4.0, 7.0])],
+        "other": [run([2.0] * 6)] * 2,
+        "other, varied": [run([9.0] * 6)] * 2,
     }
     drawn = curves("p", played)
     assert "p: best reward so far" in drawn and "varied" not in drawn
@@ -276,9 +345,9 @@ def test_the_curves_of_a_contest() -> None:
     ]
     rising, flat = places[:2]
     assert len(rising) == len(flat) == 3 and len({y for _, y in flat}) == 1
-    # 2, 3.5 and 4.5 on an axis that has 2 where the flat one is.
+    # 2, 4.5 and 6.5 after whole iterations, on an axis that has 2 where the flat one is.
     ups = [flat[0][1] - y for _, y in rising]
-    assert ups[0] == 0 and ups[1] / ups[2] == pytest.approx(1.5 / 2.5, abs=0.01)
+    assert ups[0] == 0 and ups[1] / ups[2] == pytest.approx(2.5 / 4.5, abs=0.01)
     assert curves("p", {"best-of-n": [run([1.0, 2.0], n=2)]}), "a single iteration"
 
 

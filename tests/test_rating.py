@@ -290,5 +290,17 @@ def test_what_is_no_rating(tmp_path: Path, line: bytes) -> None:
 
 
 def test_keys_do_not_depend_on_the_order() -> None:
-    texts = ("x", "y")
-    assert Question("p", "q", "a", "b", texts).key == Question("p", "q", "b", "a", texts).key
+    assert Question("p", "q", "a", "b", ("x", "y")).key == Question("p", "q", "b", "a", ("y", "x")).key
+
+
+def test_answers_that_have_changed_are_asked_about_again(tmp_path: Path) -> None:
+    stored(tmp_path)
+    assert "3 ratings" in rated(tmp_path, "1\n1\n1\n").output
+    quality = json.loads((tmp_path / "quality.json").read_text(encoding="utf-8"))
+    changed = next(entry for entry in quality["pairs"][0]["answers"] if entry["method"] == "b")
+    changed["answer"] += " And then some more."
+    (tmp_path / "quality.json").write_text(json.dumps(quality), encoding="utf-8")
+    again = rated(tmp_path, "2\n")
+    assert "of 3 ---" in again.output and "3 ratings" in again.output
+    assert "1 ratings of answers that are no longer there do not count" in again.stderr
+    assert len(Ratings(tmp_path / "ratings.jsonl").all) == 4

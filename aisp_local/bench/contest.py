@@ -11,7 +11,8 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from aisp_local import __version__, controllers
+import aisp_local
+from aisp_local import controllers
 from aisp_local.api import Aligner
+from aisp_local.bench.machine import describe
 from aisp_local.engine import LlamaEngine
 from aisp_local.errors import DecodeError, InputError
 from aisp_local.jsonl import append, whole_lines
 from aisp_local.rewards.base import call
 from aisp_local.seeds import RowSeeds
-from aisp_local.types import Candidate, Controls, FloatArray, Message, Prompt, Result
+from aisp_local.types import Controls, FloatArray, Message, Prompt, Result
 
 Settings = Mapping[str, float]
 Say = Callable[[str], None]
@@ -34,6 +37,8 @@ Say = Callable[[str], None]
 _EXACT = 2  # iterations, at the end of which the KL is computed exactly
 _WINDOW = 16  # tokens
 _GROUP = 4  # prompts in one batch; what is kept at a time
+_CHAINED = ("qalign",)  # methods whose iterations go on from earlier ones
+_NO_MATTER = ("bench", "cli", "server")  # parts of the package from which no run follows
 _BEGIN, _NONE = b'{"pair": ', "is no run of a contest; give another file"  # of every line of runs; of another
 
 
@@ -126,9 +131,10 @@ class Pair:
 @dataclass(frozen=True)
 class Run:
     """What is kept of one search. ``rewards`` and ``texts`` are in the order of the rollouts, ``clock`` has the seconds
-    since the start after each iteration. ``setup``: a hash of the model, the rewards and the limit of tokens. ``kl``:
+    since the start after each iteration. ``setup``: a hash of what else the run follows from (see ``setup``). ``kl``:
     as the method counts it, in the last iteration, nats; ``exact_kl``: as the engine computes it against the whole base
-    law at temperature 1, in the second iteration (where there is but one, in that), the selection's added. ``logprob``:
+    law at temperature 1, in the second iteration (where there is but one, in that), the selection's added; None for a
+    method whose iterations go on from earlier ones, of which it is but a part. ``logprob``:
     of the answer's tokens under the base model; ``low_logprob``: the mean of the least likely 16 in a row. ``judged``:
     what the judge gives the answer of the first so many rollouts, ``chosen``: its reward, of a method whose answer is
     not the best of them.
@@ -199,20 +205,37 @@ def _key(run: Run) -> str:
 
 
 def setup(aligner: Aligner, max_tokens: int) -> str:
-    """A hash of what runs of the same question may differ in: the model, the rewards, the limit, the version."""
+    """A hash of what runs of the same question may differ in: the model, the rewards, the limit, the code, the machine
+    and its threads."""
     origins, judge = aligner.origins, aligner.judge
     told = [
-        __version__,
         aligner.engine.fingerprint,
         [aligner.reward.name, origins.reward.fingerprint],
         None if judge is None else [judge.name, origins.judge.fingerprint],
         max_tokens,
+        _code(),
+        describe(),
+        aligner.engine.settings["threads"] if isinstance(aligner.engine, LlamaEngine) else None,
     ]
+    return _digest(told)
+
+
+def _digest(told: object) -> str:
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 
+@cache
+def _code() -> str:
+    """A hash of the package's code, but for that of its interfaces and that which only looks at runs."""
+    root, hashed = Path(aisp_local.__file__).parent, hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        if path.relative_to(root).parts[0] not in _NO_MATTER:
+            hashed.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return hashed.hexdigest()[:16]
+
+
 class Contest:
-    """The contest of one pair. ``more``: options by method that no run is told apart by, such as a file."""
+    """The contest of one pair. ``more``: options by method that are no numbers, such as a file, told by its name."""
 
     def __init__(
         self,
@@ -272,21 +295,25 @@ class Contest:
     ) -> Iterator[Run]:
         budget = min(budget, entry.most or budget)
         n = budget if entry.n is None else entry.n
+        made_for = self._setup
+        if entry.method in self._more:
+            made_for = _digest([made_for, sorted((k, Path(v).name) for k, v in self._more[entry.method].items())])
         for start in range(0, len(prompts), _GROUP):
             group = prompts[start : start + _GROUP]
             asked = [
                 Run(
                     self.pair.name, entry.label, text, self._seed + start, budget, n, dict(settings),
-                    [], "", 0.0, 0, setup=self._setup,
+                    [], "", 0.0, 0, setup=made_for,
                 )
                 for text in group
             ]  # fmt: skip
-            found = [self._store.get(run) for run in asked]
-            if any(run is None for run in found):
-                made = self._search(entry, settings, group, asked, exact_kl_prompts - start)
-                self._store.add(made)
-                found = list(made)
-            yield from (run for run in found if run is not None)
+            exact = 0 if entry.method in _CHAINED else max(exact_kl_prompts - start, 0)
+            found = [run for run in map(self._store.get, asked) if run is not None]
+            if len(found) < len(group) or any(run.exact_kl is None for run in found[:exact]):
+                found = self._search(entry, settings, group, asked, exact)
+                self._store.add(found)
+            # Those that were kept may be of other budgets than are asked for now.
+            yield from (self._answered(entry.method, run, i) for i, run in enumerate(found))
 
     def _search(
         self, entry: Entry, settings: Settings, group: Sequence[str], asked: Sequence[Run], exact_kl_prompts: int
@@ -304,18 +331,21 @@ class Contest:
         began = time.perf_counter()
         results = self.aligner.generate_many(messages, budget=asked[0].budget, **common)
         seconds = (time.perf_counter() - began) / len(group)
+        clocks, begun = [], 0.0
+        for result in map(whole, results):
+            at = np.cumsum([s.seconds for s in result.iterations])
+            # Together they share the time; one after the other each waits for those before it.
+            clocks.append(at / len(group) if common["at_once"] is None else at - begun)
+            begun = at[-1]
         exact: list[float | None] = [None] * len(group)
-        if exact_kl_prompts > 0:
+        if exact_kl_prompts:
             # Again, since the second output product would be in the seconds; the control is at its length by then.
             budget = min(asked[0].budget, _EXACT * asked[0].n)
             again = self.aligner.generate_many(messages[:exact_kl_prompts], budget=budget, kl=True, **common)
-            exact[: len(again)] = [_last_kl(result) if isinstance(result, Result) else None for result in again]
+            exact[: len(again)] = [whole(result).iterations[-1].kl for result in again]
         runs = []
-        for i, (run, prompt, result, kl) in enumerate(zip(asked, messages, results, exact, strict=True)):
-            if not isinstance(result, Result):
-                raise result
+        for run, prompt, result, clock, kl in zip(asked, messages, map(whole, results), clocks, exact, strict=True):
             rollouts = sorted(result.candidates, key=lambda c: (c.iteration, c.row))
-            answers, chosen = self._answers(entry.method, run, i, rollouts)
             engine = self.aligner.engine
             logprobs = answer_logprobs(engine, prompt, result.answer) if isinstance(engine, LlamaEngine) else None
             runs.append(
@@ -332,46 +362,54 @@ class Contest:
                         "low_logprob": None if logprobs is None else _lowest(logprobs),
                         "answer_tokens": 0 if logprobs is None else len(logprobs),
                         "n_scored": sum(s.n_scored for s in result.iterations),
-                        "clock": (np.cumsum([s.seconds for s in result.iterations]) / len(group)).tolist(),
-                        "judged": self._judged(prompt, answers),
-                        "chosen": {str(budget): c.reward for budget, c in answers.items()} if chosen else {},
+                        "clock": clock.tolist(),
                         "texts": [c.text for c in rollouts],
                     }
                 )
             )
-        return runs
+        return [self._answered(entry.method, run, i) for i, run in enumerate(runs)]
 
-    def _answers(
-        self, method: str, run: Run, prompt_index: int, rollouts: Sequence[Candidate]
-    ) -> tuple[dict[int, Candidate], bool]:
-        """What a search of each budget would have answered; whether the method chooses it, or it is the best."""
+    def _answered(self, method: str, run: Run, prompt_index: int) -> Run:
+        """With what it would have answered after each budget, of a method that chooses it, and what the judge says."""
         choosing: Any = None
         if hasattr(controllers.builder(method), "choose"):
             common: dict[str, Any] = {"seed": run.seed, "prompt_index": prompt_index, **run.settings}
             choosing = controllers.create(method, d=1, max_tokens=1, **common)
-        found = {}
-        for budget in self.budgets:
-            rewards = np.array([c.reward for c in rollouts[:budget]])
+        answers: dict[str, int] = {}
+        for budget in map(str, self.budgets):
+            rewards = np.array(run.rewards[: int(budget)], np.float64)
             best = int(np.where(np.isfinite(rewards), rewards, -np.inf).argmax())
-            found[budget] = rollouts[best if choosing is None else choosing.choose(rewards)]
-        return found, choosing is not None
+            answers[budget] = best if choosing is None else choosing.choose(rewards)
+        chosen = {} if choosing is None else {budget: run.rewards[i] for budget, i in answers.items()}
+        judge, judged = self.aligner.judge, dict(run.judged)
+        missing = [budget for budget in answers if budget not in judged]
+        if judge is not None and missing:
+            prompt: list[Message] = [{"role": "user", "content": run.prompt}]
+            scores = call(judge.name, judge.score, prompt, [run.texts[answers[budget]] for budget in missing])
+            judged |= zip(missing, scores.tolist(), strict=True)
+        return replace(run, judged=judged, chosen=chosen)
 
-    def _judged(self, prompt: list[Message], answers: Mapping[int, Candidate]) -> dict[str, float]:
-        judge = self.aligner.judge
-        if judge is None:
-            return {}
-        scores = call(judge.name, judge.score, prompt, [answer.text for answer in answers.values()])
-        return dict(zip(map(str, answers), scores.tolist(), strict=True))
+
+def whole(result: Result | BaseException) -> Result:
+    """What was asked for: an interrupt ends the whole contest, and what there is of a search then is not kept.
+
+    Raises what a search ended with, and KeyboardInterrupt.
+    """
+    if not isinstance(result, Result):
+        raise result
+    if result.status == "interrupted":
+        raise KeyboardInterrupt
+    return result
 
 
 def best_at(runs: Sequence[Run], budget: int) -> npt.NDArray[np.float64]:
-    """Reward of the answer among each run's first ``budget`` rollouts; nan where one iteration has more."""
-    return np.array(
-        [
-            run.chosen.get(str(budget), best_so_far(run)[:budget][-1]) if min(run.n, run.budget) <= budget else np.nan
-            for run in runs
-        ]
-    )
+    """Reward of the answer among each run's first ``budget`` rollouts, in whole iterations; nan where one has more."""
+    return np.array([_at(run, budget) for run in runs])
+
+
+def _at(run: Run, budget: int) -> float:
+    ended = len(run.rewards) if budget >= len(run.rewards) else budget // run.n * run.n
+    return float(run.chosen.get(str(budget), best_so_far(run)[ended - 1])) if ended else float("nan")
 
 
 def best_so_far(run: Run) -> npt.NDArray[np.float64]:
@@ -406,11 +444,6 @@ def _lowest(logprobs: FloatArray) -> float:
     """The least mean of so many in a row."""
     size = min(_WINDOW, len(logprobs))
     return float(np.convolve(logprobs, np.full(size, 1 / size), "valid").min())
-
-
-def _last_kl(result: Result) -> float | None:
-    """Of the law that the last iteration was sampled from."""
-    return result.iterations[-1].kl
 
 
 def _shown(settings: Settings) -> str:

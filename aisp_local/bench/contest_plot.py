@@ -16,7 +16,7 @@ _MOST = 8  # colours
 def curves(pair: str, played: Mapping[str, Sequence[Run]]) -> str:
     """An SVG with one curve a method, means over prompts; rollouts on a logarithmic axis.
 
-    A curve begins where the first iteration has ended, of which each rollout may owe its reward to all others. At most
+    Points are where iterations have ended, of which each rollout may owe its reward to all others. At most
     eight are drawn, no variants of a method, and none whose answer is not the best of its rollouts.
     """
     drawn = [label for label, runs in played.items() if ", " not in label and not runs[0].chosen][:_MOST]
@@ -33,7 +33,7 @@ def curves(pair: str, played: Mapping[str, Sequence[Run]]) -> str:
         (float(shown.min()) - room, float(shown.max()), "mean over the prompts"),
     )
     for i, (label, values) in enumerate(so_far.items()):
-        at = sorted({round(2 ** (step / 8)) for step in range(8 * 20)} & set(range(begins[label], len(values) + 1)))
+        at = range(begins[label], len(values) + 1, begins[label])
         axes.curve([(math.log2(n), float(values[n - 1])) for n in at if np.isfinite(values[n - 1])], i)
     axes.legend(list(so_far))
     return axes.svg()

@@ -60,7 +60,7 @@ def needed(runs: Sequence[Run], reward: float) -> int | None:
 
 def last_mean(run: Run) -> float:
     """Mean reward of the last iteration's rollouts, of those that have one."""
-    values = np.array(run.rewards[-run.n :], np.float64)
+    values = np.array(run.rewards[-(len(run.rewards) % run.n or run.n) :], np.float64)
     values = values[np.isfinite(values)]
     return float(values.mean()) if len(values) else float("nan")
 

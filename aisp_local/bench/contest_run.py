@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -126,7 +127,8 @@ def play(
 
 def _value(pair: Pair, aligner: Aligner, out: Path, seed: int, say: Callable[[str], None]) -> Path | None:
     """The file of a value function that was trained on the tuning prompts, now if it is missing; None without torch."""
-    path = out / f"{pair.name}-{setup(aligner, pair.max_tokens)}-{seed}.value.safetensors"
+    asked = hashlib.sha256(json.dumps([setup(aligner, pair.max_tokens), seed, *pair.tuning]).encode()).hexdigest()
+    path = out / f"{pair.name}-{asked[:16]}.value.safetensors"
     if path.exists():
         return path
     if find_spec("torch") is None:

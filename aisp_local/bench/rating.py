@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import random
@@ -46,19 +47,33 @@ class Question:
     texts: tuple[str, str]
 
     @property
+    def answers(self) -> str:
+        """A hash of both texts: a method whose answers have changed is asked about again."""
+        by_label = sorted(zip((self.first, self.second), self.texts, strict=True))
+        return hashlib.sha256(json.dumps([text for _, text in by_label]).encode()).hexdigest()[:16]
+
+    @property
     def key(self) -> str:
-        return json.dumps([self.pair, self.prompt, *sorted((self.first, self.second))])
+        return _key(self)
 
 
 @dataclass(frozen=True)
 class Rating:
-    """What was said: ``score`` is 1 if the first was better, 0 if the second was, 0.5 if neither."""
+    """What was said: ``score`` is 1 if the first was better, 0 if the second was, 0.5 if neither.
+
+    ``answers``: the question's.
+    """
 
     pair: str
     prompt: str
     first: str
     second: str
     score: float
+    answers: str = ""
+
+
+def _key(of: Question | Rating) -> str:
+    return json.dumps([of.pair, of.prompt, *sorted((of.first, of.second)), of.answers])
 
 
 def read_answers(folder: Path) -> list[Answer]:
@@ -135,11 +150,16 @@ class Ratings:
                 raise InputError(f"{path}, line {number} {_NONE}") from error
 
     def left(self, asked: Sequence[Question]) -> Iterator[Question]:
-        done = {json.dumps([r.pair, r.prompt, *sorted((r.first, r.second))]) for r in self.all}
+        done = {_key(rating) for rating in self.all}
         return (question for question in asked if question.key not in done)
 
+    def about(self, asked: Sequence[Question]) -> list[Rating]:
+        """Those of answers that are still there."""
+        there = {question.key for question in asked}
+        return [rating for rating in self.all if _key(rating) in there]
+
     def add(self, question: Question, score: float) -> None:
-        rating = Rating(question.pair, question.prompt, question.first, question.second, score)
+        rating = Rating(question.pair, question.prompt, question.first, question.second, score, question.answers)
         append(self._path, json.dumps(asdict(rating)).encode() + b"\n")
         self.all.append(rating)
 
@@ -147,7 +167,8 @@ class Ratings:
 def _rating(line: bytes) -> Rating:
     """Raises ValueError or TypeError for what is none."""
     rating = Rating(**json.loads(line.decode("utf-8")))
-    if not all(isinstance(text, str) for text in (rating.pair, rating.prompt, rating.first, rating.second)):
+    texts = rating.pair, rating.prompt, rating.first, rating.second, rating.answers
+    if not all(isinstance(text, str) for text in texts):
         raise TypeError("something that is not a text")
     if type(rating.score) not in (int, float) or rating.score not in CHOICES.values():
         raise ValueError("the score is none of 0, 0.5 and 1")

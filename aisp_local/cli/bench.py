@@ -337,4 +337,7 @@ def rate(folder: Path, methods: tuple[str, ...], seed: int) -> None:
             raise EOFError from None
 
     rating.rate(ratings.left(asked), ratings, len(asked), ask, print_answer)
-    print_answer("\n" + rating.table(ratings.all, answers).markdown())
+    counted = ratings.about(rating.questions(answers, (), seed))
+    if gone := len(ratings.all) - len(counted):
+        click.echo(f"{gone} ratings of answers that are no longer there do not count", err=True)
+    print_answer("\n" + rating.table(counted, answers).markdown())

@@ -20,7 +20,7 @@ _N = 16
 _LEARNING: Mapping[str, Callable[..., Any]] = {"aisp": Aisp, "aisp-held": AispHeld}
 
 
-def _each(lab: Lab, controllers: Sequence[Controller], method: str, budget: int) -> list[Result]:
+def _each(lab: Lab, controllers: Sequence[Controller], method: str, budget: int, n: int = _N) -> list[Result]:
     """A search a prompt, with a controller that was made before."""
     return [
         search(
@@ -30,7 +30,7 @@ def _each(lab: Lab, controllers: Sequence[Controller], method: str, budget: int)
             prompt,
             method=method,
             budget=budget,
-            n=_N,
+            n=n,
             max_tokens=lab.max_tokens,
             seed=lab.seed,
             prompt_index=i,
@@ -109,11 +109,11 @@ ADAPTATION = Experiment(
 
 
 def _convergence(lab: Lab) -> Finding:
-    budget, seeds = lab.size(256, 32), lab.size(5, 2)
+    budget, seeds, n = lab.size(256, 32), lab.size(5, 2), lab.size(32, 16)
     known = lab.rewarded_by(WORDS)
     made = Table(
         "convergence",
-        f"{seeds} seeds, {budget} rollouts, {len(lab.prompts)} prompts"
+        f"{seeds} seeds, {budget} rollouts in iterations of {n}, {len(lab.prompts)} prompts"
         + ("; the optimum of the reward is 0" if known else ""),
         [
             "method",
@@ -131,9 +131,9 @@ def _convergence(lab: Lab) -> Finding:
         if method in _LEARNING:
             there = replace(lab, seed=lab.seed + 1000 * seed)
             controllers = _made(there, _LEARNING[method], **options)
-            found = _each(there, controllers, method, budget)
+            found = _each(there, controllers, method, budget, n)
             return rewards(found).max(axis=1), [controller.mean.ravel() for controller in controllers]
-        found = lab.search(method, budget, 32, seed=seed, **options)
+        found = lab.search(method, budget, n, seed=seed, **options)
         return rewards(found).max(axis=1), [result.control for result in found]
 
     ways: list[tuple[str, str, Mapping[str, Any]]] = [

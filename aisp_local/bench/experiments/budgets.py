@@ -8,19 +8,19 @@ from typing import Any
 
 import numpy as np
 
+from aisp_local.bench.contest import whole
 from aisp_local.bench.contest_report import interval, shown
 from aisp_local.bench.experiments.lab import SETTINGS, Experiment, Finding, Lab, rewards
 from aisp_local.bench.tables import Table
 from aisp_local.svg import Axes
 from aisp_local.timeline import OFF, Timeline
-from aisp_local.types import Result
 
 _METHODS, _N = ("score", "aisp", "best-of-n"), 32
 
 
 def _samples(lab: Lab) -> Finding:
     budget = lab.size(1024, 64)
-    sizes = [2**k for k in range(4, 11) if 2**k <= budget]
+    sizes = [2**k for k in range(5, 11) if 2**k <= budget]  # whole iterations
     best = {}
     for method in _METHODS:
         found = rewards(lab.search(method, budget, _N, **SETTINGS.get(method, {})))
@@ -40,21 +40,14 @@ def _samples(lab: Lab) -> Finding:
             # Of an iteration a rollout may owe its reward to all others.
             row.append(str(-(-(int(reached[0]) + 1) // _N) * _N) if len(reached) else f"more than {budget}")
         needs.rows.append([method, *row])
-    plotted = np.concatenate([curve[15:] for curve in curves.values()])
+    plotted = np.concatenate([curve[_N - 1 :] for curve in curves.values()])
     axes = Axes(
         "best reward so far",
-        (4.0, math.log2(budget), "log2 of the rollouts"),
+        (math.log2(_N), math.log2(budget), "log2 of the rollouts"),
         (float(plotted.min()), float(plotted.max()), "mean over prompts"),
     )
     for i, curve in enumerate(curves.values()):
-        axes.curve(
-            [
-                (math.log2(k), float(curve[k - 1]))
-                for k in sorted({round(2 ** (s / 8)) for s in range(32, 81)})
-                if k <= budget
-            ],
-            i,
-        )
+        axes.curve([(math.log2(k), float(curve[k - 1])) for k in range(_N, budget + 1, _N)], i)
     axes.legend(list(curves))
     data = {method: {size: float(curve[size - 1]) for size in sizes} for method, curve in curves.items()}
     return Finding([made, ahead, needs], {"curves": axes.svg()}, data)
@@ -108,7 +101,7 @@ def _batched(lab: Lab) -> Finding:
                 seconds = time.perf_counter() - began
             finally:
                 engine.timeline = OFF
-            found = [result for result in results if isinstance(result, Result)]
+            found = [whole(result) for result in results]
             best = interval([result.reward for result in found])
             steps = sum(event.get("name") == "decode" for event in timeline.events())
             tokens, scored = sum(r.n_tokens for r in found), sum(s.n_scored for r in found for s in r.iterations)

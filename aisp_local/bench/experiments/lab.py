@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from aisp_local.api import Aligner
+from aisp_local.bench.contest import whole
 from aisp_local.bench.machine import describe
 from aisp_local.bench.tables import Table
 from aisp_local.files import write_output
@@ -60,7 +61,7 @@ class Lab:
     def search(
         self, method: str, budget: int, n: int | None, *, reward: Reward | None = None, seed: int = 0, **options: Any
     ) -> list[Result]:
-        """One search for each prompt. Raises what a search ended with."""
+        """One search for each prompt. Raises what a search ended with, and KeyboardInterrupt."""
         aligner = self.aligner if reward is None else Aligner(self.aligner.engine, reward)
         found: list[Result] = []
         for start in range(0, len(self.prompts), _GROUP):
@@ -73,10 +74,7 @@ class Lab:
                 seed=self.seed + 1000 * seed + start,
                 **options,
             )
-            for result in results:
-                if not isinstance(result, Result):
-                    raise result
-                found.append(result)
+            found += map(whole, results)
         shown = ", ".join(f"{key.rstrip('_')} {value}" for key, value in options.items())
         self.say(f"{method} {shown}".strip())
         return found

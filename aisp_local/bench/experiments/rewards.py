@@ -15,7 +15,7 @@ from aisp_local.bench.experiments.lab import SETTINGS, WORDS, Array, Experiment,
 from aisp_local.bench.tables import Table
 from aisp_local.controllers.guard import MOSTLY_NOISE
 from aisp_local.rewards import Reward, load_reward
-from aisp_local.rewards.base import call
+from aisp_local.rewards.base import call, call_prefixes
 from aisp_local.types import Prompt, Result
 
 _SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
@@ -30,7 +30,7 @@ def _beginnings(lab: Lab) -> Finding:
         whole = np.array([c.reward for c in result.candidates])
         for share, into in zip(_SHARES, found, strict=True):
             cut = [c.tokens[: max(1, round(share * len(c.tokens)))] for c in result.candidates if c.tokens is not None]
-            scores = call(reward.name, reward.score, prompt, [engine.text(tokens) for tokens in cut])
+            scores = call_prefixes(reward, prompt, [engine.text(tokens) for tokens in cut])  # as searches do
             if scores.std() > 0 and whole.std() > 0:
                 into.append(float(np.corrcoef(scores, whole)[0, 1]))
     means = [float(np.mean(one)) if one else float("nan") for one in found]
@@ -123,7 +123,7 @@ def _noised(lab: Lab, reward: Reward) -> tuple[Table, list[dict[str, Any]]]:
     for share in lab.some((0.0, 0.2, 0.5, 0.8, 1.0)):
         noisy, zero = Noisy(reward, share, spread), 0.0 if share >= 1.0 else middle
         for method in ("score", "aisp", "best-of-n"):
-            results = lab.search(method, budget, 16, reward=noisy, **SETTINGS.get(method, {}))
+            results = lab.search(method, budget, lab.size(32, 16), reward=noisy, **SETTINGS.get(method, {}))
             seen = (float(np.mean([result.reward for result in results])) - zero) / spread
             add(share, method, seen, _true(reward, lab, [[result.answer] for result in results]), _warned(results))
         # Those of best-of-n, the last; it draws the same ones whatever their rewards.
