@@ -5,7 +5,7 @@ block by block. At the end of each block the reward scores what there is; the be
 many copies as the others (see ``blocks``), and the control moves:
 
     g  =  1/n sum_i A_i sum_t W^T (e_{y_it} - p_it) / T       A: rewards against those of the same parent, standardised
-    u <-  u + eta g,   eta such that eta g alone is ``step / blocks`` nats from the base model, of all n rollouts,
+    u <-  u + eta g,   eta such that eta g alone is ``step / blocks`` nats from the base model,
 
 and u is made shorter where ``KL(p_u || p_0)`` would be above its part of the budget. Since rollouts of one parent
 differ by the block alone, so do their rewards: what other blocks add to the variance of g is gone.
@@ -228,8 +228,7 @@ class Score:
             gradient = np.einsum("vd,v->d", rows, (sums / len(drawn)).astype(np.float32))
             variance = expected * block.variance(change(gradient, entry))
             if variance > 0:
-                # A part of it where only a part of the rollouts are left, which say as much less.
-                self._u = self._u + np.float32(math.sqrt(2 * step * len(drawn) / n / variance)) * gradient
+                self._u = self._u + np.float32(math.sqrt(2 * step / variance)) * gradient
         self._u = self._u * _fitting(steps, change(self._u, elsewhere), self._control_kl / expected)
         left = going_on / n * max(expected - end, self._schedule.block)  # steps of a rollout
         nats = max(self._allowed - self._moved / n, 0.0)
