@@ -309,11 +309,14 @@ class Contest:
             ]  # fmt: skip
             exact = 0 if entry.method in _CHAINED else max(exact_kl_prompts - start, 0)
             found = [run for run in map(self._store.get, asked) if run is not None]
-            if len(found) < len(group) or any(run.exact_kl is None for run in found[:exact]):
+            missing = len(found) < len(group) or any(run.exact_kl is None for run in found[:exact])
+            if missing:
                 found = self._search(entry, settings, group, asked, exact)
-                self._store.add(found)
             # Those that were kept may be of other budgets than are asked for now.
-            yield from (self._answered(entry.method, run, i) for i, run in enumerate(found))
+            found = [self._answered(entry.method, run, i) for i, run in enumerate(found)]
+            if missing:
+                self._store.add(found)
+            yield from found
 
     def _search(
         self, entry: Entry, settings: Settings, group: Sequence[str], asked: Sequence[Run], exact_kl_prompts: int
@@ -329,10 +332,10 @@ class Contest:
             **self._more.get(entry.method, {}),
         }
         began = time.perf_counter()
-        results = self.aligner.generate_many(messages, budget=asked[0].budget, **common)
+        results = list(map(whole, self.aligner.generate_many(messages, budget=asked[0].budget, **common)))
         seconds = (time.perf_counter() - began) / len(group)
         clocks, begun = [], 0.0
-        for result in map(whole, results):
+        for result in results:
             at = np.cumsum([s.seconds for s in result.iterations])
             # Together they share the time; one after the other each waits for those before it.
             clocks.append(at / len(group) if common["at_once"] is None else at - begun)
@@ -344,7 +347,7 @@ class Contest:
             again = self.aligner.generate_many(messages[:exact_kl_prompts], budget=budget, kl=True, **common)
             exact[: len(again)] = [whole(result).iterations[-1].kl for result in again]
         runs = []
-        for run, prompt, result, clock, kl in zip(asked, messages, map(whole, results), clocks, exact, strict=True):
+        for run, prompt, result, clock, kl in zip(asked, messages, results, clocks, exact, strict=True):
             rollouts = sorted(result.candidates, key=lambda c: (c.iteration, c.row))
             engine = self.aligner.engine
             logprobs = answer_logprobs(engine, prompt, result.answer) if isinstance(engine, LlamaEngine) else None
@@ -367,7 +370,7 @@ class Contest:
                     }
                 )
             )
-        return [self._answered(entry.method, run, i) for i, run in enumerate(runs)]
+        return runs
 
     def _answered(self, method: str, run: Run, prompt_index: int) -> Run:
         """With what it would have answered after each budget, of a method that chooses it, and what the judge says."""
