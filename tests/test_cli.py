@@ -10,7 +10,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -288,7 +287,7 @@ def test_an_interrupt_of_the_baseline_keeps_the_answer(monkeypatch: pytest.Monke
 
 def test_a_long_conversation_forgets_its_oldest_turns_before_answers_are_cut() -> None:
     lines = "".join(f"{STORY} {'It is red. ' * 12}\n" for _ in range(6))
-    out = aisp("chat", "--max-tokens", "128", "--method", "best-of-n", "--time-limit", "3", stdin=lines.encode())
+    out = aisp("chat", "--max-tokens", "128", "--method", "best-of-n", "--budget", "2", stdin=lines.encode())
     assert out.returncode == 0, out.stderr.decode()
     shown = out.stdout.decode()
     assert shown.count("[reward ") == 6 and "the oldest turn was forgotten" in shown
@@ -353,18 +352,25 @@ def test_an_output_that_is_a_link_stays_one(tmp_path: Path) -> None:
     assert (tmp_path / "answer.txt").read_text() not in ("", "old")
 
 
-def test_an_interrupt_gives_the_best_so_far(tmp_path: Path) -> None:
+def test_an_interrupt_gives_the_best_so_far() -> None:
+    pty = pytest.importorskip("pty")
     command = Path(sys.executable).with_name("aisp-local")
     arguments = ["generate", STORY, "--budget", "100000", "--max-tokens", "60", "--json"]
-    process = subprocess.Popen([str(command), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    time.sleep(12)
-    process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=120)
-    assert process.returncode == 0, stderr.decode()
+    master, slave = pty.openpty()
+    process = subprocess.Popen([str(command), *arguments], stdout=subprocess.PIPE, stderr=slave)
+    os.close(slave)
+    seen = b""
+    with open(master, "rb", buffering=0) as terminal:
+        while b"iteration 2/" not in seen and (read := terminal.read(4096)):
+            seen += read
+        process.send_signal(signal.SIGINT)
+        stdout, _ = process.communicate(timeout=120)
+        seen += terminal.read(1 << 16)
+    assert process.returncode == 0, seen.decode()
     data = json.loads(stdout)
     assert data["status"] == "interrupted"
     assert data["answer"] and len(data["candidates"]) < 100000
-    assert "best answer so far" in stderr.decode()
+    assert b"best answer so far" in seen
 
 
 def test_a_conversation(tmp_path: Path) -> None:
