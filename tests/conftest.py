@@ -18,6 +18,7 @@ import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 
 from aisp_local.engine import llama  # noqa: E402
+from aisp_local.rewards import runtime  # noqa: E402
 
 # A run tells of the change that it tests, not of its luck; --hypothesis-profile=default (make test-all) tries others.
 hypothesis.settings.register_profile("repeatable", derandomize=True)
@@ -26,9 +27,10 @@ hypothesis.settings.load_profile("repeatable")
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> Iterator[None]:
-    """One thread decodes, here and in commands, where a test asks for no number."""
+    """One thread decodes, here and in commands, and one scores here, where a test asks for no number."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(llama, "available_cores", lambda: 1)
+        for module in (llama, runtime):
+            patched.setattr(module, "available_cores", lambda: 1)
         patched.setenv("AISP_THREADS", "1")
         yield
 

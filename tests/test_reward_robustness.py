@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import random
 import subprocess
 import sys
@@ -310,6 +311,29 @@ def test_the_memory_of_ten_thousand_responses(tmp_path: Path) -> None:
     folder = write_reward(tmp_path, input_max_length=256)
     done = subprocess.run([sys.executable, "-c", MEMORY, str(folder)], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 16, "MiB; as lists, the tokens of 10,000 such responses take 40"
+
+
+RESTRICTED = """
+import os, sys
+from aisp_local.rewards import OnnxReward
+allowed = {min(os.sched_getaffinity(0))}
+os.sched_setaffinity(0, allowed)
+before = len(os.listdir("/proc/self/task"))
+reward = OnnxReward.load(sys.argv[1])
+reward.score("tell", ["good"] * 40)
+tasks = os.listdir("/proc/self/task")
+print(all(os.sched_getaffinity(int(task)) == allowed for task in tasks), len(tasks) - before)
+"""
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs Linux and two processors"
+)
+def test_no_thread_leaves_the_cores_that_the_process_has(tmp_path: Path) -> None:
+    """ONNX Runtime's own default starts one on each core of the machine, bound to it."""
+    folder = write_reward(tmp_path / "r")
+    done = subprocess.run([sys.executable, "-c", RESTRICTED, str(folder)], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "0"], done.stderr
 
 
 def test_many_threads_get_the_bits_that_one_gets() -> None:

@@ -76,7 +76,8 @@ class OnnxReward:
     ) -> OnnxReward:
         """Load and verify a reward folder: manifest, hashes, paths, input names, golden scores.
 
-        CUDA is used when ONNX Runtime offers it, else the CPU. ``golden``: compare the golden scores.
+        CUDA is used when ONNX Runtime offers it, else the CPU, with ``threads`` (default: one a core).
+        ``golden``: compare the golden scores.
         Raises RewardError.
         """
         path = Path(folder)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from aisp_local.errors import AispError, RewardError
+from aisp_local.host import available_cores
 
 # The first ONNX Runtime known to take a duration of spinning: earlier ones would spin for long.
 _SHORT_SPIN = (1, 31)
@@ -96,12 +97,16 @@ def _runtime() -> Any:
 
 
 def open_session(model: Path, providers: Sequence[str] | None, threads: int | None) -> Any:
-    """A session on the given providers, by default on CUDA where it can run. Raises RewardError."""
+    """A session on the given providers (default: CUDA where it can run) with so many threads (default: one a core).
+
+    Raises RewardError.
+    """
     ort = _runtime()
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    if threads is not None:
-        options.intra_op_num_threads = threads
+    # Without a number ONNX Runtime starts a thread for every core of the machine and binds each to one of them, also
+    # where a container or taskset leaves this process others, or fewer.
+    options.intra_op_num_threads = available_cores() if threads is None else threads
     # Spinning threads would take the cores that decode; for so short a time as another thread needs to follow, they
     # save a wake-up in every operator.
     short = _version(ort.__version__) >= _SHORT_SPIN
