@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from aisp_local import Aligner
+from aisp_local import Aligner, shipped
 from aisp_local.bench import experiment_run
 from aisp_local.bench.contest_report import interval
 from aisp_local.bench.experiments import EXPERIMENTS, objectives
-from aisp_local.bench.experiments.lab import WORDS, Finding, Lab, in_order, rewards, variety
+from aisp_local.bench.experiments.lab import SETTINGS, WORDS, Finding, Lab, in_order, rewards, row, variety
 from aisp_local.bench.experiments.rewards import BEGINNINGS, NOISE, Noisy, _warned
 from aisp_local.bench.experiments.spaces import _gaussianity, _moved, _shown, _states
 from aisp_local.bench.tables import Table
@@ -27,7 +27,8 @@ from aisp_local.cli.bench import experiment as command
 from aisp_local.cli.main import main
 from aisp_local.controllers import create
 from aisp_local.controllers.guard import MOSTLY_NOISE, Guard
-from aisp_local.errors import InputError
+from aisp_local.errors import DecodeError, InputError
+from aisp_local.rewards.base import call_prefixes
 from aisp_local.rewards.identity import Origin
 from aisp_local.svg import heat_map
 from aisp_local.testing import FakeEngine, FakeReward
@@ -146,6 +147,31 @@ def test_too_few_prompts_are_refused_before_anything_runs(tmp_path: Path) -> Non
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.native
+def test_what_cannot_run_leaves_the_others_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A missing adapter is told before hours of others, and an error ends one page only."""
+
+    def runs(lab: Lab) -> Finding:
+        return Finding([], data=[1])
+
+    def fails(lab: Lab) -> Finding:
+        raise DecodeError("too much noise")
+
+    for name in EXPERIMENTS:
+        monkeypatch.setitem(EXPERIMENTS, name, replace(EXPERIMENTS[name], run=fails if name == "map" else runs))
+    own = tmp_path / "own.gguf"
+    own.symlink_to(shipped.model())
+    arguments = ["bench", "experiment", "-o", str(tmp_path / "out"), "-m", str(own), "--max-prompts", "2"]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 1 and "lora is left out: give an adapter" in done.output
+    assert "map failed: too much noise" in done.output and "error: map failed, for what is said above" in done.output
+    assert {path.stem for path in (tmp_path / "out").glob("*.md")} == set(EXPERIMENTS) - {"map", "lora"}
+    done = CliRunner().invoke(main, [*arguments[:4], "-m", str(own), "weights", "lora"])
+    assert done.exit_code == 2 and "lora: give an adapter of this model with --lora" in done.output
+    done = CliRunner().invoke(main, [*arguments, "map"])
+    assert done.exit_code == 1 and "error: too much noise" in done.output
+
+
 def test_noise_belongs_to_the_text() -> None:
     reward = FakeReward(lambda prompt, texts: [float(len(text)) for text in texts])
     texts = ["x" * (i % 7) + str(i) for i in range(2000)]
@@ -156,6 +182,22 @@ def test_noise_belongs_to_the_text() -> None:
         np.testing.assert_array_equal(seen, Noisy(reward, share, spread).score("other", texts[:]))
         assert np.corrcoef(seen, true)[0, 1] ** 2 == pytest.approx(1 - share, abs=0.04)
     assert abs(np.corrcoef(Noisy(reward, 1.0, spread).score("p", texts), true)[0, 1]) < 0.08
+
+
+def test_a_noisy_reward_is_asked_as_the_one_below_it_would_be() -> None:
+    class Below:
+        name, background, prefix, unfinished = "below", True, True, False
+
+        def score(self, prompt: object, texts: Sequence[str]) -> Any:
+            return np.ones(len(texts), np.float32)
+
+        def score_prefixes(self, prompt: object, texts: Sequence[str]) -> Any:
+            return np.full(len(texts), 5.0, np.float32)
+
+    noisy = Noisy(Below(), 0.5, 0.0)
+    assert (noisy.background, noisy.prefix, noisy.unfinished) == (True, True, False)
+    assert call_prefixes(noisy, "p", ["a"]).tolist() == [5.0] and noisy.score("p", ["a"]).tolist() == [1.0]
+    assert Noisy(FakeReward(letters), 0.5, 1.0).unfinished
 
 
 def test_more_of_a_response_tells_more_of_its_score() -> None:
@@ -194,20 +236,21 @@ def test_noise_is_compared_with_a_random_choice() -> None:
     lab = fake()
     found = NOISE.run(lab)
     table, data = found.tables[0], found.data[found.tables[0].title]
-    assert column(table, "method") == ["score", "aisp", "best-of-n", "random choice"] * 2
+    assert column(table, "method") == ["score", "aisp", row("best-of-n"), "random choice"] * 2
     assert all(re.fullmatch(INTERVAL.replace("-?", "[+-]"), cell) for cell in column(table, table.columns[3]))
     warned = [column(table, name) for name in ("searches warned of noise", "warned of anything else")]
     for cells in warned:
         assert [cell for cell in cells if cell == "-"] == ["-"] * 2 and all(" of 3" in c for c in cells if c != "-")
     base, drawn = (
-        rewards(lab.search("best-of-n", budget, 16, temperature=0.8, seed=seed)) for budget, seed in ((16, 9), (32, 0))
+        rewards(lab.search("best-of-n", budget, 16, seed=seed, **SETTINGS["best-of-n"]))
+        for budget, seed in ((16, 9), (32, 0))
     )
     chance = (drawn.mean(axis=1) - base.mean(axis=1)) / base.std(axis=1).mean()
     for share in (0.0, 1.0):
-        (row,) = [row for row in data if row["share"] == share and row["method"] == "random choice"]
-        assert row["true"] == pytest.approx(chance.mean(), abs=1e-6)
-        assert row["interval"] == pytest.approx(interval(chance), abs=1e-6) and row["noise"] is None
-    best = next(row for row in data if row["share"] == 0.0 and row["method"] == "best-of-n")
+        (drew,) = [each for each in data if each["share"] == share and each["method"] == "random choice"]
+        assert drew["true"] == pytest.approx(chance.mean(), abs=1e-6)
+        assert drew["interval"] == pytest.approx(interval(chance), abs=1e-6) and drew["noise"] is None
+    best = next(each for each in data if each["share"] == 0.0 and each["method"] == "best-of-n")
     assert best["seen"] == pytest.approx(best["true"]) and best["true"] > chance.mean()
 
 
@@ -281,26 +324,29 @@ def test_the_gap_to_an_optimum_is_there_where_it_is_known(known: bool) -> None:
         lab.aligner.origins = replace(lab.aligner.origins, reward=Origin.of(WORDS))
     (table,) = EXPERIMENTS["convergence"].run(lab).tables
     assert ("gap to the optimum" in table.columns) == known == ("the optimum of the reward is 0" in table.title)
-    assert {len(row) for row in table.rows} == {len(table.columns)}
+    assert {len(cells) for cells in table.rows} == {len(table.columns)}
 
 
-@pytest.mark.parametrize("own", [True, False])
-def test_answers_to_other_wishes_are_scored_by_the_shipped_reward(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reward_of_ones_own_takes_the_place_of_the_shipped_one_in_every_wish() -> None:
+    own = FakeReward(letters, name="own")
+    for _, file, _, count in objectives.GOALS:
+        wish = objectives._wish(file, own)
+        first, *rules = wish.parts
+        assert first.reward is own and first.label == "own" and first.normalise and len(rules) == 1
+        assert rules[0].reward.score("p", ["the sad cat! " * 60])[0] < 0 < count("the sad cat! " * 60)
+
+
+def test_answers_to_other_wishes_are_scored_by_the_learnt_reward(monkeypatch: pytest.MonkeyPatch) -> None:
     def story(prompt: object, texts: Sequence[str]) -> list[float]:
         return [-2.0 * x for x in letters(prompt, texts)]
 
-    monkeypatch.setattr(objectives, "_reward", lambda name: FakeReward(letters))
-    loaded: list[Any] = []
-    monkeypatch.setattr(objectives, "load_reward", lambda path: loaded.append(path) or FakeReward(story, name="loaded"))
-    lab = fake(FakeReward(story, name="own"))
-    if own:
-        lab.aligner.origins = replace(lab.aligner.origins, reward=Origin.of(objectives.shipped.reward()))
-    found = EXPERIMENTS["objectives"].run(lab)
+    monkeypatch.setattr(objectives, "_wish", lambda name, learnt: FakeReward(letters))
+    found = EXPERIMENTS["objectives"].run(fake(FakeReward(story, name="own")))
     (table,) = found.tables
-    cells = column(table, f"{'own' if own else 'loaded'} of score's answers over best-of-n's [95%]")
-    assert len(loaded) == (not own) and all(re.fullmatch(INTERVAL.replace("-?", "[+-]"), cell) for cell in cells)
-    for row in found.data:
-        over, of_story = row["score over best-of-n"], row["story over best-of-n"]
+    cells = column(table, "own of score's answers over best-of-n's [95%]")
+    assert all(re.fullmatch(INTERVAL.replace("-?", "[+-]"), cell) for cell in cells)
+    for made in found.data:
+        over, of_story = made["score over best-of-n"], made["own over best-of-n"]
         assert over[0] != 0 and of_story[0] == pytest.approx(-2 * over[0]) and of_story[1] < of_story[2]
 
 
@@ -316,7 +362,7 @@ def test_answers_to_other_wishes_are_scored_by_the_shipped_reward(own: bool, mon
 def test_mean_best_rewards_have_an_interval(name: str, title: str) -> None:
     table = EXPERIMENTS[name].run(fake()).tables[0]
     assert all(re.fullmatch(INTERVAL, cell) for cell in column(table, title)) and len(table.rows) >= 2
-    assert {len(row) for row in table.rows} == {len(table.columns)}
+    assert {len(cells) for cells in table.rows} == {len(table.columns)}
 
 
 def test_maps_say_that_they_are_means() -> None:

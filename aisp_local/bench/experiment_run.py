@@ -9,12 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+from aisp_local import shipped
 from aisp_local.api import Aligner
 from aisp_local.bench.contest import Pair
 from aisp_local.bench.contest_run import chosen_pairs
 from aisp_local.bench.experiments import EXPERIMENTS
 from aisp_local.bench.experiments.lab import Experiment, Lab, write
-from aisp_local.errors import InputError
+from aisp_local.errors import AispError, InputError
 from aisp_local.types import Message
 
 MAX_TOKENS, SEED = 96, 0
@@ -56,7 +57,11 @@ def run(
     say: Callable[[str], None],
     show: Callable[[str], None],
 ) -> None:
-    """Run those named, or all. Raises InputError for an unknown one, too few prompts, and when OUT cannot be used."""
+    """Run those named, or all that can be. Of several, one that fails leaves the others alone.
+
+    Raises InputError for an unknown one, too few prompts, a missing adapter, and when OUT cannot be used; AispError at
+    the end where one of several failed.
+    """
     unknown = sorted(set(names) - set(EXPERIMENTS))
     if unknown:
         raise InputError(f"the experiment {unknown[0]!r} is unknown; use {', '.join(EXPERIMENTS)}")
@@ -70,19 +75,35 @@ def run(
                 f"the experiment {experiment.name!r} compares prompts, and {len(pair.evaluation)} is too few; "
                 f"give --max-prompts {experiment.least} or more, and as many prompts"
             )
+        if experiment.adapter and lora is None and pair.model != str(shipped.model()):
+            missing = "give an adapter of this model with --lora; models/adapt.py trains one"
+            if names:
+                raise InputError(f"{experiment.name}: {missing}")
+            say(f"{experiment.name} is left out: {missing}")
+            continue
         chosen.append((experiment, pair))
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{out} cannot be made ({error.strerror}); give another folder") from error
+    failed = []
     for experiment, pair in chosen:
         began = time.perf_counter()
-        with Aligner.load(pair.model, pair.reward, threads=threads) as aligner:
-            asked: list[list[Message]] = [[{"role": "user", "content": text}] for text in pair.evaluation]
-            lab = Lab(aligner, asked, pair.max_tokens, seed, small, partial(_said, say, experiment.name), lora)
-            finding = experiment.run(lab)
+        try:
+            with Aligner.load(pair.model, pair.reward, threads=threads) as aligner:
+                asked: list[list[Message]] = [[{"role": "user", "content": text}] for text in pair.evaluation]
+                lab = Lab(aligner, asked, pair.max_tokens, seed, small, partial(_said, say, experiment.name), lora)
+                finding = experiment.run(lab)
+        except AispError as error:
+            if len(chosen) == 1:
+                raise
+            say(f"{experiment.name} failed: {error}")
+            failed.append(experiment.name)
+            continue
         seconds = time.perf_counter() - began
         about = f"{_name(pair.model)} with {_name(pair.reward)}, {len(asked)} prompts, {seconds:.0f} s"
         options = {"-m": model, "-r": reward, "--prompts": prompts, "--lora": lora, "--max-prompts": max_prompts}
         options |= {"--max-tokens": max_tokens, "--seed": seed, "--small": small}
         show(write(out, experiment, finding, about, command(experiment, options)))
+    if failed:
+        raise AispError(f"{', '.join(failed)} failed, for what is said above; the pages of the others are in {out}")

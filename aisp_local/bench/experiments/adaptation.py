@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from aisp_local.bench.contest_report import interval, shown
-from aisp_local.bench.experiments.lab import SETTINGS, WORDS, Array, Experiment, Finding, Lab, rewards
+from aisp_local.bench.experiments.lab import SETTINGS, WORDS, Array, Experiment, Finding, Lab, rewards, row
 from aisp_local.bench.tables import Table
 from aisp_local.controllers import Aisp, AispHeld, AispStatic, Controller
 from aisp_local.loop import search
@@ -141,7 +141,7 @@ def _convergence(lab: Lab) -> Finding:
         ("score, nothing selected", "score", {"selection": 0.0}),
         ("aisp", "aisp", {}),
         ("aisp-held", "aisp-held", {}),
-        ("best-of-n", "best-of-n", SETTINGS["best-of-n"]),
+        (row("best-of-n"), "best-of-n", SETTINGS["best-of-n"]),
     ]
     for label, method, options in ways:
         runs = [searched(method, seed, options) for seed in range(seeds)]
@@ -152,13 +152,12 @@ def _convergence(lab: Lab) -> Finding:
             for a, b in itertools.combinations(prompt, 2)
             if a is not None and b is not None and a.any() and b.any()
         ]
-        agreement = [f"{np.mean(cosines):.2f}", f"{np.std(cosines):.2f}"] if cosines else ["-", "-"]
+        cosine = (float(np.mean(cosines)), float(np.std(cosines))) if cosines else None
+        agreement = ["-", "-"] if cosine is None else [f"{value:.2f}" for value in cosine]
         mean, spread = float(best.mean()), float(best.std(axis=0).mean())
         gap = [f"{-mean:.2f}"] if known else []
         made.rows.append([label, f"{mean:.2f}", *gap, f"{spread:.2f}", *agreement])
-        data.append(
-            {"method": label, "best": mean, "spread": spread, "cosine": float(np.mean(cosines)) if cosines else None}
-        )
+        data.append({"method": label, "best": mean, "spread": spread, "cosine and its spread": cosine})
     return Finding([made], data=data)
 
 

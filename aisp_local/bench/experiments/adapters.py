@@ -37,13 +37,12 @@ def _lora(lab: Lab) -> Finding:
     base = lab.aligner.engine
     if not isinstance(base, LlamaEngine):
         raise InputError("this experiment needs a GGUF model")
-    if lab.lora is None and base.model.path != shipped.model():
-        raise InputError("give an adapter of this model with --lora; models/adapt.py trains one")
     path = lab.lora or shipped.adapter()
     budget = lab.size(128, 32)
     made = Table(
         "lora",
-        f"{budget} rollouts, {len(lab.prompts)} prompts; nats from the base model, of the last iteration's rollouts",
+        f"{budget} rollouts, {len(lab.prompts)} prompts; best-of-n samples as score does, at temperature 1 and min-p "
+        "0.02; nats from the base model, of the last iteration's rollouts",
         [
             "model",
             "method",
@@ -94,4 +93,5 @@ LORA = Experiment(
     "part.",
     _lora,
     prompts=8,
+    adapter=True,
 )

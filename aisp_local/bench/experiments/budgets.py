@@ -10,7 +10,7 @@ import numpy as np
 
 from aisp_local.bench.contest import whole
 from aisp_local.bench.contest_report import interval, shown
-from aisp_local.bench.experiments.lab import SETTINGS, Experiment, Finding, Lab, rewards
+from aisp_local.bench.experiments.lab import SETTINGS, Experiment, Finding, Lab, rewards, row
 from aisp_local.bench.tables import Table
 from aisp_local.svg import Axes
 from aisp_local.timeline import OFF, Timeline
@@ -27,19 +27,21 @@ def _samples(lab: Lab) -> Finding:
         best[method] = np.maximum.accumulate(found, axis=1)
     curves = {method: so_far.mean(axis=0) for method, so_far in best.items()}
     made = Table("samples", f"Mean best reward, {len(lab.prompts)} prompts", ["method", *map(str, sizes)])
-    made.rows.extend([method, *(f"{curve[s - 1]:.2f}" for s in sizes)] for method, curve in curves.items())
+    made.rows.extend([row(method), *(f"{curve[s - 1]:.2f}" for s in sizes)] for method, curve in curves.items())
     ahead = Table("samples-ahead", "The same over best-of-n's [95%]", ["method", *map(str, sizes)])
+    leads = {}
     for method in _METHODS[:-1]:
         over = best[method] - best["best-of-n"]
-        ahead.rows.append([method, *(shown(interval(over[:, s - 1]), sign=True) for s in sizes)])
+        leads[method] = {size: interval(over[:, size - 1]) for size in sizes}
+        ahead.rows.append([method, *(shown(lead, sign=True) for lead in leads[method].values())])
     needs = Table("samples-needed", "Rollouts to what best-of-n has with N", ["method", *(f"N = {s}" for s in sizes)])
     for method in _METHODS[:-1]:
-        row = []
+        needed = []
         for size in sizes:
             reached = np.flatnonzero(curves[method] >= curves["best-of-n"][size - 1])
             # Of an iteration a rollout may owe its reward to all others.
-            row.append(str(-(-(int(reached[0]) + 1) // _N) * _N) if len(reached) else f"more than {budget}")
-        needs.rows.append([method, *row])
+            needed.append(str(-(-(int(reached[0]) + 1) // _N) * _N) if len(reached) else f"more than {budget}")
+        needs.rows.append([method, *needed])
     plotted = np.concatenate([curve[_N - 1 :] for curve in curves.values()])
     axes = Axes(
         "best reward so far",
@@ -50,7 +52,7 @@ def _samples(lab: Lab) -> Finding:
         axes.curve([(math.log2(k), float(curve[k - 1])) for k in range(_N, budget + 1, _N)], i)
     axes.legend(list(curves))
     data = {method: {size: float(curve[size - 1]) for size in sizes} for method, curve in curves.items()}
-    return Finding([made, ahead, needs], {"curves": axes.svg()}, data)
+    return Finding([made, ahead, needs], {"curves": axes.svg()}, {"best": data, "over best-of-n": leads})
 
 
 SAMPLES = Experiment(
@@ -106,10 +108,11 @@ def _batched(lab: Lab) -> Finding:
             steps = sum(event.get("name") == "decode" for event in timeline.events())
             tokens, scored = sum(r.n_tokens for r in found), sum(s.n_scored for r in found for s in r.iterations)
             at_once = len(lab.prompts) if together else 1
-            made.rows.append([method, n, budget // n, at_once, shown(best), steps, tokens, scored, f"{seconds:.1f}"])
-            data.append(
-                {"method": method, "n": n, "at_once": at_once, "best": best[0], "steps": steps, "seconds": seconds}
+            made.rows.append(
+                [row(method), n, budget // n, at_once, shown(best), steps, tokens, scored, f"{seconds:.1f}"]
             )
+            spent = {"steps": steps, "tokens": tokens, "scored": scored, "seconds": seconds}
+            data.append({"method": method, "n": n, "at_once": at_once, "best": best, **spent})
             lab.say(f"{method}, n = {n}, {at_once} at once")
     return Finding([made], data=data)
 
@@ -130,18 +133,18 @@ def _product(lab: Lab) -> Finding:
     sizes = [n for n in (4, 8, 16, 32, 64, 128) if n < budget]
     made = Table(
         "product",
-        f"{budget} rollouts in iterations of n, {len(lab.prompts)} prompts",
+        f"{budget} rollouts in iterations of n, {len(lab.prompts)} prompts, one after another",
         ["method", "n", "iterations", "best reward [95%]", "mean of the last iteration [95%]", "seconds a prompt"],
     )
     data = []
     for method in ("score", "aisp"):
         for n in sizes:
             began = time.perf_counter()
-            found = rewards(lab.search(method, budget, n))
+            found = rewards(lab.search(method, budget, n, at_once=1))  # seconds that somebody waits
             seconds = (time.perf_counter() - began) / len(lab.prompts)
             best, end = interval(found.max(axis=1)), interval(found[:, -n:].mean(axis=1))
             made.rows.append([method, n, budget // n, shown(best), shown(end), f"{seconds:.2f}"])
-            data.append({"method": method, "n": n, "best": best[0], "last": end[0], "seconds": seconds})
+            data.append({"method": method, "n": n, "best": best, "last": end, "seconds": seconds})
     return Finding([made], data=data)
 
 

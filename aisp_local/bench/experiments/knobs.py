@@ -10,7 +10,7 @@ import numpy as np
 
 from aisp_local.bench.contest import answer_logprobs
 from aisp_local.bench.contest_report import interval, shown
-from aisp_local.bench.experiments.lab import SETTINGS, Experiment, Finding, Lab, last, number, rewards, variety
+from aisp_local.bench.experiments.lab import SETTINGS, Experiment, Finding, Lab, last, number, rewards, row, variety
 from aisp_local.bench.tables import Table
 from aisp_local.controllers.score import FULL_KL
 from aisp_local.engine import LlamaEngine
@@ -93,12 +93,12 @@ def _blocks(lab: Lab) -> Finding:
     budget = lab.size(128, 64)
     made = Table(
         "blocks",
-        f"{budget} rollouts in iterations of {_N}, {len(lab.prompts)} prompts; seconds: of decoding, the reward and "
-        "the update, in this run",
+        f"{budget} rollouts in iterations of {_N}, {len(lab.prompts)} prompts, four at once; seconds: of decoding, "
+        "the reward and the update, in this run",
         ["blocks", "best of 32", "best of all [95%]", "texts scored a rollout", "seconds a prompt", "over best-of-n's"],
     )
     data: list[dict[str, Any]] = []
-    ways: list[tuple[str, str, dict[str, Any]]] = [("best-of-n", "best-of-n", dict(SETTINGS["best-of-n"]))]
+    ways: list[tuple[str, str, dict[str, Any]]] = [(row("best-of-n"), "best-of-n", dict(SETTINGS["best-of-n"]))]
     ways += [("nothing selected", "score", {"selection": 0.0})]
     ways += [(f"{int(b)}", "score", {"blocks": int(b)}) for b in lab.some((2, 4, 8, 16))]
     for label, method, options in ways:

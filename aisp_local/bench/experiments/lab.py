@@ -22,8 +22,8 @@ from aisp_local.types import Candidate, Message, Result
 
 Array = npt.NDArray[np.float64]
 
-SETTINGS: Mapping[str, Mapping[str, Any]] = {"best-of-n": {"temperature": 0.8}}
-"""Options of methods whose own defaults are not what a contest would choose on the shipped pairs."""
+SETTINGS: Mapping[str, Mapping[str, Any]] = {"best-of-n": {"temperature": 1.0, "min_p": 0.05}}
+"""Options of methods whose own defaults are not what the contest chooses on the pair stories."""
 
 WORDS = Path(__file__).parent.with_name("words.toml")
 """The rule of the pair stories-words, whose optimum, 0, is known."""
@@ -59,9 +59,17 @@ class Lab:
         return [values[0], values[-1]] if self.small and len(values) > 2 else values
 
     def search(
-        self, method: str, budget: int, n: int | None, *, reward: Reward | None = None, seed: int = 0, **options: Any
+        self,
+        method: str,
+        budget: int,
+        n: int | None,
+        *,
+        reward: Reward | None = None,
+        seed: int = 0,
+        at_once: int | None = None,
+        **options: Any,
     ) -> list[Result]:
-        """One search for each prompt. Raises what a search ended with, and KeyboardInterrupt."""
+        """One search for each prompt, several in a batch. Raises what one ended with, and KeyboardInterrupt."""
         aligner = self.aligner if reward is None else Aligner(self.aligner.engine, reward)
         found: list[Result] = []
         for start in range(0, len(self.prompts), _GROUP):
@@ -72,6 +80,7 @@ class Lab:
                 n=n,
                 max_tokens=self.max_tokens,
                 seed=self.seed + 1000 * seed + start,
+                at_once=at_once,
                 **options,
             )
             found += map(whole, results)
@@ -94,6 +103,7 @@ class Experiment:
     """``expected``: the shape that a reader should see, and why; written before looking.
 
     ``prompts``: how many it takes where nobody says how many, and ``least`` those without which it says nothing.
+    ``adapter``: it needs a LoRA adapter of the model, which only the shipped one has of its own.
     """
 
     name: str
@@ -103,6 +113,13 @@ class Experiment:
     pair: str = "stories"  # the shipped pair it runs on by default
     prompts: int = 4
     least: int = 1
+    adapter: bool = False
+
+
+def row(method: str) -> str:
+    """A method with the settings that experiments give it, as the first cell of a row."""
+    settings = ", ".join(f"{key} {value:g}" for key, value in SETTINGS.get(method, {}).items())
+    return f"{method} ({settings})" if settings else method
 
 
 def in_order(result: Result) -> list[Candidate]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from aisp_local.bench.contest_report import interval, shown
-from aisp_local.bench.experiments.lab import SETTINGS, WORDS, Array, Experiment, Finding, Lab, number, rewards
+from aisp_local.bench.experiments.lab import SETTINGS, WORDS, Array, Experiment, Finding, Lab, number, rewards, row
 from aisp_local.bench.tables import Table
 from aisp_local.controllers.guard import MOSTLY_NOISE
 from aisp_local.rewards import Reward, load_reward
@@ -59,13 +59,20 @@ class Noisy:
     def __init__(self, reward: Reward, share: float, spread: float, seed: int = 0) -> None:
         self._reward, self._share, self._spread, self._seed = reward, share, spread, seed
         self.name = f"{reward.name} with noise"
+        self.background = getattr(reward, "background", False)
+        self.prefix, self.unfinished = getattr(reward, "prefix", False), getattr(reward, "unfinished", True)
 
     def score(self, prompt: Prompt, responses: Sequence[str]) -> npt.NDArray[np.float32]:
-        errors = self._spread * np.array([self._error(text) for text in responses])
+        return self._with_errors(lambda: call(self._reward.name, self._reward.score, prompt, responses), responses)
+
+    def score_prefixes(self, prompt: Prompt, prefixes: Sequence[str]) -> npt.NDArray[np.float32]:
+        return self._with_errors(lambda: call_prefixes(self._reward, prompt, prefixes), prefixes)
+
+    def _with_errors(self, true: Callable[[], Array], texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        errors = self._spread * np.array([self._error(text) for text in texts])
         if self._share >= 1.0:
             return errors.astype(np.float32)
-        true = call(self._reward.name, self._reward.score, prompt, responses)
-        return (true + math.sqrt(self._share / (1 - self._share)) * errors).astype(np.float32)
+        return (true() + math.sqrt(self._share / (1 - self._share)) * errors).astype(np.float32)
 
     def _error(self, text: str) -> float:
         """Standard normal, by the text alone."""
@@ -93,7 +100,7 @@ def _true(reward: Reward, lab: Lab, texts: Sequence[Sequence[str]]) -> Array:
 
 def _noised(lab: Lab, reward: Reward) -> tuple[Table, list[dict[str, Any]]]:
     budget = lab.size(128, 32)
-    base = lab.search("best-of-n", lab.size(64, 16), 16, reward=reward, temperature=0.8, seed=9)
+    base = lab.search("best-of-n", lab.size(64, 16), 16, reward=reward, seed=9, **SETTINGS["best-of-n"])
     spread = float(rewards(base).std(axis=1).mean()) or 1.0
     middles = rewards(base).mean(axis=1)  # of each prompt
     middle = float(middles.mean())
@@ -116,7 +123,7 @@ def _noised(lab: Lab, reward: Reward) -> tuple[Table, list[dict[str, Any]]]:
     def add(share: float, method: str, seen: float, true: Array, warned: tuple[int, int] | None) -> None:
         got = interval((true - middles) / spread)
         counts = ["-", "-"] if warned is None else [f"{count} of {len(true)}" for count in warned]
-        made.rows.append([f"{100 * share:.0f}%", method, f"{seen:+.2f}", shown(got, sign=True), *counts])
+        made.rows.append([f"{100 * share:.0f}%", row(method), f"{seen:+.2f}", shown(got, sign=True), *counts])
         figures = {"share": share, "method": method, "seen": seen, "true": got[0], "interval": got}
         data.append({**figures, "noise": warned and warned[0], "other": warned and warned[1]})
 

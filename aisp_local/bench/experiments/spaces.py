@@ -12,6 +12,7 @@ import numpy.typing as npt
 from aisp_local.bench.experiments.lab import Array, Experiment, Finding, Lab
 from aisp_local.bench.tables import Table
 from aisp_local.engine.sampling import kept, log_law, log_softmax
+from aisp_local.errors import InputError
 from aisp_local.seeds import RowSeeds
 from aisp_local.types import Controls, FloatArray, Sampling
 
@@ -20,6 +21,7 @@ _EVERY = 2  # a state of so many steps is taken: those of one rollout depend on 
 _MOST = 6000  # states
 _STATES = 192  # that noise is measured at
 _DRAWS = 8
+_BYTES = 1 << 30  # of the draws, of a large vocabulary at fewer states
 _TOP = 20
 _TOP_P = 0.9
 _TOKENS, _LEAST = 8, 48  # whose states are looked at by themselves, and how many states they must have
@@ -72,8 +74,12 @@ def _moved(logits: Array, noise: Array, temperature: float, top_p: float) -> dic
 
 def _spaces(lab: Lab) -> Finding:
     states, tokens = _states(lab)
-    z, head = states[: lab.size(_STATES, 12)].astype(np.float64), lab.aligner.engine.head
+    head = lab.aligner.engine.head
     weight = head.weight.astype(np.float64) * head.gain
+    most = max(12, _BYTES // (2 * _DRAWS * len(weight) * 8))
+    z = states[: lab.size(min(_STATES, most), 12)].astype(np.float64)
+    if not np.allclose(head.logits(states[:1]), z[:1] @ weight.T, rtol=1e-3, atol=1e-3):
+        raise InputError("this experiment is for models whose logits are W z; those of this one are capped or biased")
     rng = np.random.default_rng(1)
     logits = z @ weight.T
     draws: dict[str, list[Array]] = {"pre-logits": [], "logits": []}
