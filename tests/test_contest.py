@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import tempfile
 import time
 from collections.abc import Sequence
@@ -64,6 +65,9 @@ def test_shipped_pairs_and_methods(tmp_path: Path, arguments: list[str]) -> None
                 assert row["exact_kl"] >= 0
         assert [row["difference_16"] for row in pair["rows"] if row["method"] == "best-of-n"] == [[0.0, 0.0, 0.0]]
     text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    again = shlex.split(re.findall("Made again by `(.*)`", text)[0])
+    told = [*SMALL[:6], "--budget", "8", "--budget", "16", *arguments]
+    assert again[:5] == ["aisp-local", "bench", "controllers", "-o", "results"] and sorted(again[5:]) == sorted(told)
     assert text.count("| best-of-n (temperature") == len(report["pairs"])
 
 
@@ -328,6 +332,38 @@ def test_all_in_one_iteration_say_nothing_of_fewer() -> None:
     base = [run([1.0, 3.0, 2.0, 5.0]), run([0.0, 1.0, 4.0, 2.0])]
     made = table("p", summary({"best-of-n": base, "streamed": runs}, [2, 4]), [2, 4], 2).markdown()
     assert "| streamed | - | 4.50 [-1.85, 10.85] | - | +0.00 [" in made
+    (base_row, streamed) = summary({"best-of-n": base, "streamed": runs}, [2, 4])
+    assert np.isnan(streamed["ahead_of_base_best"][2][0]) and streamed["ahead_of_base_best"][4][0] == 0.0
+    assert base_row["ahead_of_base_best"][2] == pytest.approx(interval([-2.0, -3.0]))
+    sd = np.mean([np.std(one.rewards) for one in base])  # of the last two rollouts, over those of all four
+    ends = [(3.5 - 2.75) / sd, (3.0 - 1.75) / sd]
+    assert base_row["last_mean_sd"] == pytest.approx(interval(ends)) and base_row["base_mean"] == 2.25
+
+
+def test_of_many_curves_those_are_drawn_that_count() -> None:
+    labels = ["score", "smc", "qalign", "re-control", "best-of-n", "cem", "aisp", "aisp-static", "aisp-held", "misvo"]
+    drawn = curves("p", {label: [run([1.0, 2.0])] for label in labels})
+    assert [label for label in labels if f">{label}<" in drawn] == [
+        label for label in labels if label not in ("qalign", "re-control")
+    ]
+
+
+def test_a_row_that_cannot_be_played_is_left_out() -> None:
+    class AtTheEnd(FakeReward):
+        unfinished = False
+
+    said: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        aligner = Aligner(FakeEngine(), AtTheEnd(lambda prompt, texts: [float(len(t)) for t in texts]))
+        pair = Pair("p", "m", "r", ["a"], ["b"], max_tokens=9)
+        store = Store(Path(folder) / "runs.jsonl")
+        game = Contest(pair, aligner, store, budgets=[4], seed=0, say=said.append)
+        base = Entry("best-of-n", "best-of-n", n=4, grid=[{"temperature": 1.0}], hindsight=True)
+        played = game.play([Entry("args", "args", n=2, most=2), base], 0)
+        assert list(played) == ["best-of-n"]
+        assert any("args is left out; args needs scores of unfinished responses" in line for line in said)
+        with pytest.raises(InputError, match="temperature"):
+            game.play([Entry("best-of-n", "best-of-n", n=4, grid=[{"temperature": -1.0}], hindsight=True)], 0)
 
 
 def test_the_curves_of_a_contest() -> None:

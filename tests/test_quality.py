@@ -79,7 +79,8 @@ def test_figures_of_a_report() -> None:
     assert [table.name for table in made.tables] == ["pair-rollouts", "pair-time", "pair-needed", "pair-price"]
     for table in made.tables:
         assert all(len(row) == len(table.columns) for row in table.rows) and len(table.rows) == 2
-    page = quality.page("title", "about", [made])
+    page = quality.page("title", "about", [made], "bench quality -r '<b>'")
+    assert "Made again by <code>bench quality -r &#x27;&lt;b&gt;&#x27;</code>" in page and "Coherence: the mean" in page
     assert "&lt;b&gt;prompt" in page and "&lt;i&gt;slow" in page and "<b>" not in page and "<i>" not in page
     assert "<script" not in page and "http://" not in page.replace("http://www.w3.org/2000/svg", "")
 
@@ -105,7 +106,7 @@ def test_rewards_that_are_not_finite_are_passed_over() -> None:
     assert base["best"][2][0] == 1.0 and base["best"][4][0] == 2.0 and base["mean_last"] == 2.0
     assert other["best"][4][0] == 3.0 and np.isnan(other["best"][2][0]) and other["rollouts_to"] == {}
     assert other["p"] == 0.5 and np.isnan(none["p"]) and none["p_holm"] is None
-    assert "nan" not in quality.page("title", "about", [made]).split("<h3>first")[0]
+    assert "nan" not in quality.page("title", "about", [made], "bench").split("<h3>first")[0]
     assert all("nan" not in table.markdown() for table in made.tables)
 
 
@@ -114,8 +115,12 @@ def test_too_few_rollouts_are_said_by_their_number() -> None:
         "best-of-n": [run("best-of-n", [float(i) for i in range(32)], n=16, prompt=p) for p in PAIR.evaluation],
         "two": [run("two", [0.0, 1.0], prompt=p) for p in PAIR.evaluation],
     }
-    needs = quality.report(PAIR, played, [16, 32]).tables[2]
+    made = quality.report(PAIR, played, [16, 32])
+    rewards, time, needs, _ = made.tables
     assert needs.rows[1][1:] == ["more than 2", "more than 2"] and needs.rows[0][1:] == ["16", "32"]
+    # Nor is it compared at a time of which it used a little.
+    assert rewards.rows[1][0] == time.rows[1][0] == "two, 2 rollouts" and time.rows[1][1:5] == ["-"] * 4
+    assert made.rows[1]["p"] is None and rewards.rows[1][5] == "-" and made.rows[1]["ahead"][32][0] == -30.0
 
 
 def test_runs_without_times_are_refused() -> None:

@@ -301,6 +301,6 @@ def test_answers_that_have_changed_are_asked_about_again(tmp_path: Path) -> None
     changed["answer"] += " And then some more."
     (tmp_path / "quality.json").write_text(json.dumps(quality), encoding="utf-8")
     again = rated(tmp_path, "2\n")
-    assert "of 3 ---" in again.output and "3 ratings" in again.output
+    assert "--- 3 of 3 ---" in again.output and "3 ratings" in again.output
     assert "1 ratings of answers that are no longer there do not count" in again.stderr
     assert len(Ratings(tmp_path / "ratings.jsonl").all) == 4

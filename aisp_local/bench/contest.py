@@ -34,7 +34,7 @@ from aisp_local.types import Controls, FloatArray, Message, Prompt, Result
 Settings = Mapping[str, float]
 Say = Callable[[str], None]
 
-_EXACT = 2  # iterations, at the end of which the KL is computed exactly
+EXACT = 2  # the iteration whose law the exact KL is of
 _WINDOW = 16  # tokens
 _GROUP = 4  # prompts in one batch; what is kept at a time
 _CHAINED = ("qalign",)  # methods whose iterations go on from earlier ones
@@ -253,25 +253,41 @@ class Contest:
         self._setup = setup(aligner, pair.max_tokens)
 
     def play(self, entries: Sequence[Entry], exact_kl_prompts: int) -> dict[str, list[Run]]:
-        """The runs on the evaluation prompts by the entries' labels."""
+        """The runs on the evaluation prompts by the entries' labels.
+
+        A row that cannot be played with this model or reward is left out, but for the one that others are measured by.
+        """
         played: dict[str, list[Run]] = {}
         for entry in entries:
-            most = -np.inf
-            # A setting that was best over few iterations may blow up over many: then the next one.
-            for tuned in entry.grid if entry.hindsight else self._tune(entry):
-                settings = {**entry.settings, **tuned}
-                what = f"{self.pair.name}: {entry.label} {_shown(settings)}"
-                try:
-                    runs = list(self._runs(entry, settings, self.pair.evaluation, max(self.budgets), exact_kl_prompts))
-                except DecodeError as error:
-                    self._say(f"{what}: {error}")
-                    continue
-                mean = _mean(best_at(runs, max(self.budgets)))
-                self._say(f"{what}: mean best reward {mean:.3f}")
-                if mean > most:
-                    played[entry.label], most = runs, mean
-                if not entry.hindsight:
-                    break
+            try:
+                runs = self._played(entry, exact_kl_prompts)
+            except InputError as error:
+                if entry.hindsight:
+                    raise
+                self._say(f"{self.pair.name}: {entry.label} is left out; {error}")
+                continue
+            if runs:
+                played[entry.label] = runs
+        return played
+
+    def _played(self, entry: Entry, exact_kl_prompts: int) -> list[Run]:
+        """One row's, with the settings that count; none where all of them blow up."""
+        played, most = list[Run](), -np.inf
+        # A setting that was best over few iterations may blow up over many: then the next one.
+        for tuned in entry.grid if entry.hindsight else self._tune(entry):
+            settings = {**entry.settings, **tuned}
+            what = f"{self.pair.name}: {entry.label} {_shown(settings)}"
+            try:
+                runs = list(self._runs(entry, settings, self.pair.evaluation, max(self.budgets), exact_kl_prompts))
+            except DecodeError as error:
+                self._say(f"{what}: {error}")
+                continue
+            mean = _mean(best_at(runs, max(self.budgets)))
+            self._say(f"{what}: mean best reward {mean:.3f}")
+            if mean > most:
+                played, most = runs, mean
+            if not entry.hindsight:
+                break
         return played
 
     def _tune(self, entry: Entry) -> list[Settings]:
@@ -342,8 +358,9 @@ class Contest:
             begun = at[-1]
         exact: list[float | None] = [None] * len(group)
         if exact_kl_prompts:
-            # Again, since the second output product would be in the seconds; the control is at its length by then.
-            budget = min(asked[0].budget, _EXACT * asked[0].n)
+            # Again, since the second output product would be in the seconds. By then score's control has the length
+            # that its nats allow; other methods go on to grow theirs.
+            budget = min(asked[0].budget, EXACT * asked[0].n)
             again = self.aligner.generate_many(messages[:exact_kl_prompts], budget=budget, kl=True, **common)
             exact[: len(again)] = [whole(result).iterations[-1].kl for result in again]
         runs = []

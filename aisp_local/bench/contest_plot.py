@@ -11,6 +11,8 @@ from aisp_local.bench.contest import Run, best_so_far
 from aisp_local.svg import Axes
 
 _MOST = 8  # colours
+_FIRST = ("score", "best-of-n", "aisp", "aisp-static", "misvo", "smc", "aisp-held", "cem")
+"""What is drawn where there is more than that: the default, what it is held against, and the nearest others."""
 
 
 def curves(pair: str, played: Mapping[str, Sequence[Run]]) -> str:
@@ -19,7 +21,8 @@ def curves(pair: str, played: Mapping[str, Sequence[Run]]) -> str:
     Points are where iterations have ended, of which each rollout may owe its reward to all others. At most
     eight are drawn, no variants of a method, and none whose answer is not the best of its rollouts.
     """
-    drawn = [label for label, runs in played.items() if ", " not in label and not runs[0].chosen][:_MOST]
+    there = [label for label, runs in played.items() if ", " not in label and not runs[0].chosen]
+    drawn = sorted(there, key=lambda label: _FIRST.index(label) if label in _FIRST else len(_FIRST))[:_MOST]
     so_far = {label: np.mean([best_so_far(run) for run in played[label]], axis=0) for label in drawn}
     most = max(len(values) for values in so_far.values())
     begins = {label: min(played[label][0].n, len(values)) for label, values in so_far.items()}

@@ -9,12 +9,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from aisp_local.bench.contest import Run, best_at, best_so_far
+from aisp_local.bench.contest import EXACT, Run, best_at, best_so_far
 from aisp_local.bench.tables import Table
 
 Array = npt.NDArray[np.float64]
 
 BASE, DEFAULT = "best-of-n", "score"
+LEGEND = (
+    "Means over prompts with Student's 95% intervals. sd: of the base model's rewards within a prompt, as best-of-n "
+    "samples. KL: exact, from the model at temperature 1 and whole, of the law that the rollouts of iteration "
+    f"{EXACT} are drawn from (of the first, where there is no other), on the first prompts (--exact-kl); beside it "
+    "what the method itself counts in its last iteration. Log-likelihood: of the answers under the base model."
+)
+"""What the columns of ``table`` are."""
+
 _Z = 1.959964
 
 
@@ -79,7 +87,7 @@ def summary(played: Mapping[str, Sequence[Run]], budgets: Sequence[int]) -> list
     base = played[BASE]
     drawn = [np.array(run.rewards)[np.isfinite(run.rewards)] for run in base]
     sd = float(np.mean([np.std(rewards) for rewards in drawn if len(rewards)]))
-    middle = float(np.mean([np.mean(rewards) for rewards in drawn if len(rewards)]))
+    middles = np.array([np.mean(rewards) if len(rewards) else np.nan for rewards in drawn])
     goal = interval(best_at(base, max(budgets)))[0]
     rows = []
     for label, runs in played.items():
@@ -90,8 +98,9 @@ def summary(played: Mapping[str, Sequence[Run]], budgets: Sequence[int]) -> list
             if DEFAULT in played:
                 row[f"lead_{budget}"] = interval(best_at(played[DEFAULT], budget) - best_at(runs, budget))
         row["rollouts_to_base_best"] = needed(runs, goal)
-        end, best = mean_of([last_mean(run) for run in runs]), mean_of(best_at(runs, max(budgets)).tolist())
-        row["last_mean_sd"] = None if end is None else (end - middle) / sd
+        row["ahead_of_base_best"] = {b: interval(best_at(runs, b) - best_at(base, max(budgets))) for b in budgets}
+        best = mean_of(best_at(runs, max(budgets)).tolist())
+        row["last_mean_sd"] = interval((np.array([last_mean(run) for run in runs]) - middles) / sd)
         row["best_sd_over_base"] = None if best is None else (best - goal) / sd
         row["kl"] = mean_of([run.kl for run in runs])
         row["exact_kl"] = mean_of([run.exact_kl for run in runs])
@@ -99,7 +108,7 @@ def summary(played: Mapping[str, Sequence[Run]], budgets: Sequence[int]) -> list
         logprobs = [(run.logprob, run.answer_tokens) for run in runs if run.logprob is not None and run.answer_tokens]
         row["logprob"] = float(np.mean([total / tokens for total, tokens in logprobs])) if logprobs else None
         row["seconds"] = float(np.mean([run.seconds for run in runs]))
-        row["sd"], row["base_mean"] = sd, middle
+        row["sd"], row["base_mean"] = sd, interval(middles)[0]
         rows.append(row)
     return rows
 
@@ -112,16 +121,17 @@ def mean_of(values: Sequence[float | None]) -> float | None:
 
 def table(pair: str, rows: Sequence[Mapping[str, Any]], budgets: Sequence[int], prompts: int) -> Table:
     """The figures for people."""
-    most, led = max(budgets), f"lead_{max(budgets)}" in rows[0]
+    least, most, led = min(budgets), max(budgets), f"lead_{max(budgets)}" in rows[0]
     key, name = ("lead", f"{DEFAULT}'s lead over it") if led else ("difference", f"over {BASE}")
     columns = [
         "method",
         *(f"best of {budget} [95%]" for budget in budgets),
         *(f"{name} at {budget} [95%]" for budget in budgets),
         f"rollouts to best-of-{most}",
-        "mean of the last iteration, sd above the base",
-        "KL, nats",
-        "as the method counts it",
+        f"its best of {least} over best-of-{most} [95%]",
+        "mean of the last iteration, sd above the base [95%]",
+        "KL of an early iteration, nats",
+        "of the last, as the method counts it",
         "diversity",
         "log-likelihood a token",
         "seconds",
@@ -139,7 +149,8 @@ def table(pair: str, rows: Sequence[Mapping[str, Any]], budgets: Sequence[int], 
                 *(shown(row[f"best_{budget}"]) for budget in budgets),
                 *(shown(row[f"{key}_{budget}"], sign=True) for budget in budgets),
                 row["rollouts_to_base_best"] or "-",
-                "-" if row["last_mean_sd"] is None else f"{row['last_mean_sd']:+.2f}",
+                shown(row["ahead_of_base_best"][least], sign=True),
+                shown(row["last_mean_sd"], sign=True),
                 "-" if row["exact_kl"] is None else f"{row['exact_kl']:.1f}",
                 "-" if row["kl"] is None else f"{row['kl']:.1f}",
                 f"{row['diversity']:.2f}",

@@ -14,7 +14,7 @@ from aisp_local.api import Aligner
 from aisp_local.bench import quality, value
 from aisp_local.bench.contest import ENTRIES, Contest, Entry, Pair, Run, Store, prompt_sets, setup
 from aisp_local.bench.contest_plot import curves
-from aisp_local.bench.contest_report import BASE, summary, table
+from aisp_local.bench.contest_report import BASE, LEGEND, summary, table
 from aisp_local.bench.machine import describe
 from aisp_local.errors import InputError
 from aisp_local.files import read_text, write_output
@@ -92,7 +92,7 @@ def chosen_entries(labels: Sequence[str]) -> list[Entry]:
     """The rows of a command line, best-of-n among them. Raises InputError for an unknown one."""
     unknown = sorted(set(labels) - {entry.label for entry in ENTRIES})
     if unknown:
-        raise InputError(f"the row {unknown[0]!r} is unknown; use {', '.join(entry.label for entry in ENTRIES)}")
+        raise InputError(f"the row {unknown[0]!r} is unknown; use {'; '.join(entry.label for entry in ENTRIES)}")
     return [entry for entry in ENTRIES if not labels or entry.label in labels or entry.label == BASE]
 
 
@@ -152,10 +152,15 @@ def run(
     threads: int | None,
     say: Callable[[str], None],
     show: Callable[[str], None],
+    command: str,
 ) -> None:
-    """Play the contests and write report.md and report.json. Raises InputError when OUT cannot be used."""
+    """Play the contests and write report.md and report.json. ``command`` makes them again.
+
+    Raises InputError when OUT cannot be used.
+    """
     machine = describe()
-    text = [", ".join(f"{name} {value}" for name, value in machine.items()), ""]
+    text = [", ".join(f"{name} {value}" for name, value in machine.items()), "", f"Made again by `{command}`.", ""]
+    text += [LEGEND, ""]
     reports = []
     for pair, played in play(
         pairs, entries, out, budgets=budgets, exact_kl=exact_kl, seed=seed, threads=threads, say=say
@@ -169,8 +174,9 @@ def run(
         )
         write_output(out / f"{pair.name}.svg", curves(pair.name, played))
         # Whole after every pair: a contest that is stopped has a report of what it finished.
+        content = {"machine": machine, "command": command, "pairs": reports}
         write_output(out / "report.md", "\n".join(text))
-        write_output(out / "report.json", json.dumps(finite({"machine": machine, "pairs": reports}), indent=1) + "\n")
+        write_output(out / "report.json", json.dumps(finite(content), indent=1) + "\n")
 
 
 _LEARNT = "re-control"
@@ -189,13 +195,17 @@ def run_quality(
     seed: int,
     threads: int | None,
     say: Callable[[str], None],
+    command: str,
 ) -> str:
-    """Play the contests and write what they say of quality (see ``quality.write``), anew after every pair."""
+    """Play the contests and write what they say of quality (see ``quality.write``), anew after every pair.
+
+    ``command`` makes it again.
+    """
     machine, reports, text = describe(), list[quality.Report](), ""
     asked = {"budgets": list(budgets), "seed": seed, "prompts with exact KL": exact_kl}
     for pair, played in play(
         pairs, entries, out, budgets=budgets, exact_kl=exact_kl, seed=seed, threads=threads, say=say
     ):
         reports.append(quality.report(pair, played, budgets))
-        text = quality.write(out, asked, machine, reports)
+        text = quality.write(out, asked, machine, reports, command)
     return text

@@ -28,6 +28,13 @@ Played = Mapping[str, Sequence[Run]]
 _EXACT = 14  # prompts up to which every pattern of signs is gone through
 _DRAWS = 20_000
 _SHOWN = 3  # prompts whose answers the page shows
+_LEGEND = (
+    "Means over prompts with Student's 95% intervals; p: of sign flips, corrected for the number of methods (Holm), at "
+    "the most rollouts; intervals elsewhere are not corrected. Time: of each prompt, of which four share a batch. "
+    "'-' in it: no iteration had ended, or the method had fewer rollouts than the others. KL: exact, of the second "
+    "iteration on the first prompts. Coherence: the mean log-likelihood a token, under the base model, of the 16 "
+    "tokens in a row of the answer that are least likely."
+)
 
 
 @dataclass(frozen=True)
@@ -107,6 +114,8 @@ def report(pair: Pair, played: Played, budgets: Sequence[int]) -> Report:
     rows: list[dict[str, Any]] = []
     for label, runs in played.items():
         ahead = best_at(runs, most) - best_at(base, most)
+        capped = len(runs[0].rewards) < most  # it was not given the time and the rollouts of the others
+        by_time = {b: np.full(len(runs), np.nan) if capped else best_by(runs, times[b]) for b in budgets}
         judged, base_judged = _judged(runs, most), _judged(base, most)
         rows.append(
             {
@@ -116,10 +125,10 @@ def report(pair: Pair, played: Played, budgets: Sequence[int]) -> Report:
                 "rollouts": len(runs[0].rewards),
                 "best": {b: interval(best_at(runs, b)) for b in budgets},
                 "ahead": {b: interval(best_at(runs, b) - best_at(base, b)) for b in budgets},
-                "p": p_value(ahead) if label in others else None,
+                "p": p_value(ahead) if label in others and not capped else None,
                 "wins": win_rate(best_at(runs, most), best_at(base, most)),
-                "by_time": {b: _in_time(best_by(runs, times[b])) for b in budgets},
-                "ahead_by_time": {b: _in_time(best_by(runs, times[b]) - best_by(base, times[b])) for b in budgets},
+                "by_time": {b: _in_time(by_time[b]) for b in budgets},
+                "ahead_by_time": {b: _in_time(by_time[b] - best_by(base, times[b])) for b in budgets},
                 "rollouts_to": {size: needed(runs, goal) for size, goal in goals.items()},
                 "mean_last": mean_of([last_mean(run) for run in runs]),
                 "judge": None if judged is None else interval(judged),
@@ -195,7 +204,7 @@ def _tables(
             "of the last, as the method counts it",
             "diversity",
             "log-likelihood a token",
-            "least of 16",
+            "coherence",
         ],
     )
     for row in rows:
@@ -250,9 +259,10 @@ def _answers(pair: Pair, played: Played, budgets: Sequence[int]) -> list[dict[st
     return found
 
 
-def page(title: str, about: str, reports: Sequence[Report]) -> str:
+def page(title: str, about: str, reports: Sequence[Report], command: str) -> str:
     """A web page that needs nothing else. Texts of models are escaped."""
-    parts = [f"<p>{html.escape(about)}</p>"]
+    parts = [f"<p>{html.escape(about)}</p>", f"<p>Made again by <code>{html.escape(command)}</code>.</p>"]
+    parts += [f"<p>{html.escape(_LEGEND)}</p>"]
     for each in reports:
         pair = each.pair
         parts.append(f"<h2>{html.escape(pair.name)}</h2><p>{html.escape(_about(pair))}</p>{each.plot}")
@@ -272,15 +282,18 @@ def _about(pair: Pair) -> str:
     return f"{Path(pair.model).name} rewarded by {Path(pair.reward).name}{judge}, at most {pair.max_tokens} tokens"
 
 
-def write(out: Path, asked: Mapping[str, Any], machine: Mapping[str, Any], reports: Sequence[Report]) -> str:
-    """quality.md, quality.html and quality.json in a folder, each whole; gives the Markdown. ``asked`` of all pairs."""
+def write(
+    out: Path, asked: Mapping[str, Any], machine: Mapping[str, Any], reports: Sequence[Report], command: str
+) -> str:
+    """quality.md, quality.html and quality.json in a folder, each whole; gives the Markdown. ``asked`` of all pairs;
+    ``command`` makes them again."""
     about = ", ".join(f"{name} {value}" for name, value in {**machine, **asked}.items())
-    text = f"{about}\n"
+    text = f"{about}\n\nMade again by `{command}`.\n\n{_LEGEND}\n"
     for each in reports:
         tables = "\n".join(table.markdown() for table in each.tables)
         text += f"\n## {each.pair.name}\n\n{_about(each.pair)}.\n\n{tables}"
     write_output(out / "quality.md", text)
-    write_output(out / "quality.html", page("Alignment methods, compared", about, reports))
+    write_output(out / "quality.html", page("Alignment methods, compared", about, reports, command))
     pairs = [
         {
             "name": each.pair.name,
@@ -293,6 +306,6 @@ def write(out: Path, asked: Mapping[str, Any], machine: Mapping[str, Any], repor
         }
         for each in reports
     ]
-    content = {"machine": dict(machine), "asked": dict(asked), "pairs": pairs}
+    content = {"machine": dict(machine), "asked": dict(asked), "command": command, "pairs": pairs}
     write_output(out / "quality.json", json.dumps(finite(content), indent=1) + "\n")
     return text

@@ -175,14 +175,13 @@ def _rating(line: bytes) -> Rating:
     return rating
 
 
-def rate(
-    asked: Iterator[Question], ratings: Ratings, total: int, ask: Callable[[str], str], show: Callable[[str], None]
-) -> None:
-    """Ask until there is no more, or until somebody has enough (an empty answer, q, or the end of the input)."""
-    for question in asked:
-        show(f"\n--- {len(ratings.all) + 1} of {total} ---\n{question.prompt}")
-        for number, text in enumerate(question.texts, 1):
-            show(f"\n[{number}] {text}")
+def rate(asked: Sequence[Question], ratings: Ratings, ask: Callable[[str], str], show: Callable[[str], None]) -> None:
+    """Ask what was not rated before, until somebody has enough (an empty answer, q, or the end of the input)."""
+    done = len(ratings.about(asked))
+    for number, question in enumerate(ratings.left(asked), done + 1):
+        show(f"\n--- {number} of {len(asked)} ---\n{question.prompt}")
+        for i, text in enumerate(question.texts, 1):
+            show(f"\n[{i}] {text}")
         while True:
             try:
                 said = ask("Better: 1, 2, = (alike), q (enough)").strip().lower()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -78,6 +79,19 @@ def speed(
     click.echo(measure.as_json(result))
 
 
+def again() -> str:
+    """The line that runs this command again, with what it was told otherwise than by default; no folder is named."""
+    context = click.get_current_context()
+    words = ["aisp-local", *context.command_path.split()[1:], "-o", "results"]
+    for option in context.command.params:
+        value = context.params[str(option.name)]
+        if option.name in ("out", "threads") or value in (None, (), option.get_default(context)):
+            continue
+        for one in value if isinstance(value, tuple) else (value,):
+            words += [option.opts[0], one.name if isinstance(one, Path) else str(one)]
+    return shlex.join(words)
+
+
 def contest_options(command: F) -> F:
     """What all comparisons of methods ask."""
     for option in (
@@ -85,7 +99,11 @@ def contest_options(command: F) -> F:
         click.option("--threads", type=int, help="CPU threads for decoding."),
         click.option("--seed", type=click.IntRange(0), default=0, show_default=True),
         click.option(
-            "--exact-kl", type=click.IntRange(0), default=4, show_default=True, help="Prompts whose KL is exact."
+            "--exact-kl",
+            type=click.IntRange(0),
+            default=4,
+            show_default=True,
+            help="Prompts of which the KL of the second iteration's rollouts is exact.",
         ),
         click.option("--max-tokens", type=click.IntRange(1), default=96, show_default=True),
         click.option("--max-prompts", type=click.IntRange(1), help="At most so many prompts of each list."),
@@ -144,6 +162,7 @@ def controllers(
         threads=threads,
         say=lambda line: click.echo(line, err=True),
         show=click.echo,
+        command=again(),
     )
 
 
@@ -191,6 +210,7 @@ def quality(
         seed=seed,
         threads=threads,
         say=lambda line: click.echo(line, err=True),
+        command=again(),
     )
     click.echo(text)
 
@@ -336,7 +356,7 @@ def rate(folder: Path, methods: tuple[str, ...], seed: int) -> None:
         except click.Abort:
             raise EOFError from None
 
-    rating.rate(ratings.left(asked), ratings, len(asked), ask, print_answer)
+    rating.rate(asked, ratings, ask, print_answer)
     counted = ratings.about(rating.questions(answers, (), seed))
     if gone := len(ratings.all) - len(counted):
         click.echo(f"{gone} ratings of answers that are no longer there do not count", err=True)
