@@ -18,11 +18,10 @@ from aisp_local.defaults import (
     DEFAULT_EFFORT,
     DEFAULT_MAX_TOKENS,
     DEFAULT_METHOD,
-    DEFAULT_N,
-    DEFAULT_N_WHOLE,
     DEFAULT_SEED,
     budget_of,
     check_search,
+    rollouts_an_iteration,
 )
 from aisp_local.engine import Engine, LlamaEngine, SharedEngine
 from aisp_local.engine.base import as_strings
@@ -293,7 +292,7 @@ class Aligner:
         budget = budget_of(budget, effort)
         unfinished = getattr(self.reward, "unfinished", True)
         if n is None:
-            n = DEFAULT_N if unfinished else DEFAULT_N_WHOLE
+            n = rollouts_an_iteration(method, budget, unfinished)
         check_search(
             method=method, budget=budget, n=n, max_tokens=max_tokens, seed=seed, time_limit=time_limit, **options
         )

@@ -18,6 +18,7 @@ DEFAULT_METHOD = "score"
 DEFAULT_N = 32
 DEFAULT_N_WHOLE = 16
 """Where responses are scored at their end only, an iteration can but learn from the one before: more, smaller ones."""
+_LEAST_N = 4
 
 MAX_ROWS = 4096
 """Rollouts an iteration: 255 decode at once, more wait for them, and selecting among them takes memory and time."""
@@ -40,6 +41,17 @@ def budget_of(budget: int | None, effort: str = DEFAULT_EFFORT) -> int:
     if effort not in EFFORT:
         raise InputError(f"effort {effort!r} is unknown; use one of {', '.join(EFFORT)}")
     return EFFORT[effort] if budget is None else budget
+
+
+def rollouts_an_iteration(method: str, budget: int, unfinished: bool) -> int:
+    """Where nobody says how many. ``unfinished``: the reward can score responses that have not ended.
+
+    Raises InputError for an unknown method.
+    """
+    iterations = getattr(controllers.builder(method), "iterations", 1)
+    if iterations > 1:
+        return min(DEFAULT_N_WHOLE, max(_LEAST_N, budget // iterations))
+    return DEFAULT_N if unfinished else DEFAULT_N_WHOLE
 
 
 def layered(*layers: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,12 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aisp_local import controllers
+from aisp_local import Aligner, controllers
 from aisp_local.controllers import Aisp, AispBases, AispHeld, Cem
 from aisp_local.controllers.aisp_bases import hats
+from aisp_local.defaults import rollouts_an_iteration
 from aisp_local.errors import InputError
 from aisp_local.seeds import RowSeeds
-from aisp_local.testing import FakeEngine
+from aisp_local.testing import FakeEngine, FakeReward
 from aisp_local.types import Rollouts
 
 D, T = 8, 6
@@ -388,3 +389,15 @@ def test_cem_finds_a_quadratic_optimum() -> None:
         controller.tell(finished([T] * 32), -np.square(v[:, 0] - target).sum(axis=1))
     np.testing.assert_allclose(controller.mean, target, atol=0.15)
     assert controller.variance.max() < 0.2
+
+
+def test_methods_that_learn_between_iterations_have_several() -> None:
+    """The default effort is an iteration of the default method, and would leave them none to learn from."""
+    learning = {"aisp", "aisp-held", "aisp-bases", "cem", "misvo", "qalign"}
+    for method in controllers.METHODS:
+        sizes = [rollouts_an_iteration(method, budget, True) for budget in (4, 8, 32, 64, 512)]
+        assert sizes == ([4, 4, 8, 16, 16] if method in learning else [32] * 5)
+    assert rollouts_an_iteration("score", 512, unfinished=False) == 16
+    aligner = Aligner(FakeEngine(), FakeReward(lambda prompt, texts: [float(len(text)) for text in texts]))
+    assert len(aligner.generate("p", method="aisp", budget=32, max_tokens=4).iterations) == 4
+    assert len(aligner.generate("p", budget=32, max_tokens=4).iterations) == 1

@@ -36,7 +36,7 @@ from hub_server import FakeHub
 from hub_server import serving as serving_hub
 from test_server import Server, serving
 
-from aisp_local import Aligner, api, shipped
+from aisp_local import Aligner, api, controllers, shipped
 from aisp_local.cli.main import main
 from aisp_local.controllers import METHODS
 from aisp_local.errors import ModelError
@@ -520,3 +520,13 @@ def test_the_table_of_reasons_is_needed() -> None:
     assert [name for name in (*SMALL, *TYPED) if not any(text.startswith(name) for text in texts)] == []
     code = [block.body for page in PYTHON for block in blocks(page)]
     assert [name for name in (*NEEDS, *CLIENTS) if not any(name in body for body in code)] == []
+
+
+def test_the_options_of_methods_are_those_that_there_are() -> None:
+    text = (ROOT / "docs/methods.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `([\w-]+)` \| ([a-z_0-9]+ [^|]*) \|$", text, re.M))
+    others = {"value": "(a file)", "beta": "(from ess)", "window": "(all steps)", "mean": "(Python: U to stay at)"}
+    for method in set(controllers.METHODS) - {"score"}:
+        options = controllers.defaults_of(method).items()
+        told = [f"{name.rstrip('_')} {others[name] if value is None else f'{value:.3g}'}" for name, value in options]
+        assert rows[method] == ", ".join(told)

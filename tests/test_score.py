@@ -521,3 +521,12 @@ def test_on_the_shipped_model_blocks_are_better_than_best_of_n() -> None:
         base = aligner.generate_many(prompts, method="best-of-n", temperature=1.0, min_p=0.05, **common)
         means = [np.mean([result.reward for result in found if isinstance(result, Result)]) for found in (ours, base)]
     assert means[0] > means[1] + 0.5
+
+
+def test_no_strength_is_the_base_model_block_by_block_too() -> None:
+    aligner = Aligner(FakeEngine(), FakeReward(lambda prompt, texts: [float(len(text)) for text in texts]))
+    ways: list[dict[str, Any]] = [{"strength": 0.0}, {"strength": 0.0, "commit": True}, {"nats": 0.0, "commit": True}]
+    found = [aligner.generate("p", budget=8, n=8, max_tokens=40, **way) for way in ways]
+    texts = [[c.text for c in result.candidates] for result in found]
+    assert texts[0] == texts[1] == texts[2] and [r.iterations[0].kl for r in found] == [found[0].iterations[0].kl] * 3
+    assert aligner.generate("p", budget=8, n=8, max_tokens=40, commit=True).iterations[0].kl > 1.0

@@ -21,6 +21,7 @@ from aisp_local import Aligner, shipped
 from aisp_local.cli import config as config_command
 from aisp_local.cli import settings, version
 from aisp_local.cli.main import main
+from aisp_local.cli.options import method_options
 from aisp_local.cli.output import duration
 from aisp_local.cli.version import digest, lines
 from aisp_local.errors import InputError
@@ -390,3 +391,8 @@ def test_doctor_says_what_is_broken(file: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(doctor, "available_memory", lambda: 1000)
     done = aisp("doctor", "-m", "talker", "--json")
     assert done.exit_code == 1 and "no room for one rollout" in json.loads(done.stdout)["problems"][0]
+
+
+def test_an_option_whose_name_python_keeps_for_itself() -> None:
+    assert method_options("aisp", None, False, ["lambda=0.25", "sigma=2"]) == {"lambda_": 0.25, "sigma": 2}
+    assert method_options("aisp", None, False, ["lambda_=0.25"]) == {"lambda_": 0.25}

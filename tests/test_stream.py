@@ -110,10 +110,12 @@ def test_a_conversation_streams() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--json"], "leave out --json, -o"),
-        (["-o", "answer.txt"], "leave out --json, -o"),
+        (["--json"], "leave out --json and -o"),
+        (["-o", "answer.txt"], "leave out --json and -o"),
         (["--method", "aisp"], "'aisp' chooses at the end"),
-        (["--budget-tokens", "50"], "leave out"),
+        (["--budget-tokens", "50"], "in one iteration; leave out --budget-tokens"),
+        (["--patience", "1"], "in one iteration; leave out"),
+        (["--target-reward", "1"], "--target-reward and --patience"),
     ],
 )
 def test_what_does_not_stream(arguments: list[str], message: str) -> None:

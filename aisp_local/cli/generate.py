@@ -16,16 +16,17 @@ from aisp_local.cli.live import BatchLine, ProgressLine, Streamed, stop_on_inter
 from aisp_local.cli.names import FILE
 from aisp_local.cli.options import (
     budget_options,
+    check_steering,
     load,
     method_options,
     model_options,
     read_grammar,
     rollouts,
+    say_where_from,
     search_options,
     typed,
 )
 from aisp_local.cli.output import print_answer
-from aisp_local.controllers import builder
 from aisp_local.defaults import STREAMED, check_search
 from aisp_local.errors import InputError
 from aisp_local.files import check_apart, check_output, write_output
@@ -164,16 +165,25 @@ def generate(
         if written is not None:
             check_output(written)
     check_apart([source, model, reward, judge, grammar_file, *lora], [output, timeline, save_steering, trace])
-    if save_steering is not None and not hasattr(builder(method), "held"):
-        raise InputError(f"--save-steering needs a method that holds a control, such as score; {method!r} does not")
+    check_steering(method, "--save-steering", save_steering)
+    check_steering(method, "--steering", steering)
     kept = None if steering is None else Steering.load(steering)
     # What stands in the settings gives way to what the command line asks for.
     if not typed("stream"):
-        stream &= source is None and not json_ and output is None and budget_tokens is None and method in STREAMED
+        ended = (budget_tokens, target_reward, patience) != (None, None, None)
+        stream &= source is None and not json_ and output is None and not ended and method in STREAMED
     elif stream:
         json_, budget_tokens = json_ and typed("json_"), budget_tokens if typed("budget_tokens") else None
-    if stream and (json_ or output is not None or budget_tokens is not None):
-        raise InputError("--stream prints the answer as it settles; leave out --json, -o and --budget-tokens")
+        target_reward, patience = (
+            target_reward if typed("target_reward") else None,
+            patience if typed("patience") else None,
+        )
+    if stream and (json_ or output is not None):
+        raise InputError("--stream prints the answer as it settles; leave out --json and -o")
+    if stream and (budget_tokens, target_reward, patience) != (None, None, None):
+        raise InputError(
+            "--stream decodes all rollouts in one iteration; leave out --budget-tokens, --target-reward and --patience"
+        )
     options = method_options(method, strength, stream, more)
     budget = rollouts(budget, effort)
     rows = budget if stream else rows
@@ -205,6 +215,7 @@ def generate(
         answer_all(batch, load(*named), output)
         return
     aligner = load(*named)
+    say_where_from(kept, aligner)
     line = (Streamed if stream else ProgressLine)(max_tokens=max_tokens)
     with stop_on_interrupt() as stop:
         result = aligner.generate(
@@ -234,4 +245,7 @@ def generate(
     if trace is not None:
         aligner.trace(result).save(trace)
     if save_steering is not None:
-        aligner.steering(result).save(save_steering)
+        learnt = aligner.steering(result)
+        if not learnt.u.any():
+            click.echo("nothing was learnt (strength 0, or rewards that do not differ): the steering is zero", err=True)
+        learnt.save(save_steering)

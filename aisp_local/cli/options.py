@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import keyword
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -11,7 +12,7 @@ import click
 from click.core import ParameterSource
 
 from aisp_local.cli.names import FILE, MODEL, REWARD, completing
-from aisp_local.controllers import method_names, options_of
+from aisp_local.controllers import builder, method_names, options_of
 from aisp_local.defaults import (
     DEFAULT_EFFORT,
     DEFAULT_MAX_TOKENS,
@@ -30,6 +31,7 @@ from aisp_local.grammar import Grammar
 
 if TYPE_CHECKING:
     from aisp_local.api import Aligner
+    from aisp_local.steering import Steering
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -105,8 +107,12 @@ def budget_options(command: F) -> F:
     """
     for option in (
         click.option("--steering", type=FILE, help="Start with what an earlier search learnt: its file."),
-        click.option("--patience", type=int, help="Stop after so many iterations without a better answer."),
-        click.option("--target-reward", type=float, help="Stop once an answer has this reward."),
+        click.option(
+            "--patience", type=int, help="Stop after so many iterations (see --rows) without a better answer."
+        ),
+        click.option(
+            "--target-reward", type=float, help="Stop after the iteration (see --rows) that reaches this reward."
+        ),
         click.option("--budget-tokens", type=int, help="Stop after about so many decoded tokens."),
         click.option("--budget", type=int, help="Rollouts an answer, in the place of an effort's."),
         click.option(
@@ -158,11 +164,12 @@ def search_options(command: F) -> F:
             "--rows",
             type=int,
             help=f"Rollouts an iteration, up to {MAX_ROWS}. Without it {DEFAULT_N}; {DEFAULT_N_WHOLE} with a reward of "
-            "whole responses only.",
+            "whole responses only; a quarter of the budget, up to 16, with a method that learns between them only.",
         ),
         click.option(
             "--stream/--no-stream",
-            help="Choose block by block and print what is chosen. All rollouts are decoded at once.",
+            help="Choose block by block and print what is chosen. All rollouts are decoded at once, and what choosing "
+            "takes in nats is not held to --strength (docs/score.md).",
         ),
         click.option("--max-tokens", type=int, default=DEFAULT_MAX_TOKENS, show_default=True),
         click.option(
@@ -202,6 +209,8 @@ def method_options(method: str, strength: float | None, stream: bool, more: Sequ
         name, equals, value = text.partition("=")
         if not equals or not name:
             raise InputError(f"--option {text} is not of the form NAME=VALUE")
+        if keyword.iskeyword(name):  # lambda, which Python cannot call so
+            name += "_"
         if name not in settable(method):
             if not typed("more"):
                 continue
@@ -216,6 +225,19 @@ def method_options(method: str, strength: float | None, stream: bool, more: Sequ
             raise InputError(f"--stream needs the method {' or '.join(STREAMED)}; {method!r} chooses at the end")
         options |= STREAMED[method]
     return options
+
+
+def check_steering(method: str, option: str, given: object) -> None:
+    """Raises InputError where a method cannot start with a control, nor keep one."""
+    if given is not None and not hasattr(builder(method), "held"):
+        raise InputError(f"{option} needs a method that holds a control, such as score; {method!r} does not")
+
+
+def say_where_from(steering: Steering | None, aligner: Aligner) -> None:
+    """What a control was learnt from is no error: it may help all the same."""
+    name = aligner.reward.name
+    if steering is not None and steering.reward not in ("", name):
+        click.echo(f"the steering was learnt with the reward {steering.reward!r}, and here it is {name!r}", err=True)
 
 
 def read_grammar(grammar_file: Path | None, json_schema: str | None) -> Grammar | None:

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
+from aisp_local.controllers.base import ITERATIONS
 from aisp_local.controllers.noise import trajectories
 from aisp_local.controllers.weights import effective_sample_size, length, log_weights, normalise
 from aisp_local.errors import InputError
@@ -31,6 +32,7 @@ class Aisp:
     """
 
     name = "aisp"
+    iterations = ITERATIONS
 
     def __init__(
         self,

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
+from aisp_local.controllers.base import ITERATIONS
 from aisp_local.controllers.noise import antithetic
 from aisp_local.controllers.weights import (
     effective_sample_size,
@@ -29,6 +30,7 @@ class AispHeld:
     """
 
     name = "aisp-held"
+    iterations = ITERATIONS
 
     def __init__(
         self,

@@ -9,6 +9,10 @@ import numpy.typing as npt
 
 from aisp_local.types import ControllerInfo, Controls, FloatArray, Rollouts
 
+ITERATIONS = 4
+"""Of a method that can learn only from whole iterations (its attribute ``iterations``): how many a budget is cut into
+where nobody says how large they are."""
+
 
 class Controller(Protocol):
     """Proposes controls and learns from rewards. It never calls an engine or a reward.

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
+from aisp_local.controllers.base import ITERATIONS
 from aisp_local.controllers.noise import antithetic
 from aisp_local.controllers.weights import NOISE, length
 from aisp_local.errors import InputError
@@ -26,6 +27,7 @@ class Cem:
     """
 
     name = "cem"
+    iterations = ITERATIONS
 
     def __init__(
         self,

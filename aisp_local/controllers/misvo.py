@@ -15,6 +15,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
+from aisp_local.controllers.base import ITERATIONS
 from aisp_local.controllers.weights import length
 from aisp_local.errors import InputError
 from aisp_local.types import ControllerInfo, Controls, FloatArray, Head, Rollouts, Sampling
@@ -24,6 +25,7 @@ class Misvo:
     """Options: ``eta`` (step), ``lambda_`` (pull), ``temperature`` of sampling, ``window`` (control steps T)."""
 
     name = "misvo"
+    iterations = ITERATIONS
 
     def __init__(
         self,

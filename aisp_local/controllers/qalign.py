@@ -17,6 +17,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
+from aisp_local.controllers.base import ITERATIONS
 from aisp_local.controllers.weights import lambda_for_ess
 from aisp_local.errors import InputError
 from aisp_local.seeds import RowSeeds
@@ -32,6 +33,7 @@ class Qalign:
     ``min_p``."""
 
     name = "qalign"
+    iterations = ITERATIONS
 
     def __init__(
         self,

@@ -97,6 +97,7 @@ class Score:
         nats = FULL_KL * strength**2 if nats is None else nats
         if not unfinished:
             selection, commit = 0.0, False
+        commit = commit and nats > 0  # to choose at all is to leave the base model
         self._selection_kl, self._control_kl, self._step = selection * nats, (1.0 - selection) * nats, step
         self._pauses, self._commit = commit or self._selection_kl > 0, commit
         self._u: FloatArray = np.zeros(d, np.float32)

@@ -26,6 +26,7 @@ from aisp_local.cli.options import (
     method_options,
     model_options,
     read_grammar,
+    say_where_from,
     search_options,
     settable,
     typed,
@@ -94,6 +95,7 @@ def chat(context: click.Context, /, question: str | None, persona: str | None, r
     kept = {name: kept for name in names if (kept := _kept(said[name]))}
     if steering is not None:
         aligner.check_steering(steering)
+    say_where_from(steering, aligner)
     session = Session(aligner, settings, conversation, kept, grammar, steering)
     if question is not None and piped is not None:
         session.ask(f"{question}\n\n{piped}" if piped else question, alone=not sys.stdout.isatty())

@@ -55,8 +55,8 @@ class Settings:
         budget_of(None, self.effort)
         if self.stream and self.method not in STREAMED:
             raise InputError(f"streaming needs the method {' or '.join(STREAMED)}; {self.method!r} chooses at the end")
-        if self.stream and self.budget_tokens is not None:
-            raise InputError("streaming decodes all rollouts at once; leave out budget-tokens")
+        if self.stream and (self.budget_tokens, self.target_reward, self.patience) != (None, None, None):
+            raise InputError("streaming decodes all rollouts at once; leave out budget-tokens, target-reward, patience")
         check_search(
             method=self.method, budget=self.rollouts, n=self.rows, max_tokens=self.max_tokens, seed=self.seed,
             time_limit=self.time_limit, **self.options,
