@@ -144,8 +144,9 @@ class Aligner:
 
         ``prompt``: a string, which the model continues as plain text, or messages, which pass through its
         chat template. ``budget`` overrides ``effort`` (low 32, medium 128, high 512). Without an ``n`` it is 32, or 16
-        with a reward that is asked at the end of responses only. ``seed`` and ``prompt_index`` together name the random
-        numbers. ``time_limit`` is in seconds; ``target_reward``, ``patience`` (iterations without a better answer) and
+        with a reward that is asked at the end of responses only, or a quarter of the budget (4 to 16) of a method that
+        learns only from one iteration to the next. ``seed`` and ``prompt_index`` together name the random numbers.
+        ``time_limit`` is in seconds; ``target_reward``, ``patience`` (iterations without a better answer) and
         ``budget_tokens`` end the search sooner as well (see types.Limits). ``kl`` and
         ``logprobs`` need a second output product a step; ``baseline`` adds the unaligned greedy answer, which does not
         count (None if it was interrupted); ``judge_all``: the judge scores every candidate, not the answer alone.
