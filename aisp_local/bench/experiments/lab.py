@@ -23,7 +23,7 @@ from aisp_local.types import Candidate, Message, Result
 Array = npt.NDArray[np.float64]
 
 SETTINGS: Mapping[str, Mapping[str, Any]] = {"best-of-n": {"temperature": 1.0, "min_p": 0.05}}
-"""Options of methods whose own defaults are not what the contest chooses on the pair stories."""
+"""Options of methods whose own defaults are not among the best in the contest on the pair stories (RESULTS.md)."""
 
 WORDS = Path(__file__).parent.with_name("words.toml")
 """The rule of the pair stories-words, whose optimum, 0, is known."""
