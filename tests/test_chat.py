@@ -254,6 +254,7 @@ def test_compare_shows_ways_and_keep_takes_one(talk: Session, capsys: pytest.Cap
         ("magic", "'magic' is unknown"),
         ("strength=0.2", "no setting 'strength'"),
         ("base base", "these are the same"),
+        ("aisp,seed=3,score", "names two methods; write them apart, as in aisp score"),
     ):
         with pytest.raises(InputError, match=message):
             commands.run(talk, f"/compare {ways}")

@@ -115,9 +115,12 @@ class Settings:
         return replace(self, options=rest | method_options(self.method, None, False, more))
 
     def varied(self, text: str) -> Settings:
-        """With what a word says: a method, NAME=VALUE, or several of these with commas between them."""
-        new = self
-        for part in text.split(","):
+        """With what a word says: a method, NAME=VALUE, or one with several of the other with commas between them."""
+        new, parts = self, text.split(",")
+        methods = [part for part in parts if "=" not in part]
+        if len(methods) > 1:
+            raise InputError(f"{text} names two methods; write them apart, as in {' '.join(methods)}")
+        for part in parts:
             name, equals, value = part.partition("=")
             new = new.changed(name, value) if equals else new.changed("method", part)
         return new
