@@ -10,7 +10,7 @@ import numpy as np
 
 from aisp_local.api import Aligner
 from aisp_local.controllers.blocks import Schedule
-from aisp_local.defaults import DEFAULT_MAX_TOKENS, DEFAULT_N, DEFAULT_N_WHOLE, EFFORT
+from aisp_local.defaults import DEFAULT_MAX_TOKENS, DEFAULT_METHOD, EFFORT, rollouts_an_iteration
 from aisp_local.engine import LlamaEngine
 from aisp_local.errors import CapacityError
 from aisp_local.host import available_memory
@@ -75,7 +75,7 @@ def measure(aligner: Aligner, engine: LlamaEngine, say: Callable[[str], None]) -
     sizes = sorted(rates)
     searches = []
     for effort, budget in EFFORT.items():
-        n = min(budget, DEFAULT_N if unfinished else DEFAULT_N_WHOLE)
+        n = min(budget, rollouts_an_iteration(DEFAULT_METHOD, budget, unfinished))
         at_once = min(n, room or MAX_SEQUENCES)
         step = float(np.interp(at_once, sizes, [size / rates[size] for size in sizes]))
         # The reward is asked where rollouts pause, so that nothing is decoded meanwhile, or it takes the same cores.

@@ -142,10 +142,9 @@ def table(pair: str, rows: Sequence[Mapping[str, Any]], budgets: Sequence[int], 
         columns,
     )
     for row in rows:
-        settings = ", ".join(f"{name.rstrip('_')} {value:.3g}" for name, value in row["settings"].items())
         made.rows.append(
             [
-                f"{row['method']} ({settings})" if settings else row["method"],
+                titled(row["method"], row["settings"]),
                 *(shown(row[f"best_{budget}"]) for budget in budgets),
                 *(shown(row[f"{key}_{budget}"], sign=True) for budget in budgets),
                 row["rollouts_to_base_best"] or "-",
@@ -159,6 +158,12 @@ def table(pair: str, rows: Sequence[Mapping[str, Any]], budgets: Sequence[int], 
             ]
         )
     return made
+
+
+def titled(method: str, settings: Mapping[str, float]) -> str:
+    """A method with its settings, as the first cell of a row."""
+    named = ", ".join(f"{name.rstrip('_')} {value:.3g}" for name, value in settings.items())
+    return f"{method} ({named})" if named else method
 
 
 def shown(values: tuple[float, float, float], sign: bool = False) -> str:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from aisp_local.bench.contest import Pair, Run, best_at, best_so_far
 from aisp_local.bench.contest_plot import curves
-from aisp_local.bench.contest_report import BASE, diversity, interval, last_mean, mean_of, needed, shown
+from aisp_local.bench.contest_report import BASE, diversity, interval, last_mean, mean_of, needed, shown, titled
 from aisp_local.bench.tables import Table
 from aisp_local.errors import InputError
 from aisp_local.files import write_output
@@ -208,8 +208,7 @@ def _tables(
         ],
     )
     for row in rows:
-        settings = ", ".join(f"{key.rstrip('_')} {value:.3g}" for key, value in row["settings"].items())
-        label = f"{row['method']} ({settings})" if settings else row["method"]
+        label = titled(row["method"], row["settings"])
         if row["rollouts"] < most:
             label += f", {row['rollouts']} rollouts"
         best, by_time = row["best"], row["by_time"]

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from aisp_local.api import Aligner
 from aisp_local.bench.contest import whole
+from aisp_local.bench.contest_report import titled
 from aisp_local.bench.machine import describe
 from aisp_local.bench.tables import Table
 from aisp_local.files import write_output
@@ -118,8 +119,7 @@ class Experiment:
 
 def row(method: str) -> str:
     """A method with the settings that experiments give it, as the first cell of a row."""
-    settings = ", ".join(f"{key} {value:g}" for key, value in SETTINGS.get(method, {}).items())
-    return f"{method} ({settings})" if settings else method
+    return titled(method, SETTINGS.get(method, {}))
 
 
 def in_order(result: Result) -> list[Candidate]:
