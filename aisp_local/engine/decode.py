@@ -6,6 +6,7 @@ import codecs
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import count, islice
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from aisp_local.engine.base import Feed, Job
+from aisp_local.engine.blas import one_thread
 from aisp_local.engine.constraint import Constraint, constrained_law
 from aisp_local.engine.head import OutputHead
 from aisp_local.engine.sampling import log_law, log_softmax, picker, sparse_law
@@ -141,6 +143,7 @@ class Decoder:
         self._pick = picker()
         self._first = first
         self._timeline = timeline
+        self._beside_decoding = nullcontext if model.on_gpu else one_thread
         self._lanes: list[Lane] = []
         self._shared = False
         # By row.
@@ -520,7 +523,9 @@ class Decoder:
                     masked = self._constraints[row].masked(shown[i])
                     shown[i] = shown[i] if masked is None else masked
             so_far = [self._tokens[row, : self._step[row]].copy() for row in rows]
-            logits[mine] = processor(Step(self._index[rows], so_far, shown, None if z is None else z[mine]))
+            step = Step(self._index[rows], so_far, shown, None if z is None else z[mine])
+            with self._beside_decoding():
+                logits[mine] = processor(step)
         return logits
 
     def _found_stop(self, stops: list[bytes], row: int, token: int) -> bool:
@@ -560,7 +565,9 @@ class Decoder:
             return
         controlled = self._controlled[active]
         if needs_head and z is not None:
-            base = np.where(controlled[:, None], self._head().project(z), base)
+            with self._beside_decoding():
+                projected = self._head().project(z)
+            base = np.where(controlled[:, None], projected, base)
         if "logprobs" in want:
             logprobs = log_softmax(base.astype(np.float64))
             self._logprobs[active, step] = logprobs[np.arange(len(active)), current]

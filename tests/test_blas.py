@@ -1,0 +1,87 @@
+"""numpy's products leave the cores to the threads that decode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from threadpoolctl import threadpool_info, threadpool_limits
+
+from aisp_local import shipped
+from aisp_local.engine import LlamaEngine
+from aisp_local.engine.head import OutputHead
+from aisp_local.seeds import RowSeeds
+from aisp_local.types import Controls, FloatArray, Message, Sampling, Step
+
+CHAT: list[Message] = [{"role": "user", "content": "Tell me a story about a fox."}]
+
+pytestmark = pytest.mark.native
+
+
+def threads() -> list[int]:
+    return [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
+
+
+@pytest.fixture
+def engine() -> Iterator[LlamaEngine]:
+    with LlamaEngine(shipped.model(), threads=1) as made:
+        if made.offloaded:
+            pytest.skip("where a GPU decodes, the cores are free")
+        yield made
+
+
+@pytest.fixture
+def two() -> Iterator[None]:
+    with threadpool_limits(2, "blas"):
+        if set(threads()) != {2}:
+            pytest.skip("numpy's BLAS has no number of threads to set")
+        yield
+
+
+@pytest.mark.usefixtures("two")
+def test_a_processor_has_one_thread(engine: LlamaEngine) -> None:
+    seen: list[list[int]] = []
+
+    class Processor:
+        needs_prelogits = False
+
+        def __call__(self, step: Step) -> FloatArray:
+            seen.append(threads())
+            return step.logits
+
+    controls = Controls(2, sampling=Sampling(0.8), processor=Processor())
+    engine.rollout(CHAT, controls, max_tokens=3, seeds=RowSeeds(0))
+    assert seen and all(set(found) == {1} for found in seen)
+    assert set(threads()) == {2}
+
+
+@pytest.mark.usefixtures("two")
+def test_exact_kl_has_one_thread(engine: LlamaEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[int]] = []
+    project = OutputHead.project
+
+    def watched(head: OutputHead, prelogits: Any) -> Any:
+        seen.append(threads())
+        return project(head, prelogits)
+
+    monkeypatch.setattr(OutputHead, "project", watched)
+    controls = Controls(2, vectors=np.ones((2, 1, engine.d), np.float32), held=True)
+    out = engine.rollout(CHAT, controls, max_tokens=3, seeds=RowSeeds(0), want=frozenset({"kl"}))
+    assert out.kl is not None and (out.kl > 0).all()
+    assert seen and all(set(found) == {1} for found in seen)
+    assert set(threads()) == {2}
+
+
+@pytest.mark.usefixtures("two")
+def test_what_a_processor_raises_gives_the_threads_back(engine: LlamaEngine) -> None:
+    class Fails:
+        needs_prelogits = False
+
+        def __call__(self, step: Step) -> FloatArray:
+            raise RuntimeError("as asked")
+
+    with pytest.raises(RuntimeError, match="as asked"):
+        engine.rollout(CHAT, Controls(1, processor=Fails()), max_tokens=3, seeds=RowSeeds(0))
+    assert set(threads()) == {2}
