@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,8 +39,9 @@ def engine() -> Iterator[LlamaEngine]:
 @pytest.fixture
 def two() -> Iterator[None]:
     with threadpool_limits(2, "blas"):
-        if set(threads()) != {2}:
+        if not threads():
             pytest.skip("numpy's BLAS has no number of threads to set")
+        assert set(threads()) == {2}
         yield
 
 
@@ -85,3 +90,41 @@ def test_what_a_processor_raises_gives_the_threads_back(engine: LlamaEngine) -> 
     with pytest.raises(RuntimeError, match="as asked"):
         engine.rollout(CHAT, Controls(1, processor=Fails()), max_tokens=3, seeds=RowSeeds(0))
     assert set(threads()) == {2}
+
+
+OVERLAP = """
+import json
+from threading import Event, Thread
+import numpy
+from threadpoolctl import threadpool_info
+from aisp_local.engine.blas import one_thread
+
+def threads():
+    return [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
+
+before, entered, leave = threads(), Event(), Event()
+
+def first():
+    with one_thread():
+        entered.set()
+        leave.wait(10)
+
+other = Thread(target=first)
+other.start()
+assert entered.wait(10)
+with one_thread():
+    within = threads()
+    leave.set()
+    other.join()
+print(json.dumps([before, within, threads()]))
+"""
+
+
+def test_two_who_overlap_leave_what_was_there() -> None:
+    """In a process of its own, whose threads nobody else holds: of two engines both decode at once."""
+    command, environment = [sys.executable, "-c", OVERLAP], {**os.environ, "OPENBLAS_NUM_THREADS": "2"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    before, within, after = json.loads(done.stdout)
+    if set(before) != {2}:
+        pytest.skip("numpy's BLAS has one thread here, or no number of them to set")
+    assert set(within) == {1} and after == before
