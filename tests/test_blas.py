@@ -11,15 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from test_processor import CHAT, Processor
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from aisp_local import shipped
 from aisp_local.engine import LlamaEngine
 from aisp_local.engine.head import OutputHead
 from aisp_local.seeds import RowSeeds
-from aisp_local.types import Controls, FloatArray, Message, Sampling, Step
-
-CHAT: list[Message] = [{"role": "user", "content": "Tell me a story about a fox."}]
+from aisp_local.types import Controls, FloatArray, Sampling, Step
 
 pytestmark = pytest.mark.native
 
@@ -49,14 +48,11 @@ def two() -> Iterator[None]:
 def test_a_processor_has_one_thread(engine: LlamaEngine) -> None:
     seen: list[list[int]] = []
 
-    class Processor:
-        needs_prelogits = False
+    def watches(step: Step) -> FloatArray:
+        seen.append(threads())
+        return step.logits
 
-        def __call__(self, step: Step) -> FloatArray:
-            seen.append(threads())
-            return step.logits
-
-    controls = Controls(2, sampling=Sampling(0.8), processor=Processor())
+    controls = Controls(2, sampling=Sampling(0.8), processor=Processor(watches))
     engine.rollout(CHAT, controls, max_tokens=3, seeds=RowSeeds(0))
     assert seen and all(set(found) == {1} for found in seen)
     assert set(threads()) == {2}
@@ -81,14 +77,11 @@ def test_exact_kl_has_one_thread(engine: LlamaEngine, monkeypatch: pytest.Monkey
 
 @pytest.mark.usefixtures("two")
 def test_what_a_processor_raises_gives_the_threads_back(engine: LlamaEngine) -> None:
-    class Fails:
-        needs_prelogits = False
-
-        def __call__(self, step: Step) -> FloatArray:
-            raise RuntimeError("as asked")
+    def fails(step: Step) -> FloatArray:
+        raise RuntimeError("as asked")
 
     with pytest.raises(RuntimeError, match="as asked"):
-        engine.rollout(CHAT, Controls(1, processor=Fails()), max_tokens=3, seeds=RowSeeds(0))
+        engine.rollout(CHAT, Controls(1, processor=Processor(fails)), max_tokens=3, seeds=RowSeeds(0))
     assert set(threads()) == {2}
 
 
