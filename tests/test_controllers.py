@@ -284,7 +284,7 @@ def test_an_update_leaves_no_thread_running(method: str) -> None:
             controller.tell(rollouts, np.arange(16.0))
             return idle()
         idle()
-        print(max(told() for _ in range(3)))
+        print(min(told() for _ in range(5)))  # the least: a busy machine adds to some, spinning threads to each
     """
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True)
     assert float(done.stdout) < 0.01
