@@ -60,9 +60,9 @@ def test_shipped_pairs_and_methods(tmp_path: Path, arguments: list[str]) -> None
             assert low <= mean <= high and mean >= (row["best_8"][0] or mean)
             assert row["logprob"] < 0 < row["diversity"] <= 1
             if row["method"] == "qalign":  # whose later iterations are ends of responses
-                assert row["exact_kl"] is None
+                assert row["exact_kl"] is row["late_kl"] is None
             elif row["method"] != "best-of-n":
-                assert row["exact_kl"] >= 0
+                assert row["exact_kl"] >= 0 and row["late_kl"] >= 0
         assert [row["difference_16"] for row in pair["rows"] if row["method"] == "best-of-n"] == [[0.0, 0.0, 0.0]]
     text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     again = shlex.split(re.findall("Made again by `(.*)`", text)[0])
@@ -91,11 +91,11 @@ def test_a_contest_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pyt
     assert play(tmp_path / "cut", *arguments)[0] == 0
     assert 0 < len(searched) < len(lines) // 2
 
-    def rewards(folder: str) -> list[list[float]]:
-        text = (tmp_path / folder / "runs.jsonl").read_text(encoding="utf-8")
-        return [json.loads(line)["rewards"] for line in text.splitlines()]
+    def kept(folder: str) -> dict[str, tuple[list[float], float | None]]:
+        runs = Store(tmp_path / folder / "runs.jsonl").runs()
+        return {f"{run.label} {run.settings} {run.prompt}": (run.rewards, run.late_kl) for run in runs}
 
-    assert rewards("cut") == rewards("whole")
+    assert kept("cut") == kept("whole")
     searched.clear()
     assert play(tmp_path / "cut", *arguments)[0] == 0
     assert searched == []
@@ -270,6 +270,54 @@ def test_runs_with_other_code_threads_or_machine_are_not_taken(monkeypatch: pyte
         assert contest.setup(aligner, 6) != first
     monkeypatch.setattr(contest, "describe", lambda: {"processor": "other"})
     assert contest.setup(aligner, 6) != first
+
+
+def test_exact_kl_is_of_the_second_iteration_and_the_last(tmp_path: Path) -> None:
+    """Of the prompts that it is asked for, and afterwards: runs that are kept without it are not made again."""
+    aligner = Aligner(FakeEngine(vocabulary=30), FakeReward(lambda prompt, texts: [float(len(t)) for t in texts]))
+    asked: list[bool] = []
+    real = aligner.generate_many
+
+    def generate_many(*args: Any, kl: bool = False, **options: Any) -> Any:
+        asked.append(kl)
+        results = real(*args, kl=kl, **options)
+        if not kl:
+            return results
+        told = [r for r in results if isinstance(r, Result)]
+        return [replace(r, iterations=tuple(replace(s, kl=float(s.iteration)) for s in r.iterations)) for r in told]
+
+    aligner.generate_many = generate_many  # type: ignore[method-assign]
+    pair = Pair("p", "m", "r", ["a"], ["b", "c", "d"], max_tokens=9)
+    entries = [Entry("x", "best-of-n", n=4), Entry("one", "best-of-n", n=None), Entry("chained", "qalign", n=4)]
+
+    def play(exact: int) -> list[list[tuple[float | None, float | None]]]:
+        store = Store(tmp_path / "runs.jsonl")
+        contest = Contest(pair, aligner, store, budgets=[32], seed=0, say=lambda line: None)
+        return [[(run.exact_kl, run.late_kl) for run in runs] for runs in contest.play(entries, exact).values()]
+
+    none = (None, None)
+    assert play(0) == [[none] * 3] * 3 and asked == [False] * 3
+    asked.clear()
+    found = [[(2.0, 8.0), (2.0, 8.0), none], [(1.0, 1.0), (1.0, 1.0), none], [none] * 3]
+    assert play(2) == found and asked == [True, True]
+    asked.clear()
+    assert play(2) == found and asked == []
+
+
+def test_a_contest_whose_runs_cannot_be_kept_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no method that this model cannot be used with."""
+    aligner = Aligner(FakeEngine(vocabulary=30), FakeReward(lambda prompt, texts: [0.0 for _ in texts]))
+    store = Store(tmp_path / "runs.jsonl")
+
+    def append(path: Path, data: bytes) -> None:
+        raise InputError("it is full")
+
+    monkeypatch.setattr(contest, "append", append)
+    pair = Pair("p", "m", "r", ["a"], ["b"], max_tokens=9)
+    with pytest.raises(contest.StoreError, match="it is full"):
+        Contest(pair, aligner, store, budgets=[8], seed=0, say=lambda line: None).play([Entry("x", "aisp", n=4)], 0)
+    with pytest.raises(InputError, match="it is full"):
+        Store(tmp_path / "runs.jsonl")
 
 
 def test_an_interrupt_ends_the_contest_and_half_a_search_is_not_kept(tmp_path: Path) -> None:

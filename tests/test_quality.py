@@ -118,8 +118,9 @@ def test_too_few_rollouts_are_said_by_their_number() -> None:
     made = quality.report(PAIR, played, [16, 32])
     rewards, time, needs, _ = made.tables
     assert needs.rows[1][1:] == ["more than 2", "more than 2"] and needs.rows[0][1:] == ["16", "32"]
-    # Nor is it compared at a time of which it used a little.
-    assert rewards.rows[1][0] == time.rows[1][0] == "two, 2 rollouts" and time.rows[1][1:5] == ["-"] * 4
+    # What it had in less time, it had by then too.
+    assert rewards.rows[1][0] == time.rows[1][0] == "two, 2 rollouts"
+    assert time.rows[1][1:5] == ["1.00 [1.00, 1.00]"] * 2 + ["-14.00 [-14.00, -14.00]", "-30.00 [-30.00, -30.00]"]
     assert made.rows[1]["p"] is None and rewards.rows[1][5] == "-" and made.rows[1]["ahead"][32][0] == -30.0
 
 

@@ -25,7 +25,7 @@ from aisp_local import controllers
 from aisp_local.api import Aligner
 from aisp_local.bench.machine import describe
 from aisp_local.engine import LlamaEngine
-from aisp_local.errors import DecodeError, InputError
+from aisp_local.errors import AispError, DecodeError, InputError
 from aisp_local.jsonl import append, whole_lines
 from aisp_local.rewards.base import call
 from aisp_local.seeds import RowSeeds
@@ -34,7 +34,7 @@ from aisp_local.types import Controls, FloatArray, Message, Prompt, Result
 Settings = Mapping[str, float]
 Say = Callable[[str], None]
 
-EXACT = 2  # the iteration whose law the exact KL is of
+EXACT = 2  # the iteration whose law the exact KL is of, besides the last
 _WINDOW = 16  # tokens
 _GROUP = 4  # prompts in one batch; what is kept at a time
 _CHAINED = ("qalign",)  # methods whose iterations go on from earlier ones
@@ -132,12 +132,12 @@ class Pair:
 class Run:
     """What is kept of one search. ``rewards`` and ``texts`` are in the order of the rollouts, ``clock`` has the seconds
     since the start after each iteration. ``setup``: a hash of what else the run follows from (see ``setup``). ``kl``:
-    as the method counts it, in the last iteration, nats; ``exact_kl``: as the engine computes it against the whole base
-    law at temperature 1, in the second iteration (where there is but one, in that), the selection's added; None for a
-    method whose iterations go on from earlier ones, of which it is but a part. ``logprob``:
-    of the answer's tokens under the base model; ``low_logprob``: the mean of the least likely 16 in a row. ``judged``:
-    what the judge gives the answer of the first so many rollouts, ``chosen``: its reward, of a method whose answer is
-    not the best of them.
+    as the method counts it, in the last iteration, nats; ``exact_kl`` and ``late_kl``: as the engine computes it
+    against the whole base law at temperature 1, in the second iteration (where there is but one, in that) and in the
+    last, the selection's added; None for a method whose iterations go on from earlier ones, of which it is but a part.
+    ``logprob``: of the answer's tokens under the base model; ``low_logprob``: the mean of the least likely 16 in a row.
+    ``judged``: what the judge gives the answer of the first so many rollouts, ``chosen``: its reward, of a method whose
+    answer is not the best of them.
     """
 
     pair: str
@@ -153,6 +153,7 @@ class Run:
     n_tokens: int
     kl: float | None = None
     exact_kl: float | None = None
+    late_kl: float | None = None
     logprob: float | None = None
     answer_tokens: int = 0
     low_logprob: float | None = None
@@ -170,10 +171,14 @@ def prompt_sets() -> dict[str, dict[str, list[str]]]:
     return json.loads(text)  # type: ignore[no-any-return]
 
 
+class StoreError(AispError):
+    """Runs cannot be kept."""
+
+
 class Store:
     """Runs in a file of JSON lines, each line whole; a run that is there already is not made again.
 
-    Raises InputError for a file of something else, and where runs cannot be kept.
+    Raises InputError for a file of something else or that cannot be written, StoreError where that fails later.
     """
 
     def __init__(self, path: Path) -> None:
@@ -185,6 +190,7 @@ class Store:
             except (ValueError, TypeError, RecursionError) as error:
                 raise InputError(f"{path}, line {number} {_NONE}") from error
             self._found[_key(run)] = run
+        append(path, b"")  # what cannot be written is said before anything is played
 
     def runs(self) -> list[Run]:
         """All of them."""
@@ -195,7 +201,10 @@ class Store:
         return self._found.get(_key(run))
 
     def add(self, runs: Sequence[Run]) -> None:
-        append(self._path, "".join(json.dumps(asdict(run)) + "\n" for run in runs).encode())
+        try:
+            append(self._path, "".join(json.dumps(asdict(run)) + "\n" for run in runs).encode())
+        except InputError as error:  # of which a contest leaves rows out
+            raise StoreError(str(error)) from error
         self._found |= {_key(run): run for run in runs}
 
 
@@ -260,7 +269,7 @@ class Contest:
         played: dict[str, list[Run]] = {}
         for entry in entries:
             try:
-                runs = self._played(entry, exact_kl_prompts)
+                runs = self._with_kl(entry, self._played(entry), exact_kl_prompts)
             except InputError as error:
                 if entry.hindsight:
                     raise
@@ -270,7 +279,7 @@ class Contest:
                 played[entry.label] = runs
         return played
 
-    def _played(self, entry: Entry, exact_kl_prompts: int) -> list[Run]:
+    def _played(self, entry: Entry) -> list[Run]:
         """One row's, with the settings that count; none where all of them blow up."""
         played, most = list[Run](), -np.inf
         # A setting that was best over few iterations may blow up over many: then the next one.
@@ -278,7 +287,7 @@ class Contest:
             settings = {**entry.settings, **tuned}
             what = f"{self.pair.name}: {entry.label} {_shown(settings)}"
             try:
-                runs = list(self._runs(entry, settings, self.pair.evaluation, max(self.budgets), exact_kl_prompts))
+                runs = list(self._runs(entry, settings, self.pair.evaluation, max(self.budgets)))
             except DecodeError as error:
                 self._say(f"{what}: {error}")
                 continue
@@ -296,7 +305,7 @@ class Contest:
         for settings in entry.grid:
             what = f"{self.pair.name}: tuning {entry.label}, {_shown(settings)}"
             try:
-                runs = list(self._runs(entry, {**entry.settings, **settings}, self.pair.tuning, budget, 0))
+                runs = list(self._runs(entry, {**entry.settings, **settings}, self.pair.tuning, budget))
             except DecodeError as error:
                 self._say(f"{what}: {error}")
                 means.append(-np.inf)
@@ -306,9 +315,7 @@ class Contest:
         order = sorted(range(len(means)), key=lambda i: -means[i])
         return [entry.grid[i] for i in order if np.isfinite(means[i])] if entry.grid else [{}]
 
-    def _runs(
-        self, entry: Entry, settings: Settings, prompts: Sequence[str], budget: int, exact_kl_prompts: int
-    ) -> Iterator[Run]:
+    def _runs(self, entry: Entry, settings: Settings, prompts: Sequence[str], budget: int) -> Iterator[Run]:
         budget = min(budget, entry.most or budget)
         n = budget if entry.n is None else entry.n
         made_for = self._setup
@@ -323,50 +330,64 @@ class Contest:
                 )
                 for text in group
             ]  # fmt: skip
-            exact = 0 if entry.method in _CHAINED else max(exact_kl_prompts - start, 0)
             found = [run for run in map(self._store.get, asked) if run is not None]
-            missing = len(found) < len(group) or any(run.exact_kl is None for run in found[:exact])
+            missing = len(found) < len(group)
             if missing:
-                found = self._search(entry, settings, group, asked, exact)
+                found = self._search(entry, asked)
             # Those that were kept may be of other budgets than are asked for now.
             found = [self._answered(entry.method, run, i) for i, run in enumerate(found)]
             if missing:
                 self._store.add(found)
             yield from found
 
-    def _search(
-        self, entry: Entry, settings: Settings, group: Sequence[str], asked: Sequence[Run], exact_kl_prompts: int
-    ) -> list[Run]:
-        messages: list[list[Message]] = [[{"role": "user", "content": text}] for text in group]
+    def _with_kl(self, entry: Entry, runs: Sequence[Run], prompts: int) -> list[Run]:
+        """The first so many runs searched again for their exact KL, whose second output product would be in the times
+        of all."""
+        found = list(runs)
+        for start in range(0, 0 if entry.method in _CHAINED else min(prompts, len(found)), _GROUP):
+            group = found[start : min(start + _GROUP, prompts)]
+            if all(run.late_kl is not None for run in group):
+                continue
+            try:
+                results = self._answer_all(entry, group, kl=True)
+            except DecodeError as error:
+                self._say(f"{self.pair.name}: {entry.label} has no exact KL: {error}")
+                break
+            for i, (run, result) in enumerate(zip(group, results, strict=True), start):
+                early = result.iterations[min(EXACT, len(result.iterations)) - 1]
+                found[i] = replace(run, exact_kl=early.kl, late_kl=result.iterations[-1].kl)
+            self._store.add(found[start : start + len(group)])
+        return found
+
+    def _answer_all(self, entry: Entry, asked: Sequence[Run], *, kl: bool = False) -> list[Result]:
+        messages: list[list[Message]] = [[{"role": "user", "content": run.prompt}] for run in asked]
         common: dict[str, Any] = {
             "method": entry.method,
+            "budget": asked[0].budget,
             "n": asked[0].n,
             "max_tokens": self.pair.max_tokens,
             "seed": asked[0].seed,
-            "at_once": 1 if entry.n is None else None,  # together they would have no rows to themselves
-            **settings,
+            "at_once": _at_once(entry),
+            **asked[0].settings,
             **self._more.get(entry.method, {}),
         }
+        return list(map(whole, self.aligner.generate_many(messages, kl=kl, **common)))
+
+    def _search(self, entry: Entry, asked: Sequence[Run]) -> list[Run]:
         began = time.perf_counter()
-        results = list(map(whole, self.aligner.generate_many(messages, budget=asked[0].budget, **common)))
-        seconds = (time.perf_counter() - began) / len(group)
+        results = self._answer_all(entry, asked)
+        seconds = (time.perf_counter() - began) / len(asked)
         clocks, begun = [], 0.0
         for result in results:
             at = np.cumsum([s.seconds for s in result.iterations])
             # Together they share the time; one after the other each waits for those before it.
-            clocks.append(at / len(group) if common["at_once"] is None else at - begun)
+            clocks.append(at / len(asked) if _at_once(entry) is None else at - begun)
             begun = at[-1]
-        exact: list[float | None] = [None] * len(group)
-        if exact_kl_prompts:
-            # Again, since the second output product would be in the seconds. By then score's control has the length
-            # that its nats allow; other methods go on to grow theirs.
-            budget = min(asked[0].budget, EXACT * asked[0].n)
-            again = self.aligner.generate_many(messages[:exact_kl_prompts], budget=budget, kl=True, **common)
-            exact[: len(again)] = [whole(result).iterations[-1].kl for result in again]
         runs = []
-        for run, prompt, result, clock, kl in zip(asked, messages, results, clocks, exact, strict=True):
+        for run, result, clock in zip(asked, results, clocks, strict=True):
             rollouts = sorted(result.candidates, key=lambda c: (c.iteration, c.row))
             engine = self.aligner.engine
+            prompt: list[Message] = [{"role": "user", "content": run.prompt}]
             logprobs = answer_logprobs(engine, prompt, result.answer) if isinstance(engine, LlamaEngine) else None
             runs.append(
                 Run(
@@ -377,7 +398,6 @@ class Contest:
                         "seconds": seconds,
                         "n_tokens": result.n_tokens,
                         "kl": result.iterations[-1].kl,
-                        "exact_kl": kl,
                         "logprob": None if logprobs is None else float(logprobs.sum()),
                         "low_logprob": None if logprobs is None else _lowest(logprobs),
                         "answer_tokens": 0 if logprobs is None else len(logprobs),
@@ -408,6 +428,11 @@ class Contest:
             scores = call(judge.name, judge.score, prompt, [run.texts[answers[budget]] for budget in missing])
             judged |= zip(missing, scores.tolist(), strict=True)
         return replace(run, judged=judged, chosen=chosen)
+
+
+def _at_once(entry: Entry) -> int | None:
+    """Prompts in one batch: of one iteration of all rollouts, together they would have no rows to themselves."""
+    return 1 if entry.n is None else None
 
 
 def whole(result: Result | BaseException) -> Result:

@@ -18,10 +18,13 @@ BASE, DEFAULT = "best-of-n", "score"
 LEGEND = (
     "Means over prompts with Student's 95% intervals. sd: of the base model's rewards within a prompt, as best-of-n "
     "samples. KL: exact, from the model at temperature 1 and whole, of the law that the rollouts of iteration "
-    f"{EXACT} are drawn from (of the first, where there is no other), on the first prompts (--exact-kl); beside it "
-    "what the method itself counts in its last iteration. Log-likelihood: of the answers under the base model."
+    f"{EXACT} are drawn from (of the first, where there is no other) and of that of the last iteration, on the first "
+    "prompts (--exact-kl); beside them what the method itself counts in its last iteration. Log-likelihood: of the "
+    "answers under the base model."
 )
 """What the columns of ``table`` are."""
+
+KL = (f"KL of iteration {EXACT}, nats", "of the last iteration", "of the last, as the method counts it")
 
 _Z = 1.959964
 
@@ -104,6 +107,7 @@ def summary(played: Mapping[str, Sequence[Run]], budgets: Sequence[int]) -> list
         row["best_sd_over_base"] = None if best is None else (best - goal) / sd
         row["kl"] = mean_of([run.kl for run in runs])
         row["exact_kl"] = mean_of([run.exact_kl for run in runs])
+        row["late_kl"] = mean_of([run.late_kl for run in runs])
         row["diversity"] = float(np.mean([diversity(run.answer) for run in runs]))
         logprobs = [(run.logprob, run.answer_tokens) for run in runs if run.logprob is not None and run.answer_tokens]
         row["logprob"] = float(np.mean([total / tokens for total, tokens in logprobs])) if logprobs else None
@@ -130,8 +134,7 @@ def table(pair: str, rows: Sequence[Mapping[str, Any]], budgets: Sequence[int], 
         f"rollouts to best-of-{most}",
         f"its best of {least} over best-of-{most} [95%]",
         "mean of the last iteration, sd above the base [95%]",
-        "KL of an early iteration, nats",
-        "of the last, as the method counts it",
+        *KL,
         "diversity",
         "log-likelihood a token",
         "seconds",
@@ -150,8 +153,7 @@ def table(pair: str, rows: Sequence[Mapping[str, Any]], budgets: Sequence[int], 
                 row["rollouts_to_base_best"] or "-",
                 shown(row["ahead_of_base_best"][least], sign=True),
                 shown(row["last_mean_sd"], sign=True),
-                "-" if row["exact_kl"] is None else f"{row['exact_kl']:.1f}",
-                "-" if row["kl"] is None else f"{row['kl']:.1f}",
+                *(number(row[name]) for name in ("exact_kl", "late_kl", "kl")),
                 f"{row['diversity']:.2f}",
                 "-" if row["logprob"] is None else f"{row['logprob']:.2f}",
                 f"{row['seconds']:.1f}",
@@ -164,6 +166,10 @@ def titled(method: str, settings: Mapping[str, float]) -> str:
     """A method with its settings, as the first cell of a row."""
     named = ", ".join(f"{name.rstrip('_')} {value:.3g}" for name, value in settings.items())
     return f"{method} ({named})" if named else method
+
+
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
 
 
 def shown(values: tuple[float, float, float], sign: bool = False) -> str:

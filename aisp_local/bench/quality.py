@@ -15,7 +15,18 @@ import numpy.typing as npt
 
 from aisp_local.bench.contest import Pair, Run, best_at, best_so_far
 from aisp_local.bench.contest_plot import curves
-from aisp_local.bench.contest_report import BASE, diversity, interval, last_mean, mean_of, needed, shown, titled
+from aisp_local.bench.contest_report import (
+    BASE,
+    KL,
+    diversity,
+    interval,
+    last_mean,
+    mean_of,
+    needed,
+    number,
+    shown,
+    titled,
+)
 from aisp_local.bench.tables import Table
 from aisp_local.errors import InputError
 from aisp_local.files import write_output
@@ -30,10 +41,12 @@ _DRAWS = 20_000
 _SHOWN = 3  # prompts whose answers the page shows
 _LEGEND = (
     "Means over prompts with Student's 95% intervals; p: of sign flips, corrected for the number of methods (Holm), at "
-    "the most rollouts; intervals elsewhere are not corrected. Time: of each prompt, of which four share a batch. "
-    "'-' in it: no iteration had ended, or the method had fewer rollouts than the others. KL: exact, of the second "
-    "iteration on the first prompts. Coherence: the mean log-likelihood a token, under the base model, of the 16 "
-    "tokens in a row of the answer that are least likely."
+    f"the most rollouts; intervals elsewhere are not corrected. {BASE} is the best of its settings on these very "
+    "prompts, so that what is ahead of it is further ahead, and what is behind it less so, than intervals and p say. "
+    "Time: of each prompt, of which four share a batch; '-' in it: no iteration had ended. A method of fewer rollouts "
+    "stands there with what it had, though it would have had time for more. KL: exact, of the law that the rollouts of "
+    "that iteration are drawn from, on the first prompts. Coherence: the mean log-likelihood a token, under the base "
+    "model, of the 16 tokens in a row of the answer that are least likely."
 )
 
 
@@ -114,8 +127,8 @@ def report(pair: Pair, played: Played, budgets: Sequence[int]) -> Report:
     rows: list[dict[str, Any]] = []
     for label, runs in played.items():
         ahead = best_at(runs, most) - best_at(base, most)
-        capped = len(runs[0].rewards) < most  # it was not given the time and the rollouts of the others
-        by_time = {b: np.full(len(runs), np.nan) if capped else best_by(runs, times[b]) for b in budgets}
+        capped = len(runs[0].rewards) < most  # it was not given the rollouts of the others
+        by_time = {b: best_by(runs, times[b]) for b in budgets}
         judged, base_judged = _judged(runs, most), _judged(base, most)
         rows.append(
             {
@@ -134,6 +147,7 @@ def report(pair: Pair, played: Played, budgets: Sequence[int]) -> Report:
                 "judge": None if judged is None else interval(judged),
                 "judge_wins": None if judged is None or base_judged is None else win_rate(judged, base_judged),
                 "kl": mean_of([run.exact_kl for run in runs]),
+                "late_kl": mean_of([run.late_kl for run in runs]),
                 "counted_kl": mean_of([run.kl for run in runs]),
                 "diversity": float(np.mean([diversity(run.answer) for run in runs])),
                 "logprob": mean_of([run.logprob / run.answer_tokens for run in runs if run.logprob is not None]),
@@ -200,8 +214,7 @@ def _tables(
             "method",
             "judge [95%]",
             "judge's wins",
-            "KL of an early iteration, nats",
-            "of the last, as the method counts it",
+            *KL,
             "diversity",
             "log-likelihood a token",
             "coherence",
@@ -238,8 +251,7 @@ def _tables(
                 label,
                 "-" if row["judge"] is None else shown(row["judge"]),
                 "-" if row["judge_wins"] is None else f"{100 * row['judge_wins']:.0f}%",
-                "-" if row["kl"] is None else f"{row['kl']:.1f}",
-                "-" if row["counted_kl"] is None else f"{row['counted_kl']:.1f}",
+                *(number(row[name]) for name in ("kl", "late_kl", "counted_kl")),
                 f"{row['diversity']:.2f}",
                 "-" if row["logprob"] is None else f"{row['logprob']:.2f}",
                 "-" if row["low_logprob"] is None else f"{row['low_logprob']:.2f}",
