@@ -108,6 +108,7 @@ def test_a_contest_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pyt
         (["--method", "magic"], "the row 'magic' is unknown; use score"),
         (["--pair", "stories", "-m", "storyteller"], "--pair names a shipped pair"),
         (["--prompts", "prompts.json"], "has no list of prompts 'evaluation'"),
+        (["--prompts", "twice.json"], "twice.json has the prompt 'b' twice in 'evaluation'; it would count as two"),
         (["--prompts", "none.json"], "none.json cannot be read (No such file or directory); check the path"),
     ],
 )
@@ -116,6 +117,7 @@ def test_what_does_not_fit_is_said(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("prompts.json").write_text('{"tuning": ["a"], "evaluation": [""]}', encoding="utf-8")
+    Path("twice.json").write_text('{"tuning": ["a"], "evaluation": ["b", "c", "b"]}', encoding="utf-8")
     code, output = play(tmp_path / "out", *arguments)
     assert code == 2 and message in output
 

@@ -19,7 +19,7 @@ from aisp_local import Aligner, shipped
 from aisp_local.bench import experiment_run
 from aisp_local.bench.contest_report import interval
 from aisp_local.bench.experiments import EXPERIMENTS, objectives
-from aisp_local.bench.experiments.lab import SETTINGS, WORDS, Finding, Lab, in_order, rewards, row, variety
+from aisp_local.bench.experiments.lab import SETTINGS, WORDS, Finding, Lab, in_order, rewards, row, variety, write
 from aisp_local.bench.experiments.rewards import BEGINNINGS, NOISE, Noisy, _warned
 from aisp_local.bench.experiments.spaces import _gaussianity, _moved, _shown, _states
 from aisp_local.bench.tables import Table
@@ -170,6 +170,26 @@ def test_what_cannot_run_leaves_the_others_alone(tmp_path: Path, monkeypatch: py
     assert done.exit_code == 2 and "lora: give an adapter of this model with --lora" in done.output
     done = CliRunner().invoke(main, [*arguments, "map"])
     assert done.exit_code == 1 and "error: too much noise" in done.output
+
+
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name not in ("lora", "spaces")])
+def test_rewards_that_are_not_finite_never_win(name: str, tmp_path: Path) -> None:
+    """Figures are of the others, and a page says nothing that is no number; lora and spaces need a real model."""
+
+    def some(prompt: object, texts: Sequence[str]) -> list[float]:
+        wrong = [float("nan"), -float("inf")]
+        return [wrong[len(text) % 2] if len(text) % 3 == 1 else float(len(text)) for text in texts]
+
+    finding = EXPERIMENTS[name].run(fake(FakeReward(some)))
+    text = write(tmp_path, EXPERIMENTS[name], finding, "about", "command")
+    assert "nan" not in text.replace("nano", "") and "inf" not in text.split("Made again by")[1]
+    assert "NaN" not in (tmp_path / f"{name}.json").read_text(encoding="utf-8")
+
+
+def test_a_page_that_cannot_be_written_is_told_before_anything_runs(tmp_path: Path) -> None:
+    (tmp_path / "map.md").mkdir()
+    done = CliRunner().invoke(main, ["bench", "experiment", "weights", "map", "-o", str(tmp_path), *SMALL])
+    assert done.exit_code == 2 and "map.md is a folder" in done.output and not (tmp_path / "weights.md").exists()
 
 
 def test_noise_belongs_to_the_text() -> None:

@@ -131,7 +131,10 @@ def test_intervals_are_wilsons(scores: list[float], shown: str) -> None:
 def test_the_command_keeps_what_was_said_and_goes_on(tmp_path: Path) -> None:
     stored(tmp_path)
     first = rated(tmp_path, "1\nwhat\n2\nq\n")
-    assert first.exit_code == 0 and "please say 1, 2, = or q" in first.output and "2 ratings" in first.output
+    assert first.exit_code == 0 and "please say 1, 2, = or q" in first.output
+    # A table would tell whose the last two answers are.
+    assert "1 of 3 are left" in first.stderr and "ratings" not in first.stdout
+    assert "2 ratings" in rated(tmp_path, "", "--results").stdout
     kept = Ratings(tmp_path / "ratings.jsonl").all
     assert [rating.score for rating in kept] == [1.0, 0.0]
     rest = rated(tmp_path, "=\n")
@@ -150,7 +153,7 @@ def test_nothing_tells_whose_answers_are_shown(tmp_path: Path) -> None:
 
 def test_the_end_of_the_input_is_enough(tmp_path: Path) -> None:
     done = rated(stored(tmp_path), "1\n")
-    assert done.exit_code == 0 and "1 ratings" in done.output
+    assert done.exit_code == 0 and "2 of 3 are left" in done.output
 
 
 def test_half_of_a_surrogate_pair_is_shown_and_rated(tmp_path: Path) -> None:
@@ -169,7 +172,7 @@ def test_what_an_interrupt_left_of_a_line_is_dropped(tmp_path: Path) -> None:
         assert len(Ratings(path).all) == 1 and path.read_bytes() == whole[:end]
     path.write_bytes(whole[:-5])
     done = rated(tmp_path, "=\n")
-    assert done.exit_code == 0 and "2 ratings" in done.output
+    assert done.exit_code == 0 and "1 of 3 are left" in done.output
     assert [rating.score for rating in Ratings(path).all] == [1.0, 0.5]
 
 

@@ -85,6 +85,8 @@ def _read_prompts(path: Path) -> dict[str, list[str]]:
             or not all(isinstance(text, str) and text.strip() for text in found)
         ):
             raise InputError(f"{path} has no list of prompts {name!r}; give an object with tuning and evaluation")
+        if twice := [text for i, text in enumerate(found) if text in found[:i]]:
+            raise InputError(f"{path} has the prompt {twice[0]!r} twice in {name!r}; it would count as two")
     return {name: lists[name] for name in ("tuning", "evaluation")}
 
 

@@ -16,6 +16,7 @@ from aisp_local.bench.contest_run import chosen_pairs
 from aisp_local.bench.experiments import EXPERIMENTS
 from aisp_local.bench.experiments.lab import Experiment, Lab, write
 from aisp_local.errors import AispError, InputError
+from aisp_local.files import check_output
 from aisp_local.types import Message
 
 MAX_TOKENS, SEED = 96, 0
@@ -86,6 +87,8 @@ def run(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{out} cannot be made ({error.strerror}); give another folder") from error
+    for experiment, _ in chosen:
+        check_output(out / f"{experiment.name}.md")
     failed = []
     for experiment, pair in chosen:
         began = time.perf_counter()
@@ -94,16 +97,15 @@ def run(
                 asked: list[list[Message]] = [[{"role": "user", "content": text}] for text in pair.evaluation]
                 lab = Lab(aligner, asked, pair.max_tokens, seed, small, partial(_said, say, experiment.name), lora)
                 finding = experiment.run(lab)
+            seconds = time.perf_counter() - began
+            about = f"{_name(pair.model)} with {_name(pair.reward)}, {len(asked)} prompts, {seconds:.0f} s"
+            options = {"-m": model, "-r": reward, "--prompts": prompts, "--lora": lora, "--max-prompts": max_prompts}
+            options |= {"--max-tokens": max_tokens, "--seed": seed, "--small": small}
+            show(write(out, experiment, finding, about, command(experiment, options)))
         except AispError as error:
             if len(chosen) == 1:
                 raise
             say(f"{experiment.name} failed: {error}")
             failed.append(experiment.name)
-            continue
-        seconds = time.perf_counter() - began
-        about = f"{_name(pair.model)} with {_name(pair.reward)}, {len(asked)} prompts, {seconds:.0f} s"
-        options = {"-m": model, "-r": reward, "--prompts": prompts, "--lora": lora, "--max-prompts": max_prompts}
-        options |= {"--max-tokens": max_tokens, "--seed": seed, "--small": small}
-        show(write(out, experiment, finding, about, command(experiment, options)))
     if failed:
         raise AispError(f"{', '.join(failed)} failed, for what is said above; the pages of the others are in {out}")

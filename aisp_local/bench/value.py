@@ -57,6 +57,14 @@ def collect(
     return Episodes(states, np.array(rewards))
 
 
+def check_torch() -> None:
+    """Raises InputError without PyTorch, which ``train`` needs."""
+    if find_spec("torch") is None:
+        raise InputError(
+            "training a value function needs torch, which is not installed: pip install 'aisp-local[train]'"
+        )
+
+
 def train(
     episodes: Episodes,
     *,
@@ -73,10 +81,7 @@ def train(
     Gives the value function and, of the held-out responses, the correlation of its mean, first and last value with the
     reward. Source: arXiv 2406.05954 and its training script.
     """
-    if find_spec("torch") is None:
-        raise InputError(
-            "training a value function needs torch, which is not installed: pip install 'aisp-local[train]'"
-        )
+    check_torch()
     torch: Any = import_module("torch")
     torch.manual_seed(seed)
     order = np.random.default_rng(seed).permutation(len(episodes.states))

@@ -314,6 +314,7 @@ def value(
     from aisp_local.files import check_output
 
     check_output(out)
+    made.check_torch()
     own = model is not None or reward is not None or prompts is not None
     (pair,) = chosen_pairs(model, reward, None, prompts, [] if own else ["stories"], None, max_tokens)
 
@@ -331,17 +332,20 @@ def value(
 @bench.command()
 @click.argument("folder", type=FILE)
 @click.option("--method", "methods", multiple=True, help="Labels to compare. Default: all that there are.")
+@click.option("--results", is_flag=True, help="Ask nothing, and show what the ratings so far say.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-def rate(folder: Path, methods: tuple[str, ...], seed: int) -> None:
+def rate(folder: Path, methods: tuple[str, ...], results: bool, seed: int) -> None:
     """Say which of two answers is better, not knowing whose they are; FOLDER is one of `bench quality`.
 
     Each rating is written into FOLDER/ratings.jsonl at once; the same command goes on with those that are left. At the
-    end: how often each method was preferred, by you and by the reward.
+    end: how often each method was preferred, by you and by the reward. Before the end that would tell whose answers
+    are still to come; --results shows it all the same.
 
     \b
     Examples:
       aisp-local bench rate quality
       aisp-local bench rate quality --method score --method best-of-n
+      aisp-local bench rate quality --results
     """
     from aisp_local.bench import rating
     from aisp_local.cli.output import print_answer
@@ -356,8 +360,14 @@ def rate(folder: Path, methods: tuple[str, ...], seed: int) -> None:
         except click.Abort:
             raise EOFError from None
 
-    rating.rate(asked, ratings, ask, print_answer)
+    if not results:
+        rating.rate(asked, ratings, ask, print_answer)
     counted = ratings.about(rating.questions(answers, (), seed))
     if gone := len(ratings.all) - len(counted):
         click.echo(f"{gone} ratings of answers that are no longer there do not count", err=True)
+    if not results and (left := len(list(ratings.left(asked)))):
+        click.echo(
+            f"{left} of {len(asked)} are left: the same command goes on (--results: what is said so far)", err=True
+        )
+        return
     print_answer("\n" + rating.table(counted, answers).markdown())

@@ -10,7 +10,20 @@ from typing import Any
 import numpy as np
 
 from aisp_local.bench.contest_report import interval, shown
-from aisp_local.bench.experiments.lab import SETTINGS, WORDS, Array, Experiment, Finding, Lab, rewards, row
+from aisp_local.bench.experiments.lab import (
+    SETTINGS,
+    WORDS,
+    Array,
+    Experiment,
+    Finding,
+    Lab,
+    best_of,
+    mean,
+    number,
+    rewards,
+    row,
+    spread_of,
+)
 from aisp_local.bench.tables import Table
 from aisp_local.controllers import Aisp, AispHeld, AispStatic, Controller
 from aisp_local.loop import search
@@ -88,11 +101,11 @@ def _adaptation(lab: Lab) -> Finding:
     data = {}
     for name, results in kinds.items():
         found = rewards(results)
-        best, end = found.max(axis=1), found[:, -_N:].mean(axis=1)
-        ahead = interval(best - base.max(axis=1)), interval(end - base[:, -_N:].mean(axis=1))
+        best, end = best_of(found), mean(found[:, -_N:], 1)
+        ahead = interval(best - best_of(base)), interval(end - mean(base[:, -_N:], 1))
         over, over_end = (shown(each, sign=True) for each in ahead)
-        made.rows.append([name, f"{best.mean():.2f}", over, f"{end.mean():.2f}", over_end])
-        data[name] = {"best": float(best.mean()), "last": float(end.mean()), "ahead": ahead}
+        made.rows.append([name, number(mean(best)), over, number(mean(end)), over_end])
+        data[name] = {"best": float(mean(best)), "last": float(mean(end)), "ahead": ahead}
     return Finding([made], data=data)
 
 
@@ -132,9 +145,9 @@ def _convergence(lab: Lab) -> Finding:
             there = replace(lab, seed=lab.seed + 1000 * seed)
             controllers = _made(there, _LEARNING[method], **options)
             found = _each(there, controllers, method, budget, n)
-            return rewards(found).max(axis=1), [controller.mean.ravel() for controller in controllers]
+            return best_of(rewards(found)), [controller.mean.ravel() for controller in controllers]
         found = lab.search(method, budget, n, seed=seed, **options)
-        return rewards(found).max(axis=1), [result.control for result in found]
+        return best_of(rewards(found)), [result.control for result in found]
 
     ways: list[tuple[str, str, Mapping[str, Any]]] = [
         ("score", "score", {}),
@@ -154,10 +167,10 @@ def _convergence(lab: Lab) -> Finding:
         ]
         cosine = (float(np.mean(cosines)), float(np.std(cosines))) if cosines else None
         agreement = ["-", "-"] if cosine is None else [f"{value:.2f}" for value in cosine]
-        mean, spread = float(best.mean()), float(best.std(axis=0).mean())
-        gap = [f"{-mean:.2f}"] if known else []
-        made.rows.append([label, f"{mean:.2f}", *gap, f"{spread:.2f}", *agreement])
-        data.append({"method": label, "best": mean, "spread": spread, "cosine and its spread": cosine})
+        middle, spread = float(mean(best)), float(mean(spread_of(best.T)))
+        gap = [f"{-middle:.2f}"] if known else []
+        made.rows.append([label, f"{middle:.2f}", *gap, f"{spread:.2f}", *agreement])
+        data.append({"method": label, "best": middle, "spread": spread, "cosine and its spread": cosine})
     return Finding([made], data=data)
 
 

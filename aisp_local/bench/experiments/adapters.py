@@ -11,7 +11,7 @@ from aisp_local import shipped
 from aisp_local.api import Aligner
 from aisp_local.bench.contest import answer_logprobs
 from aisp_local.bench.contest_report import interval, shown
-from aisp_local.bench.experiments.lab import Experiment, Finding, Lab, in_order, last, rewards
+from aisp_local.bench.experiments.lab import Experiment, Finding, Lab, best_of, in_order, last, mean, number, rewards
 from aisp_local.bench.tables import Table
 from aisp_local.engine import LlamaEngine
 from aisp_local.errors import InputError
@@ -62,7 +62,7 @@ def _lora(lab: Lab) -> Finding:
                 )  # as score's
                 results = lab.on(aligner).search(method, budget, _N, kl=True, **sampling)
                 found = rewards(results)
-                best = found.max(axis=1)
+                best = best_of(found)
                 reference = best if reference is None else reference
                 control = last(results, lambda s: s.kl)
                 nats = (0.0 if np.isnan(control) else control) + (
@@ -70,14 +70,14 @@ def _lora(lab: Lab) -> Finding:
                 )
                 ahead = interval(best - reference)
                 over = shown(ahead, sign=True)
-                first = float(found[:, :_N].mean())
-                made.rows.append([name, method, f"{first:.2f}", f"{best.mean():.2f}", over, f"{nats:.1f}"])
+                first = float(mean(found[:, :_N]))
+                made.rows.append([name, method, number(first), number(mean(best)), over, f"{nats:.1f}"])
                 data.append(
                     {
                         "model": name,
                         "method": method,
                         "first": first,
-                        "best": float(best.mean()),
+                        "best": float(mean(best)),
                         "ahead": ahead,
                         "nats": nats,
                     }

@@ -10,7 +10,7 @@ import numpy as np
 
 from aisp_local.bench.contest import whole
 from aisp_local.bench.contest_report import interval, shown
-from aisp_local.bench.experiments.lab import SETTINGS, Experiment, Finding, Lab, rewards, row
+from aisp_local.bench.experiments.lab import SETTINGS, Experiment, Finding, Lab, best_of, mean, number, rewards, row
 from aisp_local.bench.tables import Table
 from aisp_local.svg import Axes
 from aisp_local.timeline import OFF, Timeline
@@ -24,10 +24,10 @@ def _samples(lab: Lab) -> Finding:
     best = {}
     for method in _METHODS:
         found = rewards(lab.search(method, budget, _N, **SETTINGS.get(method, {})))
-        best[method] = np.maximum.accumulate(found, axis=1)
-    curves = {method: so_far.mean(axis=0) for method, so_far in best.items()}
+        best[method] = np.fmax.accumulate(found, axis=1)
+    curves = {method: mean(so_far, 0) for method, so_far in best.items()}
     made = Table("samples", f"Mean best reward, {len(lab.prompts)} prompts", ["method", *map(str, sizes)])
-    made.rows.extend([row(method), *(f"{curve[s - 1]:.2f}" for s in sizes)] for method, curve in curves.items())
+    made.rows.extend([row(method), *(number(curve[s - 1]) for s in sizes)] for method, curve in curves.items())
     ahead = Table("samples-ahead", "The same over best-of-n's [95%]", ["method", *map(str, sizes)])
     leads = {}
     for method in _METHODS[:-1]:
@@ -43,13 +43,15 @@ def _samples(lab: Lab) -> Finding:
             needed.append(str(-(-(int(reached[0]) + 1) // _N) * _N) if len(reached) else f"more than {budget}")
         needs.rows.append([method, *needed])
     plotted = np.concatenate([curve[_N - 1 :] for curve in curves.values()])
+    plotted = plotted[np.isfinite(plotted)]
     axes = Axes(
         "best reward so far",
         (math.log2(_N), math.log2(budget), "log2 of the rollouts"),
         (float(plotted.min()), float(plotted.max()), "mean over prompts"),
     )
     for i, curve in enumerate(curves.values()):
-        axes.curve([(math.log2(k), float(curve[k - 1])) for k in range(_N, budget + 1, _N)], i)
+        points = [(math.log2(k), float(curve[k - 1])) for k in range(_N, budget + 1, _N)]
+        axes.curve([point for point in points if math.isfinite(point[1])], i)
     axes.legend(list(curves))
     data = {method: {size: float(curve[size - 1]) for size in sizes} for method, curve in curves.items()}
     return Finding([made, ahead, needs], {"curves": axes.svg()}, {"best": data, "over best-of-n": leads})
@@ -142,7 +144,7 @@ def _product(lab: Lab) -> Finding:
             began = time.perf_counter()
             found = rewards(lab.search(method, budget, n, at_once=1))  # seconds that somebody waits
             seconds = (time.perf_counter() - began) / len(lab.prompts)
-            best, end = interval(found.max(axis=1)), interval(found[:, -n:].mean(axis=1))
+            best, end = interval(best_of(found)), interval(mean(found[:, -n:], 1))
             made.rows.append([method, n, budget // n, shown(best), shown(end), f"{seconds:.2f}"])
             data.append({"method": method, "n": n, "best": best, "last": end, "seconds": seconds})
     return Finding([made], data=data)

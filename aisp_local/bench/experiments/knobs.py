@@ -10,7 +10,19 @@ import numpy as np
 
 from aisp_local.bench.contest import answer_logprobs
 from aisp_local.bench.contest_report import interval, shown
-from aisp_local.bench.experiments.lab import SETTINGS, Experiment, Finding, Lab, last, number, rewards, row, variety
+from aisp_local.bench.experiments.lab import (
+    SETTINGS,
+    Experiment,
+    Finding,
+    Lab,
+    best_of,
+    last,
+    mean,
+    number,
+    rewards,
+    row,
+    variety,
+)
 from aisp_local.bench.tables import Table
 from aisp_local.controllers.score import FULL_KL
 from aisp_local.engine import LlamaEngine
@@ -54,10 +66,10 @@ def _strength(lab: Lab) -> Finding:
         figures: dict[str, Any] = {
             "strength": strength,
             "allowed": FULL_KL * strength**2,
-            "first": float(found[:, :_N].max(axis=1).mean()),
-            "best": float(found.max(axis=1).mean()),
-            "best_interval": interval(found.max(axis=1)),
-            "last": float(found[:, -_N:].mean()),
+            "first": float(mean(best_of(found[:, :_N]))),
+            "best": float(mean(best_of(found))),
+            "best_interval": interval(best_of(found)),
+            "last": float(mean(found[:, -_N:])),
             "counted": last(results, lambda s: s.kl),
             "kl": last(exact, lambda s: s.kl),
             "variety": variety(results),
@@ -68,9 +80,9 @@ def _strength(lab: Lab) -> Finding:
             [
                 f"{strength:g}",
                 f"{figures['allowed']:.1f}",
-                f"{figures['first']:.2f}",
+                number(figures["first"]),
                 shown(figures["best_interval"]),
-                f"{figures['last']:.2f}",
+                number(figures["last"]),
                 *(number(figures[key], ".1f") for key in ("counted", "kl")),
                 *(number(figures[key]) for key in ("variety", "likelihood")),
             ]
@@ -108,9 +120,9 @@ def _blocks(lab: Lab) -> Finding:
         found, scored = rewards(results), sum(s.n_scored for result in results for s in result.iterations)
         figures: dict[str, Any] = {
             "blocks": label,
-            "first": float(found[:, :_N].max(axis=1).mean()),
-            "best": float(found.max(axis=1).mean()),
-            "best_interval": interval(found.max(axis=1)),
+            "first": float(mean(best_of(found[:, :_N]))),
+            "best": float(mean(best_of(found))),
+            "best_interval": interval(best_of(found)),
             "scored": scored / found.size,
             "seconds": seconds,
         }
@@ -118,7 +130,7 @@ def _blocks(lab: Lab) -> Finding:
         made.rows.append(
             [
                 label,
-                f"{figures['first']:.2f}",
+                number(figures["first"]),
                 shown(figures["best_interval"]),
                 f"{figures['scored']:.1f}",
                 f"{seconds:.2f}",

@@ -17,6 +17,7 @@ from aisp_local.bench.contest_report import titled
 from aisp_local.bench.machine import describe
 from aisp_local.bench.tables import Table
 from aisp_local.files import write_output
+from aisp_local.finite import finite
 from aisp_local.rewards import Reward
 from aisp_local.rewards.identity import Origin
 from aisp_local.types import Candidate, Message, Result
@@ -128,8 +129,26 @@ def in_order(result: Result) -> list[Candidate]:
 
 
 def rewards(results: Sequence[Result]) -> Array:
-    """[prompts, rollouts] in the order in which they were drawn."""
-    return np.array([[c.reward for c in in_order(result)] for result in results])
+    """[prompts, rollouts] in the order in which they were drawn; nan for those that are not finite, which never win."""
+    found = np.array([[c.reward for c in in_order(result)] for result in results])
+    return np.where(np.isfinite(found), found, np.nan)
+
+
+def best_of(found: Array) -> Array:
+    """The highest reward of each prompt, of ``rewards`` [prompts, rollouts]."""
+    return np.asarray(np.fmax.reduce(found, axis=1))
+
+
+def mean(found: Array, axis: int | None = None) -> Any:
+    """Of the rewards that there are; nan of none."""
+    there = np.isfinite(found)
+    total, count = np.where(there, found, 0.0).sum(axis=axis), np.asarray(there.sum(axis=axis))
+    return np.divide(total, count, out=np.full(count.shape, np.nan), where=count > 0)
+
+
+def spread_of(found: Array) -> Array:
+    """Standard deviation of each prompt's rewards, of those that there are."""
+    return np.asarray(np.sqrt(mean((found - mean(found, 1)[:, None]) ** 2, 1)))
 
 
 def last(results: Sequence[Result], of: Callable[[Any], float | None]) -> float:
@@ -168,6 +187,7 @@ def write(out: Path, experiment: Experiment, finding: Finding, about: str, comma
     text = "\n".join(lines)
     write_output(out / f"{experiment.name}.md", text)
     content = {"experiment": experiment.name, "command": command, "machine": describe(), "about": about}
-    written = json.dumps({**content, "data": finding.data}, indent=1, default=float)
+    data = json.loads(json.dumps(finding.data, default=float))  # numpy's numbers as Python's
+    written = json.dumps(finite({**content, "data": data}), indent=1)
     write_output(out / f"{experiment.name}.json", written + "\n")
     return text

@@ -10,7 +10,7 @@ from importlib import resources
 import numpy as np
 
 from aisp_local.bench.contest_report import interval, shown
-from aisp_local.bench.experiments.lab import SETTINGS, Experiment, Finding, Lab, rewards, row
+from aisp_local.bench.experiments.lab import SETTINGS, Experiment, Finding, Lab, mean, rewards, row
 from aisp_local.bench.tables import Table
 from aisp_local.rewards import Reward
 from aisp_local.rewards.base import call
@@ -83,7 +83,7 @@ def _objectives(lab: Lab) -> Finding:
             results = lab.search(method, budget, n, reward=reward, **SETTINGS.get(method, {}))
             if method == "best-of-n":
                 drawn = [c for result in results for c in result.candidates]
-                found["base"] = float(np.mean([count(c.text) for c in drawn])), float(rewards(results).mean())
+                found["base"] = float(np.mean([count(c.text) for c in drawn])), float(mean(rewards(results)))
             got[method] = [result.reward for result in results]
             other[method] = _scores(learnt, lab, results)
             counts = [count(result.answer) for result in results]

@@ -11,7 +11,19 @@ import numpy as np
 import numpy.typing as npt
 
 from aisp_local.bench.contest_report import interval, shown
-from aisp_local.bench.experiments.lab import SETTINGS, WORDS, Array, Experiment, Finding, Lab, number, rewards, row
+from aisp_local.bench.experiments.lab import (
+    SETTINGS,
+    WORDS,
+    Array,
+    Experiment,
+    Finding,
+    Lab,
+    mean,
+    number,
+    rewards,
+    row,
+    spread_of,
+)
 from aisp_local.bench.tables import Table
 from aisp_local.controllers.guard import MOSTLY_NOISE
 from aisp_local.rewards import Reward, load_reward
@@ -31,8 +43,9 @@ def _beginnings(lab: Lab) -> Finding:
         for share, into in zip(_SHARES, found, strict=True):
             cut = [c.tokens[: max(1, round(share * len(c.tokens)))] for c in result.candidates if c.tokens is not None]
             scores = call_prefixes(reward, prompt, [engine.text(tokens) for tokens in cut])  # as searches do
-            if scores.std() > 0 and whole.std() > 0:
-                into.append(float(np.corrcoef(scores, whole)[0, 1]))
+            there = np.isfinite(scores) & np.isfinite(whole)
+            if there.any() and scores[there].std() > 0 and whole[there].std() > 0:
+                into.append(float(np.corrcoef(scores[there], whole[there])[0, 1]))
     means = [float(np.mean(one)) if one else float("nan") for one in found]
     made = Table(
         "beginnings",
@@ -95,15 +108,15 @@ def _warned(results: Sequence[Result]) -> tuple[int, int]:
 def _true(reward: Reward, lab: Lab, texts: Sequence[Sequence[str]]) -> Array:
     """What the reward gives each prompt's texts without noise, in the mean."""
     pairs = zip(lab.prompts, texts, strict=True)
-    return np.array([call(reward.name, reward.score, prompt, each).mean() for prompt, each in pairs])
+    return np.array([mean(call(reward.name, reward.score, prompt, each)) for prompt, each in pairs])
 
 
 def _noised(lab: Lab, reward: Reward) -> tuple[Table, list[dict[str, Any]]]:
     budget = lab.size(128, 32)
     base = lab.search("best-of-n", lab.size(64, 16), 16, reward=reward, seed=9, **SETTINGS["best-of-n"])
-    spread = float(rewards(base).std(axis=1).mean()) or 1.0
-    middles = rewards(base).mean(axis=1)  # of each prompt
-    middle = float(middles.mean())
+    spread = float(mean(spread_of(rewards(base)))) or 1.0
+    middles = mean(rewards(base), 1)  # of each prompt
+    middle = float(mean(middles))
     made = Table(
         f"noise-{reward.name}",
         f"{reward.name}: {budget} rollouts; in standard deviations of the base above its mean (base: {middle:.2f}, "
@@ -135,7 +148,7 @@ def _noised(lab: Lab, reward: Reward) -> tuple[Table, list[dict[str, Any]]]:
             add(share, method, seen, _true(reward, lab, [[result.answer] for result in results]), _warned(results))
         # Those of best-of-n, the last; it draws the same ones whatever their rewards.
         chance = _true(reward, lab, [[c.text for c in r.candidates] for r in results]) if chance is None else chance
-        add(share, "random choice", (float(rewards(results).mean()) - zero) / spread, chance, None)
+        add(share, "random choice", (float(mean(rewards(results))) - zero) / spread, chance, None)
     return made, data
 
 

@@ -8,7 +8,18 @@ from typing import Any
 import numpy as np
 
 from aisp_local.bench.contest_report import interval, shown
-from aisp_local.bench.experiments.lab import Experiment, Finding, Lab, last, number, rewards, variety
+from aisp_local.bench.experiments.lab import (
+    Experiment,
+    Finding,
+    Lab,
+    best_of,
+    last,
+    mean,
+    number,
+    rewards,
+    spread_of,
+    variety,
+)
 from aisp_local.bench.tables import Table
 from aisp_local.controllers import Aisp
 from aisp_local.svg import heat_map
@@ -22,11 +33,11 @@ def _figures(lab: Lab, iterations: int, **options: Any) -> dict[str, Any]:
     results = lab.search("aisp", _N * iterations, _N, kl=True, **options)
     found = rewards(results)
     return {
-        "best": float(found.max(axis=1).mean()),
-        "best_interval": interval(found.max(axis=1)),
-        "first": float(found[:, :_N].mean()),
-        "spread": float(found[:, :_N].std(axis=1).mean()),
-        "last": float(found[:, -_N:].mean()),
+        "best": float(mean(best_of(found))),
+        "best_interval": interval(best_of(found)),
+        "first": float(mean(found[:, :_N])),
+        "spread": float(mean(spread_of(found[:, :_N]))),
+        "last": float(mean(found[:, -_N:])),
         "kl": last(results, lambda s: s.kl),
         "ess": last(results, lambda s: s.ess),
         "norm": last(results, lambda s: s.control_norm),
