@@ -48,7 +48,6 @@ from aisp_local.types import (
     Calibration,
     Candidate,
     Controls,
-    FloatArray,
     Limits,
     Message,
     Progress,
@@ -300,7 +299,10 @@ class Aligner:
         for index in indices:
             RowSeeds(seed, index)
         if steering is not None:
-            options = options | {"steering": self.check_steering(steering)}
+            kept = self.check_steering(steering)
+            options = options | {"steering": kept.u}
+            if kept.nats is not None and "steering_nats" in controllers.options_of(method):
+                options["steering_nats"] = kept.nats
         wants: dict[Want, bool] = {"kl": kl, "logprobs": logprobs}
         # No response is longer than the context, so that no control needs to be.
         common: dict[str, Any] = {"d": self.engine.d, "max_tokens": min(max_tokens, self.engine.n_ctx), "seed": seed}
@@ -470,15 +472,15 @@ class Aligner:
         """
         if result.control is None:
             raise InputError(f"the method {result.method!r} holds no control that could be kept; use score")
-        return Steering(result.control, self.engine.fingerprint, self.reward.name)
+        return Steering(result.control, self.engine.fingerprint, self.reward.name, result.control_nats)
 
-    def check_steering(self, steering: Steering | str | os.PathLike[str]) -> FloatArray:
-        """Its control u [d]. Raises InputError for one that was learnt with another model."""
+    def check_steering(self, steering: Steering | str | os.PathLike[str]) -> Steering:
+        """What ``steering`` is or holds. Raises InputError for one that was learnt with another model."""
         kept = steering if isinstance(steering, Steering) else Steering.load(steering)
         if kept.model != self.engine.fingerprint:
             where = "the steering" if isinstance(steering, Steering) else f"the steering in {steering}"
             raise InputError(f"{where} was learnt with another model; it means nothing to this one")
-        return kept.u
+        return kept
 
     def _calibrated(
         self,

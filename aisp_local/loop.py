@@ -505,7 +505,11 @@ class _Search:
         if self.limits.tokens is None:
             return size
         mean = self.n_tokens / self.asked if self.n_tokens else self.max_tokens
-        return max(min(size, int((self.limits.tokens - self.n_tokens) / mean)), 0 if self.asked else 1)
+        fitting = min(size, int((self.limits.tokens - self.n_tokens) / mean))
+        if not self.asked:
+            return max(fitting, 1)
+        # Iterations of ever fewer rollouts, in the end of one, would teach and find nothing.
+        return fitting if 4 * fitting >= size else 0
 
     def _limit(self, better: bool) -> str | None:
         """Which of its own limits ends the search, if one does."""
@@ -697,4 +701,5 @@ class _Search:
             seconds=self.seconds,
             n_tokens=self.n_tokens,
             control=self.task.controller.held if isinstance(self.task.controller, Steers) else None,
+            control_nats=getattr(self.task.controller, "held_nats", None),
         )

@@ -24,6 +24,7 @@ class Steering:
     u: FloatArray
     model: str
     reward: str = ""  # the name of the one that it was learnt from
+    nats: float | None = None  # of a response under it, where it was learnt; None: not known
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a JSON file, whole or not at all. Raises InputError where that cannot be."""
@@ -31,6 +32,7 @@ class Steering:
             "format": _FORMAT,
             "model": self.model,
             "reward": self.reward,
+            "nats": self.nats,
             "u": [round(float(value), 7) for value in self.u],
         }
         write_output(Path(path), json.dumps(content) + "\n")
@@ -43,12 +45,14 @@ class Steering:
             content = json.loads(text)
         except (ValueError, RecursionError):
             content = None
-        values = content.get("u") if isinstance(content, dict) else None
+        values, nats = (content.get("u"), content.get("nats")) if isinstance(content, dict) else (None, None)
         if (
             not isinstance(values, list)
             or content.get("format") != _FORMAT
             or not isinstance(content.get("model"), str)
             or not all(isinstance(v, int | float) and -_LARGEST < v < _LARGEST for v in values)
+            or not (nats is None or (isinstance(nats, int | float) and 0 <= nats < _LARGEST))
         ):
             raise InputError(f"{path} holds no steering of this version; write one with --save-steering")
-        return cls(np.array(values, np.float32), content["model"], str(content.get("reward", "")))
+        kept = None if nats is None else float(nats)
+        return cls(np.array(values, np.float32), content["model"], str(content.get("reward", "")), kept)

@@ -348,6 +348,7 @@ class Result:
     judge: float | None = None  # the judge's score of the answer; None without one, or where it failed
     calibration: Calibration | None = None  # of a composite reward, if it was measured for this search
     control: FloatArray | None = field(default=None, compare=False)  # [d], held at all steps in the end, if one is
+    control_nats: float | None = field(default=None, compare=False)  # of a response under it, if that is known
     versions: Mapping[str, str] = field(default_factory=dict)
     ended_at: int | None = None  # reports to on_progress without ``stats`` until then, if cut short and known
     asked: Mapping[str, Any] = field(default_factory=dict, compare=False)  # prompt and options, for Aligner.trace

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -123,7 +124,8 @@ def measure(pair: Pair, threads: int | None) -> list[dict[str, Any]]:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     columns = ["pair", "control", *(f"from nothing, {at}" for at in AT), *(f"with it, {at}" for at in AT)]
     columns += [*(f"difference at {at} [95%]" for at in AT), "mean of the first 32: from nothing, with it"]
-    made = Table("steering", "Starting with a control that another search learnt", [*columns, "32 with it are worth"])
+    columns.append("rollouts from nothing that are as good as 32 with it")  # an iteration has all of its 32 at once
+    made = Table("steering", "Starting with a control that another search learnt", columns)
     for row in rows:
         worth = row["rollouts_from_nothing"]
         made.rows.append(
@@ -134,7 +136,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
                 *(f"{row['warm'][at]:.2f}" for at in AT),
                 *("{:+.2f} [{:+.2f}, {:+.2f}]".format(*row["difference"][at]) for at in AT),
                 "{:.2f}, {:.2f}".format(*row["first_mean"]),
-                f"more than {COLD}" if worth is None else str(worth),
+                f"more than {COLD}" if worth is None else f"{worth - 31} to {worth}",
             ]
         )
     return made.markdown()
@@ -150,7 +152,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = []
     for pair in chosen_pairs(None, None, None, None, names, asked.prompts, 96):
         rows += measure(pair, asked.threads)
-        print(table(rows), flush=True)
+        print(f"{pair.name} is done", file=sys.stderr)
+    print(table(rows))
     print(json.dumps({"machine": describe(), "rows": rows}))
 
 

@@ -187,6 +187,15 @@ def test_bad_input_is_one_sentence_and_exit_code_2(name: str, broken: Path, monk
             ["generate", "x", "-m", "model.gguf", "-o", "model.gguf"],
             "would be written over what is read or written there",
         ),
+        (
+            ["generate", "x", "--steering", "model.gguf", "--trace", "model.gguf"],
+            "would be written over what is read or written there",
+        ),
+        (
+            ["generate", "x", "--lora-scaled", "model.gguf", "0.5", "-o", "model.gguf"],
+            "would be written over what is read or written there",
+        ),
+        (["generate", "x", "--strength", "0.3", "--option", "strength=0.9"], "are the same; leave one out"),
     ],
 )
 def test_what_is_empty_or_in_the_way_is_refused(

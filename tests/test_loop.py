@@ -251,6 +251,9 @@ def test_a_budget_of_tokens_is_kept() -> None:
         # Lengths are not known before: the last iteration may be longer than the mean of those before, or shorter.
         assert result.n_tokens <= max(tokens + 15, 10)
         assert result.n_tokens >= 0.6 * tokens
+        # No crumbs in the end: such iterations teach and find nothing.
+        sizes = [stats.n for stats in result.iterations]
+        assert all(4 * size >= min(max(sizes), 40 - sum(sizes[:i])) for i, size in enumerate(sizes) if i)
         assert [c.text for c in whole.candidates if (c.iteration, c.row) == (1, 1)] == [
             c.text for c in result.candidates if (c.iteration, c.row) == (1, 1)
         ]

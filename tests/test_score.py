@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -24,7 +25,7 @@ from aisp_local.rewards import Composite
 from aisp_local.rewards.rules import Length
 from aisp_local.seeds import RowSeeds
 from aisp_local.testing import FakeEngine, FakeReward
-from aisp_local.types import Controls, Laws, Limits, Prompt, Result, Rollouts, Sampling
+from aisp_local.types import Controls, FloatArray, Laws, Limits, Prompt, Result, Rollouts, Sampling
 
 D, V, T = 8, 12, 10
 
@@ -155,13 +156,16 @@ def test_nothing_to_learn_moves_nothing() -> None:
 
 def test_the_guard_sees_worse_and_repetitive_answers() -> None:
     rng, lively = np.random.default_rng(0), [np.arange(30, dtype=np.int32)] * 4
-    guard = Guard()
-    assert guard.look(np.array([0.0, 1.0, 2.0, np.nan]), lively) is None
-    assert guard.look(np.array([-1.0, 0.0, 0.0, 0.0]), lively) is None, "one bad iteration may be chance"
-    assert guard.look(np.array([1.0, 1.0, 1.0, 1.0]), lively) is None
-    assert guard.look(np.full(4, -1.0), lively) is None
-    worse = guard.look(np.full(4, -1.0), lively)
-    assert worse is not None and worse.factor == 0 and "worse" in worse.note
+    for times, seen in ((8, True), (3, False)):  # of few an iteration, all of one parent, the spread is no measure
+        guard = Guard()
+        assert guard.look(np.array([0.0, 1.0, 2.0, np.nan] * times), lively) is None
+        bad = np.array([-1.0, 0.0, 0.0, 0.0] * times) - 1.0
+        assert guard.look(bad, lively) is None, "one bad iteration may be chance"
+        assert guard.look(np.full(4 * times, 1.0), lively) is None
+        assert guard.look(np.full(4 * times, -1.0), lively) is None
+        worse = guard.look(np.full(4 * times, -1.0), lively)
+        assert (worse is not None) == seen
+        assert worse is None or (worse.factor == 0 and "worse" in worse.note)
     dull = [np.tile(rng.integers(0, 9, 3), 10).astype(np.int32)] * 4
     repetitive = guard.look(np.array([5.0, 6.0, 7.0, 8.0]), dull)
     assert repetitive is not None and repetitive.factor == 0.5 and "repeat" in repetitive.note
@@ -229,7 +233,7 @@ def test_the_guard_shortens_the_control_and_says_so() -> None:
     controller = score(engine, selection=0.0, temperature=3.0, min_p=0.0)
     notes = []
     for iteration in range(1, 6):
-        rollouts = roll(engine, controller, 8, iteration)
+        rollouts = roll(engine, controller, 16, iteration)
         before = controller.held
         # Rewards that fall with every iteration, whatever is done.
         info = controller.tell(rollouts, np.array(vowels("", rollouts.texts)) - 20.0 * iteration)
@@ -371,6 +375,37 @@ def test_a_steering_that_is_too_long_is_shortened_whatever_rewards_say(size: flo
     assert all((s.kl or 0.0) <= 1.15 * FULL_KL * 0.5**2 for s in found.iterations[1:])
     # Without selection nothing is told before the first iteration has ended.
     assert (found.iterations[0].kl or 0.0) > (0.0 if selection else 21.0)
+
+
+@pytest.mark.parametrize("selection", [0.0, 0.5])
+def test_a_steering_that_is_known_to_be_too_long_is_shortened_before_anything_is_told(selection: float) -> None:
+    """Of a search with twenty times the nats; with the nats that it was learnt with it starts as it is."""
+    engine = FakeEngine(d=D, vocabulary=V)
+
+    def learnt(nats: float) -> tuple[FloatArray, float]:
+        controller = score(engine, nats=nats, selection=0.0, min_p=0.0, max_tokens=40)
+        for i in range(4):
+            rollouts = engine.rollout(
+                "", (controls := controller.ask(32)), max_tokens=40, seeds=RowSeeds(i), want=controls.want
+            )
+            controller.tell(rollouts, np.array([float(np.sum(row == 5)) for row in rollouts.tokens]))
+        assert controller.held_nats is not None
+        return controller.held, controller.held_nats
+
+    u, nats = learnt(20.0)
+    assert 10 < nats <= 20.0
+    # What it says of itself is what it does.
+    controls = Controls(64, vectors=np.tile(u, (64, 1, 1)), held=True, sampling=Sampling(1.0))
+    found = engine.rollout("", controls, max_tokens=40, seeds=RowSeeds(9), want=frozenset({"kl"}))
+    assert found.kl is not None and float(np.mean(found.kl)) == pytest.approx(nats, rel=0.35)
+    for budget in (1.0, 5.0, 40.0):
+        part = budget * (1 - selection)
+        begun = score(engine, nats=budget, selection=selection, steering=u, steering_nats=nats)
+        np.testing.assert_allclose(begun.held, u * min(1.0, math.sqrt(part / nats)), rtol=1e-6)
+        assert begun.held_nats == pytest.approx(min(part, nats))
+        unknown = score(engine, nats=budget, selection=selection, steering=u)
+        np.testing.assert_array_equal(unknown.held, u)
+        assert unknown.held_nats is None
 
 
 def test_what_the_guard_takes_within_an_iteration_is_of_what_is_left() -> None:

@@ -35,6 +35,9 @@ def test_a_search_starts_where_another_ended(tmp_path: Path) -> None:
     again = Steering.load(tmp_path / "u.json")
     np.testing.assert_allclose(again.u, learnt.u, atol=1e-6)
     assert (again.model, again.reward) == (aligner.engine.fingerprint, "vowels")
+    assert again.nats == learnt.nats is not None and 0 < again.nats <= 10.0
+    less = find(aligner, steering=again, nats=1.0)
+    assert less.asked["options"]["steering_nats"] == again.nats and (less.iterations[0].kl or 0.0) < 1.3
     means = [
         np.mean([find(aligner, seed=seed, **options).iterations[0].mean for seed in range(6)])
         for options in ({"steering": tmp_path / "u.json", "selection": 0.0}, {"selection": 0.0})
@@ -65,7 +68,8 @@ def test_another_model_and_other_methods_refuse_it(tmp_path: Path) -> None:
     "content",
     ["", "[]", "{}", '{"format": 1, "model": "m", "u": [1, NaN]}', '{"format": 1, "model": "m", "u": [1, "a"]}',
      '{"format": 2, "model": "m", "u": [1]}', '{"format": 1, "model": 3, "u": [1]}', '{"format": 1, "u": 1e999}',
-     '{"format": 1, "model": "m", "u": [1' + "0" * 400 + "]}"],
+     '{"format": 1, "model": "m", "u": [1' + "0" * 400 + "]}", '{"format": 1, "model": "m", "u": [1], "nats": -1}',
+     '{"format": 1, "model": "m", "u": [1], "nats": "1"}'],
 )  # fmt: skip
 def test_files_that_are_none(tmp_path: Path, content: str) -> None:
     path = tmp_path / "u.json"

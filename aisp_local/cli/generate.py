@@ -164,13 +164,17 @@ def generate(
     for written in (timeline, save_steering, trace):
         if written is not None:
             check_output(written)
-    check_apart([source, model, reward, judge, grammar_file, *lora], [output, timeline, save_steering, trace])
+    adapters = (*lora, *(file for file, _ in lora_scaled))
+    check_apart([source, model, reward, judge, grammar_file, *adapters], [output, timeline, save_steering, trace])
+    check_apart([steering], [output, timeline, trace])  # what is learnt may take the place of what it began with
     check_steering(method, "--save-steering", save_steering)
     check_steering(method, "--steering", steering)
     kept = None if steering is None else Steering.load(steering)
+    budget = rollouts(budget, effort)
+    parts = rows is not None and typed("rows") and rows < budget
     # What stands in the settings gives way to what the command line asks for.
     if not typed("stream"):
-        ended = (budget_tokens, target_reward, patience) != (None, None, None)
+        ended = parts or (budget_tokens, target_reward, patience) != (None, None, None)
         stream &= source is None and not json_ and output is None and not ended and method in STREAMED
     elif stream:
         json_, budget_tokens = json_ and typed("json_"), budget_tokens if typed("budget_tokens") else None
@@ -180,12 +184,12 @@ def generate(
         )
     if stream and (json_ or output is not None):
         raise InputError("--stream prints the answer as it settles; leave out --json and -o")
-    if stream and (budget_tokens, target_reward, patience) != (None, None, None):
+    if stream and (parts or (budget_tokens, target_reward, patience) != (None, None, None)):
         raise InputError(
-            "--stream decodes all rollouts in one iteration; leave out --budget-tokens, --target-reward and --patience"
+            "--stream decodes all rollouts in one iteration; leave out --rows, --budget-tokens, --target-reward and "
+            "--patience"
         )
     options = method_options(method, strength, stream, more)
-    budget = rollouts(budget, effort)
     rows = budget if stream else rows
     grammar = read_grammar(grammar_file, json_schema)
     check_search(

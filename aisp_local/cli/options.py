@@ -197,7 +197,7 @@ def typed(name: str) -> bool:
 
 def settable(method: str) -> set[str]:
     """Options of a method that words can set."""
-    return options_of(method) - {"steering"}
+    return options_of(method) - {"steering", "steering_nats"}
 
 
 def method_options(method: str, strength: float | None, stream: bool, more: Sequence[str]) -> dict[str, Any]:
@@ -216,6 +216,8 @@ def method_options(method: str, strength: float | None, stream: bool, more: Sequ
                 continue
             known = ", ".join(sorted(settable(method))) or "none"
             raise InputError(f"method {method!r} has no option {name!r}; its options are {known}")
+        if name == "strength" and name in options and typed("strength") and typed("more"):
+            raise InputError("--strength and --option strength=... are the same; leave one out")
         try:
             options[name] = json.loads(value)
         except ValueError:  # a name or a path

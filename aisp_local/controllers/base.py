@@ -42,7 +42,10 @@ class Prepares(Protocol):
 
 @runtime_checkable
 class Steers(Protocol):
-    """A controller with one control at all steps, from which another search may start (its option ``steering``)."""
+    """A controller with one control at all steps, from which another search may start (its option ``steering``).
+
+    It may have ``held_nats``: the KL of a response under it from one without. Then ``steering_nats`` is an option too.
+    """
 
     @property
     def held(self) -> FloatArray:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 _STRIKES = 2  # iterations in a row that are worse than the first
 _WORSE = 2.0  # by so many of its standard deviations
+_ENOUGH = 16  # rollouts: fewer are soon all of one parent, whose spread is none to measure others by
 _VARIETY = 0.8  # of the first iteration's: below it, answers repeat themselves
 _LOOPING = 0.5  # of all trigrams: below it they do, whatever came before; code and lists have more
 _TELLING = 24  # tokens: of shorter answers variety says little
@@ -25,7 +26,10 @@ class Verdict:
     note: str
 
 
-MOSTLY_NOISE = "rollouts that begin alike are rewarded hardly more alike than others: this reward is mostly noise"
+MOSTLY_NOISE = (
+    "rollouts that begin alike are rewarded hardly more alike than others: this reward is mostly noise, or finds "
+    "all of them alike"
+)
 """What ``Guard.noise`` says."""
 
 _REPEATED = "answers repeat themselves: the control and its strength are halved"
@@ -35,7 +39,7 @@ class Guard:
     """Compares each iteration with the first that it is shown, and unfinished rollouts with what text is like."""
 
     def __init__(self) -> None:
-        self._base: tuple[float, float, float] | None = None  # mean and spread of the rewards, variety
+        self._base: tuple[float, float, float] | None = None  # mean and spread of the rewards (inf: of few), variety
         self._strikes = 0
         self._between, self._within = np.zeros(2), np.zeros(2)  # variance and degrees of freedom, of all pauses
         self._noise = False
@@ -85,10 +89,11 @@ class Guard:
             return None
         mean, variety = float(finite.mean()), float(np.mean([_variety(row) for row in tokens]))
         if self._base is None:
-            self._base = mean, float(finite.std()), variety
+            self._base = mean, float(finite.std()) if len(finite) >= _ENOUGH else float("inf"), variety
             return None
         base_mean, spread, base_variety = self._base
-        self._strikes = self._strikes + 1 if mean < base_mean - _WORSE * spread else 0
+        worse = len(finite) >= _ENOUGH and mean < base_mean - _WORSE * spread
+        self._strikes = self._strikes + 1 if worse else 0
         if self._strikes == _STRIKES:
             self._strikes = 0
             return Verdict(0.0, "steering made answers worse than it found them: begun anew, with half the strength")

@@ -59,7 +59,8 @@ class Score:
     - ``blocks`` (a response of the expected length is cut into about so many: more cost more of the reward's time);
     - ``step`` (nats that the control moves an iteration);
     - ``temperature``, ``min_p``;
-    - ``steering`` (u to start with [d], held to the budget from the first update on).
+    - ``steering`` (u to start with [d]) and ``steering_nats`` (of a response under it, where it was learnt: it is made
+      shorter if that is more than the budget; from the first update on what it does here is measured).
     """
 
     name = "score"
@@ -74,6 +75,7 @@ class Score:
         prompt_index: int = 0,
         unfinished: bool = True,
         steering: FloatArray | None = None,
+        steering_nats: float | None = None,
         strength: float = 0.5,
         nats: float | None = None,
         selection: float = 0.5,
@@ -101,12 +103,18 @@ class Score:
         self._selection_kl, self._control_kl, self._step = selection * nats, (1.0 - selection) * nats, step
         self._pauses, self._commit = commit or self._selection_kl > 0, commit
         self._u: FloatArray = np.zeros(d, np.float32)
+        self._nats: float | None = 0.0  # of a response under u, as last measured
         if steering is not None:
             if steering.shape != (d,) or not np.isfinite(steering).all():
                 raise InputError(f"the steering has the shape {steering.shape}; it must be {d} finite numbers")
             if not self._control_kl > 0:
                 raise InputError("with strength 0 or selection 1 no control is held; leave the steering out")
             self._u = steering.astype(np.float32)
+            self._nats = steering_nats
+            if steering_nats is not None and steering_nats > self._control_kl:
+                # Of a small control nats are as the square of its length.
+                self._u = self._u * np.float32(math.sqrt(self._control_kl / steering_nats))
+                self._nats = self._control_kl
         self._guard = Guard()
         self._schedule = Schedule(max_tokens, blocks)
         self._longest = 0.0  # tokens of a response, mean of an iteration
@@ -129,6 +137,11 @@ class Score:
     def held(self) -> FloatArray:
         """u [d], a copy."""
         return self._u.copy()
+
+    @property
+    def held_nats(self) -> float | None:
+        """KL of a response under u, as last measured; None before, where nobody said it."""
+        return self._nats
 
     def ask(self, n: int) -> Controls:
         u = self._u * self._hold
@@ -196,6 +209,7 @@ class Score:
         if verdict is None:
             return None
         self._u = self._u * np.float32(verdict.factor)
+        self._nats = None if self._nats is None else self._nats * verdict.factor**2
         self._control_kl /= 4  # half of the strength
         n = len(self._finished) + len(self._going_on)
         spent = self._moved / n if n else 0.0
@@ -230,18 +244,19 @@ class Score:
             variance = expected * block.variance(change(gradient, entry))
             if variance > 0:
                 self._u = self._u + np.float32(math.sqrt(2 * step / variance)) * gradient
-        self._u = self._u * _fitting(steps, change(self._u, elsewhere), self._control_kl / expected)
+        factor, found = _fitting(steps, change(self._u, elsewhere), self._control_kl / expected)
+        self._u, self._nats = self._u * factor, found * expected
         left = going_on / n * max(expected - end, self._schedule.block)  # steps of a rollout
         nats = max(self._allowed - self._moved / n, 0.0)
-        self._hold = _fitting(steps, change(self._u, elsewhere), nats / left) if left else np.float32(1.0)
+        self._hold = _fitting(steps, change(self._u, elsewhere), nats / left)[0] if left else np.float32(1.0)
 
 
-def _fitting(steps: Steps, y: FloatArray, nats: float) -> np.float32:
-    """What y is to be multiplied with, at most 1, for a mean divergence of so many nats, and no more."""
+def _fitting(steps: Steps, y: FloatArray, nats: float) -> tuple[np.float32, float]:
+    """What y is to be multiplied with, at most 1, for a mean divergence of so many nats, and no more; and that."""
     total = steps.divergence(y)
     if total <= nats:
-        return np.float32(1.0)
-    low, high, factor = 0.0, 1.0, 1.0
+        return np.float32(1.0), total
+    low, high, factor, reached = 0.0, 1.0, 1.0, 0.0
     for _ in range(_REFINEMENTS if nats > 0 else 0):
         # As a parabola has it; it flattens, and jumps where min-p lets go of a token.
         guess = factor * math.sqrt((1 - _CLOSE / 2) * nats / total) if total > 0 else high
@@ -250,10 +265,10 @@ def _fitting(steps: Steps, y: FloatArray, nats: float) -> np.float32:
         if total > nats:
             high = factor
         else:
-            low = factor
+            low, reached = factor, total
             if total >= (1 - _CLOSE) * nats:
                 break
-    return np.float32(low)
+    return np.float32(low), reached
 
 
 def _advantages(parents: npt.NDArray[np.int64], rewards: npt.NDArray[np.float64]) -> Array | None:

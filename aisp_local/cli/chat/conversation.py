@@ -25,13 +25,13 @@ _NAMES = {"user": "You", "assistant": "Model", "system": "System"}
 class Turn:
     """A question, its answer, and how that was found: what the file has for it under "aisp".
 
-    ``learnt``: the control u [d] that its search left, which no file has.
+    ``learnt``: the control u [d] that its search left and the nats of a response under it, which no file has.
     """
 
     question: str
     answer: str
     about: Mapping[str, Any] = field(default_factory=dict)
-    learnt: FloatArray | None = field(default=None, compare=False)
+    learnt: tuple[FloatArray, float | None] | None = field(default=None, compare=False)
 
     @classmethod
     def of(cls, question: str, result: Result, settings: Mapping[str, Any]) -> Turn:
@@ -44,7 +44,8 @@ class Turn:
             "settings": {**settings, "seed": result.seed},
         }
         learnt = result.control
-        return cls(question, result.answer, about, learnt if learnt is not None and learnt.any() else None)
+        kept = (learnt, result.control_nats) if learnt is not None and learnt.any() else None
+        return cls(question, result.answer, about, kept)
 
     @property
     def reward(self) -> float | None:

@@ -96,7 +96,10 @@ class Session:
         if not settings.holds:
             return None
         learnt = before[-1].learnt if before and settings.warm_start else None
-        return self.steering if learnt is None else Steering(learnt, self.aligner.engine.fingerprint)
+        if learnt is None:
+            return self.steering
+        u, nats = learnt
+        return Steering(u, self.aligner.engine.fingerprint, nats=nats)
 
     def unaligned(self) -> Baseline:
         """The greedy answer of the model alone to the last question."""
