@@ -19,7 +19,7 @@ test: $(VENV)/.test lint
 # make test-all TORCH=torch==2.13.0+cpu
 TORCH ?= torch
 test-all: $(VENV)/.test-all lint
-	$(PYTEST) -m "not gpu" --hypothesis-profile=default
+	$(PYTEST) -m "not gpu" --hypothesis-profile=varied
 
 bench: $(VENV)/.installed
 	$(BIN)/aisp-local bench speed --report benchmarks/RESULTS.md

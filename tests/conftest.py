@@ -20,8 +20,10 @@ import pytest  # noqa: E402
 from aisp_local.engine import llama  # noqa: E402
 from aisp_local.rewards import runtime  # noqa: E402
 
-# A run tells of the change that it tests, not of its luck; --hypothesis-profile=default (make test-all) tries others.
-hypothesis.settings.register_profile("repeatable", derandomize=True)
+# A run tells of the change that it tests, not of its luck, nor of what else the machine does;
+# --hypothesis-profile=varied (make test-all) tries other examples.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("varied", deadline=None)
 hypothesis.settings.load_profile("repeatable")
 
 

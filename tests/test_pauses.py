@@ -175,7 +175,7 @@ def test_the_fake_pauses_too_and_no_pause_lies_behind() -> None:
         Controls(1, prefixes=[np.zeros(2, np.int32)], pause=2)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 600), st.lists(st.integers(1, 600), max_size=4))
 def test_a_schedule_pauses_before_the_end(max_tokens: int, lengths: list[int]) -> None:
     schedule = Schedule(max_tokens)
@@ -209,7 +209,7 @@ def test_nats_of_a_selection(n: int, k: int) -> None:
 
 
 @given(st.integers(1, 300), st.floats(0, 8))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_as_few_survive_as_the_nats_allow(n: int, nats: float) -> None:
     k = survivors(n, nats)
     assert 1 <= k <= n and selection_kl(n, k) <= nats

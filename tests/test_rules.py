@@ -59,7 +59,7 @@ def one(rule: Rule, text: str) -> float:
     return float(rule.score("a prompt", [text])[0])
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.text(st.characters(codec=None, exclude_categories=())), max_size=4))
 def test_any_text_gets_a_score_of_at_most_0_that_is_its_own(texts: list[str]) -> None:
     for rule in rules():
@@ -140,7 +140,7 @@ WRITTEN = st.text(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(WRITTEN, WRITTEN)
 @example("E\u0301´E", "")
 def test_it_does_not_matter_how_unicode_writes_a_text(word: str, text: str) -> None:

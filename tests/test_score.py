@@ -96,7 +96,7 @@ def test_one_step_against_its_formula_in_float64() -> None:
         before = controller.held.astype(np.float64)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 10_000), st.integers(1, 6), st.integers(1, 5))
 def test_divergences_of_tilted_laws(seed: int, steps: int, size: int) -> None:
     rng = np.random.default_rng(seed)
