@@ -153,7 +153,7 @@ def table(pair: str, rows: Sequence[Mapping[str, Any]], budgets: Sequence[int], 
                 row["rollouts_to_base_best"] or "-",
                 shown(row["ahead_of_base_best"][least], sign=True),
                 shown(row["last_mean_sd"], sign=True),
-                *(number(row[name]) for name in ("exact_kl", "late_kl", "kl")),
+                *(number(row[name], ".1f") for name in ("exact_kl", "late_kl", "kl")),
                 f"{row['diversity']:.2f}",
                 "-" if row["logprob"] is None else f"{row['logprob']:.2f}",
                 f"{row['seconds']:.1f}",
@@ -168,8 +168,8 @@ def titled(method: str, settings: Mapping[str, float]) -> str:
     return f"{method} ({named})" if named else method
 
 
-def number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
+def number(value: float | None, form: str = ".2f") -> str:
+    return "-" if value is None or not math.isfinite(value) else format(value, form)
 
 
 def shown(values: tuple[float, float, float], sign: bool = False) -> str:

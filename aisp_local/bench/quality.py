@@ -251,7 +251,7 @@ def _tables(
                 label,
                 "-" if row["judge"] is None else shown(row["judge"]),
                 "-" if row["judge_wins"] is None else f"{100 * row['judge_wins']:.0f}%",
-                *(number(row[name]) for name in ("kl", "late_kl", "counted_kl")),
+                *(number(row[name], ".1f") for name in ("kl", "late_kl", "counted_kl")),
                 f"{row['diversity']:.2f}",
                 "-" if row["logprob"] is None else f"{row['logprob']:.2f}",
                 "-" if row["low_logprob"] is None else f"{row['low_logprob']:.2f}",

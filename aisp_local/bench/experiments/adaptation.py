@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from aisp_local.bench.contest_report import interval, shown
+from aisp_local.bench.contest_report import interval, number, shown
 from aisp_local.bench.experiments.lab import (
     SETTINGS,
     WORDS,
@@ -19,7 +19,6 @@ from aisp_local.bench.experiments.lab import (
     Lab,
     best_of,
     mean,
-    number,
     rewards,
     row,
     spread_of,

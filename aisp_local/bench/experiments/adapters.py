@@ -10,8 +10,8 @@ import numpy as np
 from aisp_local import shipped
 from aisp_local.api import Aligner
 from aisp_local.bench.contest import answer_logprobs
-from aisp_local.bench.contest_report import interval, shown
-from aisp_local.bench.experiments.lab import Experiment, Finding, Lab, best_of, in_order, last, mean, number, rewards
+from aisp_local.bench.contest_report import interval, number, shown
+from aisp_local.bench.experiments.lab import Experiment, Finding, Lab, best_of, in_order, last, mean, rewards
 from aisp_local.bench.tables import Table
 from aisp_local.engine import LlamaEngine
 from aisp_local.errors import InputError

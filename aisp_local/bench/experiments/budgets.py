@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from aisp_local.bench.contest import whole
-from aisp_local.bench.contest_report import interval, shown
-from aisp_local.bench.experiments.lab import SETTINGS, Experiment, Finding, Lab, best_of, mean, number, rewards, row
+from aisp_local.bench.contest_report import interval, number, shown
+from aisp_local.bench.experiments.lab import SETTINGS, Experiment, Finding, Lab, best_of, mean, rewards, row
 from aisp_local.bench.tables import Table
 from aisp_local.svg import Axes
 from aisp_local.timeline import OFF, Timeline

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from aisp_local.bench.contest import answer_logprobs
-from aisp_local.bench.contest_report import interval, shown
+from aisp_local.bench.contest_report import interval, number, shown
 from aisp_local.bench.experiments.lab import (
     SETTINGS,
     Experiment,
@@ -18,7 +18,6 @@ from aisp_local.bench.experiments.lab import (
     best_of,
     last,
     mean,
-    number,
     rewards,
     row,
     variety,

@@ -171,10 +171,6 @@ def variety(results: Sequence[Result]) -> float:
     return float(np.mean(shares))
 
 
-def number(value: float, form: str = ".2f") -> str:
-    return "-" if not np.isfinite(value) else format(value, form)
-
-
 def write(out: Path, experiment: Experiment, finding: Finding, about: str, command: str) -> str:
     """NAME.md, NAME.json and the plots in a folder, each whole; gives the Markdown. ``command`` makes them again."""
     machine = ", ".join(f"{name} {value}" for name, value in describe().items())

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from aisp_local.bench.contest_report import interval, shown
+from aisp_local.bench.contest_report import interval, number, shown
 from aisp_local.bench.experiments.lab import (
     Experiment,
     Finding,
@@ -15,7 +15,6 @@ from aisp_local.bench.experiments.lab import (
     best_of,
     last,
     mean,
-    number,
     rewards,
     spread_of,
     variety,
