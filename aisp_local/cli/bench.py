@@ -103,7 +103,7 @@ def contest_options(command: F) -> F:
             type=click.IntRange(0),
             default=4,
             show_default=True,
-            help="Prompts of which the KL of the second iteration's rollouts is exact.",
+            help="Prompts of which the KL is exact, in the second iteration and in the last.",
         ),
         click.option("--max-tokens", type=click.IntRange(1), default=96, show_default=True),
         click.option("--max-prompts", type=click.IntRange(1), help="At most so many prompts of each list."),
@@ -244,8 +244,8 @@ def experiment(
 ) -> None:
     """Repeat an experiment on how alignment by pre-logits works; each writes NAME.md, NAME.json and plots into OUT.
 
-    Without NAME: all of them, which takes some four hours on two cores. Each page names the command that makes it
-    again.
+    Without NAME: all of them, which takes some two and a half hours on one core. Each page names the command that
+    makes it again.
 
     \b
     Examples:
