@@ -93,7 +93,7 @@ def test_how_many_prompts_each_takes_by_itself() -> None:
     more = {"adaptation": 8, "noise": 8, "lora": 8, "spaces": 8, "beginnings": 8, "map": 2}
     assert {name: each.prompts for name, each in EXPERIMENTS.items()} == dict.fromkeys(EXPERIMENTS, 4) | more
     shown = CliRunner().invoke(main, ["bench", "experiment", "--help"]).output
-    assert "Default: each experiment's own, 2 to 8." in " ".join(shown.split()) and "four hours" in shown
+    assert "Default: each experiment's own, 2 to 8." in " ".join(shown.split())
 
 
 @pytest.mark.native
