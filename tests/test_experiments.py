@@ -92,8 +92,8 @@ def test_those_there_are_and_those_there_are_not(tmp_path: Path) -> None:
 def test_how_many_prompts_each_takes_by_itself() -> None:
     more = {"adaptation": 8, "noise": 8, "lora": 8, "spaces": 8, "beginnings": 8, "map": 2}
     assert {name: each.prompts for name, each in EXPERIMENTS.items()} == dict.fromkeys(EXPERIMENTS, 4) | more
-    shown = CliRunner().invoke(main, ["bench", "experiment", "--help"]).output
-    assert "Default: each experiment's own, 2 to 8." in " ".join(shown.split())
+    shown = " ".join(CliRunner().invoke(main, ["bench", "experiment", "--help"]).output.split())
+    assert "Default: each experiment's own, 2 to 8." in shown and "two and a half hours" in shown
 
 
 @pytest.mark.native
