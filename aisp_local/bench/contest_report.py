@@ -155,7 +155,7 @@ def table(pair: str, rows: Sequence[Mapping[str, Any]], budgets: Sequence[int], 
                 shown(row["last_mean_sd"], sign=True),
                 *(number(row[name], ".1f") for name in ("exact_kl", "late_kl", "kl")),
                 f"{row['diversity']:.2f}",
-                "-" if row["logprob"] is None else f"{row['logprob']:.2f}",
+                number(row["logprob"]),
                 f"{row['seconds']:.1f}",
             ]
         )

@@ -253,8 +253,8 @@ def _tables(
                 "-" if row["judge_wins"] is None else f"{100 * row['judge_wins']:.0f}%",
                 *(number(row[name], ".1f") for name in ("kl", "late_kl", "counted_kl")),
                 f"{row['diversity']:.2f}",
-                "-" if row["logprob"] is None else f"{row['logprob']:.2f}",
-                "-" if row["low_logprob"] is None else f"{row['low_logprob']:.2f}",
+                number(row["logprob"]),
+                number(row["low_logprob"]),
             ]
         )
     return [reward, time, needs, price]
